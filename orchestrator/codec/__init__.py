@@ -1,0 +1,37 @@
+"""Values to JSON and back: the only door through which a value reaches the database or leaves it.
+
+``text`` says what can be stored at all, ``values`` encodes one value by its annotation, ``calls`` the
+arguments and the result of a function. This package must never do IO and never repeat a value in a log line
+or an error message.
+"""
+
+from __future__ import annotations
+
+from orchestrator.codec.calls import FunctionCodec
+from orchestrator.codec.text import (
+    DEFAULT_LIMIT_BYTES,
+    MAX_DEPTH,
+    MAX_INT_DIGITS,
+    Json,
+    canonical_text,
+    check,
+    dumps,
+    loads,
+)
+from orchestrator.codec.values import ValueCodec, encode_any
+from orchestrator.errors import describe_exception
+
+__all__ = [
+    "DEFAULT_LIMIT_BYTES",
+    "MAX_DEPTH",
+    "MAX_INT_DIGITS",
+    "FunctionCodec",
+    "Json",
+    "ValueCodec",
+    "canonical_text",
+    "check",
+    "describe_exception",
+    "dumps",
+    "encode_any",
+    "loads",
+]

@@ -1,0 +1,224 @@
+"""Single values to JSON and back, by their annotation or without one.
+
+Owns the settings under which pydantic encodes. It must never let pydantic drop something silently (an
+iterator read empty, NaN turned into null) or depend on a process (the order of a set).
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from typing import Any, Final, NewType
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError, SchemaSerializer, core_schema, to_json
+
+from orchestrator.codec.text import MAX_DEPTH, Json, first_line, short
+from orchestrator.errors import DefinitionError, PayloadError
+
+_CONFIG: Final = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+_PLAIN_TYPES: Final = frozenset({str, int, bool, type(None)})
+
+
+def encode_any(value: object, what: str = "the value") -> Json:
+    """Encode a value that has no annotation: builtins, and what pydantic can dump; it
+    comes back as plain JSON.
+
+    Raises:
+        PayloadError: the value is a generator, a coroutine or an object that pydantic cannot dump.
+    """
+    try:
+        return typing.cast(Json, _plain(value))
+    except Exception as error:
+        raise PayloadError(f"{what} cannot be stored: {reason(error)}") from error
+
+
+class ValueCodec:
+    """Encode and decode values of one annotation.
+
+    Both directions validate. Decoding reads as JSON, so that strict models, bytes and
+    keys come back as they were.
+
+    Raises:
+        DefinitionError: the annotation is nothing that pydantic can encode.
+    """
+
+    __slots__ = ("_exact", "_is_any", "_to_json", "_validate", "_validate_json", "annotation")
+
+    def __init__(self, annotation: Any = Any, *, what: str = "the value") -> None:
+        self.annotation = _durable(annotation)
+        self._is_any = self.annotation in (Any, object)
+        self._exact = self.annotation if self.annotation in (str, int, bool) else None
+        try:
+            adapter: TypeAdapter[Any] = _adapter(self.annotation)
+            serializer = _serializer(adapter)
+        except Exception as error:
+            raise DefinitionError(
+                f"{what} is annotated with {annotation!r}, which cannot be encoded: {explain(error)} "
+                "Annotate it with a type that pydantic supports, or with Any."
+            ) from error
+        self._to_json = serializer.to_python
+        self._validate = adapter.validator.validate_python
+        self._validate_json = adapter.validator.validate_json
+
+    def encode(self, value: Any) -> Json:
+        """Validate a value and return it as JSON; raises whatever pydantic raises."""
+        if type(value) is self._exact:
+            return typing.cast(Json, value)
+        if self._is_any:
+            return typing.cast(Json, _plain(value))
+        if _is_stream(type(value)):
+            raise _not_data(value)
+        encoded: Json = self._to_json(self._validate(value), mode="json", warnings="error")
+        return encoded
+
+    def decode(self, value: Json) -> Any:
+        """Return the value of its JSON; raises whatever pydantic raises."""
+        if self._is_any or type(value) is self._exact:
+            return value
+        return self._validate_json(to_json(value))
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return TypeAdapter(annotation)
+    if is_dataclass(annotation) or hasattr(annotation, "__total__"):
+        # pydantic takes no config beside such a type, but does beside a new name for it.
+        annotation = typing.cast(Any, NewType)("Value", annotation)
+    return TypeAdapter(annotation, config=_CONFIG)
+
+
+def _durable(annotation: Any) -> Any:
+    """Read a bare ``Iterable`` as a list, because pydantic would decode it to an iterator that works once."""
+    if typing.get_origin(annotation) is collections.abc.Iterable:
+        return types.GenericAlias(list, typing.get_args(annotation) or (Any,))
+    return annotation
+
+
+def _serializer(adapter: TypeAdapter[Any]) -> SchemaSerializer:
+    """Return pydantic's serializer, with sets in a stable order and ``Any`` as strict as the rest."""
+    schema = adapter.core_schema
+    hardened = _harden(schema)
+    if hardened == schema:
+        return adapter.serializer
+    return SchemaSerializer(hardened, typing.cast(Any, dict(_CONFIG)), _use_prebuilt=False)
+
+
+_OPAQUE: Final = frozenset({"metadata", "default", "expected", "members", "config", "cls", "function"})
+
+
+def _harden(schema: Any) -> Any:
+    if isinstance(schema, list | tuple):
+        return type(schema)(_harden(part) for part in schema)
+    if not isinstance(schema, dict):
+        return schema
+    hardened = {key: part if key in _OPAQUE else _harden(part) for key, part in schema.items()}
+    kind = schema.get("type")
+    if kind == "model" and schema.get("config", {}).get("extra_fields_behavior") == "allow":
+        hardened["schema"].setdefault("extras_schema", _harden(core_schema.any_schema()))
+    if "serialization" in schema:
+        return hardened
+    if kind in ("set", "frozenset"):
+        hardened["serialization"] = _IN_ORDER
+    elif kind == "any":
+        hardened["serialization"] = _AS_PLAIN
+    return hardened
+
+
+def _ordered(value: Any, handler: Callable[[Any], Any]) -> list[Any]:
+    return sorted(handler(value), key=to_json)
+
+
+def _plain(value: Any, depth: int = 1) -> Any:
+    """Return an unannotated value as JSON."""
+    kind = type(value)
+    if kind in _PLAIN_TYPES:
+        return value
+    if kind is float:
+        if math.isfinite(value):
+            return value
+        raise PayloadError(f"it holds {value!r}, which JSON does not have; pass None or text.")
+    if depth > MAX_DEPTH:
+        raise PayloadError(f"it nests deeper than {MAX_DEPTH} levels (or contains itself); flatten it.")
+    if kind is dict:
+        return _plain_dict(value, depth)
+    if kind is list or kind is tuple:
+        return [_plain(item, depth + 1) for item in value]
+    if kind is set or kind is frozenset:
+        return sorted((_plain(item, depth + 1) for item in value), key=to_json)
+    return _plain_leaf(value)
+
+
+def _plain_dict(value: dict[Any, Any], depth: int) -> dict[str, Any]:
+    plain = {k if type(k) is str else _plain_key(k): _plain(v, depth + 1) for k, v in value.items()}
+    if len(plain) != len(value):
+        raise PayloadError("two keys of a dict have the same JSON text; make its keys strings.")
+    return plain
+
+
+def _plain_key(key: Any) -> str:
+    (text,) = _ANY.to_python({key: None}, mode="json", warnings="error")
+    return str(text)
+
+
+def _plain_leaf(value: Any) -> Any:
+    if _is_stream(type(value)):
+        raise _not_data(value)
+    if isinstance(value, BaseModel) or (is_dataclass(value) and not isinstance(value, type)):
+        return _of_type(type(value)).encode(value)
+    return _ANY.to_python(value, mode="json", warnings="error")
+
+
+_IN_ORDER: Final = core_schema.wrap_serializer_function_ser_schema(_ordered, when_used="json")
+_AS_PLAIN: Final = core_schema.plain_serializer_function_ser_schema(_plain, when_used="json")
+
+
+@functools.lru_cache(maxsize=512)
+def _of_type(kind: type) -> ValueCodec:
+    return ValueCodec(kind, what=kind.__qualname__)
+
+
+_ANY: Final = TypeAdapter(Any, config=_CONFIG).serializer
+
+
+def _reads_once(kind: type) -> bool:
+    return any("__next__" in vars(base) or "__await__" in vars(base) for base in kind.__mro__)
+
+
+# Cached by type, because hasattr on a pydantic instance takes microseconds.
+_is_stream: Final[Callable[[type], bool]] = functools.lru_cache(maxsize=2048)(_reads_once)
+
+
+def _not_data(value: object) -> PayloadError:
+    kind = type(value).__qualname__
+    if hasattr(type(value), "__await__"):
+        return PayloadError(f"it is a {kind}, not a value; await it first and pass what it returns.")
+    return PayloadError(f"it is a {kind}, which can be read only once; pass a list of its items.")
+
+
+def reason(error: BaseException) -> str:
+    """Say why a value was refused, without repeating the value."""
+    if isinstance(error, PayloadError):
+        return str(error)
+    if isinstance(error, PydanticSerializationError):
+        # pydantic keeps only the text of what was raised inside, and shows values after the first line.
+        inner = str(error).partition("PayloadError: ")[2].partition("\n")[0]
+        return inner or "pydantic cannot dump it. Pass data that fits its annotation."
+    if isinstance(error, RecursionError):
+        return f"it nests deeper than {MAX_DEPTH} levels (or contains itself); flatten it."
+    return f"{explain(error)} Pass a value that fits its annotation."
+
+
+def explain(error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        flaws = error.errors(include_url=False, include_context=False, include_input=False)
+        told = [
+            ": ".join(filter(None, [".".join(map(short, flaw["loc"])), flaw["msg"]])) for flaw in flaws[:3]
+        ]
+        return "; ".join(told) + (f" and {len(flaws) - 3} more." if len(flaws) > 3 else ".")
+    return f"{type(error).__name__}: {first_line(error)}."

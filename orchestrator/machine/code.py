@@ -1,0 +1,278 @@
+"""Saga code while it runs: requests become keys and futures, outcomes are delivered in journal order.
+
+Owns the meeting of recorded and repeated requests, and therefore what drift is.  Must never record anything itself:
+what is new goes to its `Recorder`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Protocol
+
+from orchestrator.errors import DriftError, UsageError
+from orchestrator.machine.fold import Fold, Step
+from orchestrator.machine.journal import Abandoned, Asked, Entry, Json, Settled, Versioned
+from orchestrator.machine.keys import Branch
+from orchestrator.machine.loop import SagaLoop, SagaTask
+
+
+class Discarded(BaseException):
+    """Thrown into saga code that is being dropped; it must not catch it."""
+
+
+class Recorder(Protocol):
+    """Takes what saga code asks for that the journal does not have yet."""
+
+    def record(self, entry: Entry) -> None: ...
+    def abandon(self, key: str) -> None: ...
+
+
+@dataclass(slots=True)
+class Request:
+    """What saga code asks for, before it has a key.
+
+    `asked` makes the journal entry for a key; `same` tells whether recorded arguments equal these ones; `decode` turns a
+    result into a value; `failure` turns an unsuccessful outcome into the exception that the awaiting code gets; `run` is
+    the function of a ``saga.once``.
+    """
+
+    name: str
+    asked: Callable[[str], Asked]
+    same: Callable[[Asked], bool]
+    decode: Callable[[Json], Any]
+    failure: Callable[[Step], Exception]
+    key: str = ""
+    run: Callable[[], Any] | None = None
+
+
+class RequestFuture(asyncio.Future[Any]):
+    """The awaitable of a request; cancelling it abandons the request."""
+
+    key: str
+    observed: bool = False
+    _code: SagaCode
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        cancelled = super().cancel(msg)
+        if cancelled:
+            self._code.abandon(self.key)
+        return cancelled
+
+    def add_done_callback(self, *args: Any, **kwargs: Any) -> None:
+        self.observed = True
+        super().add_done_callback(*args, **kwargs)
+
+    def __await__(self) -> Any:
+        self.observed = True
+        return super().__await__()
+
+    __iter__ = __await__
+
+    def result(self) -> Any:
+        self.observed = True
+        return super().result()
+
+    def exception(self) -> BaseException | None:
+        self.observed = True
+        return super().exception()
+
+
+class SagaCode:
+    """One live execution of a saga function, at some position of its journal."""
+
+    def __init__(self, main: Callable[[], Coroutine[Any, Any, Json]], fold: Fold) -> None:
+        self.loop = SagaLoop()
+        self.loop.code = self  # type: ignore[attr-defined]
+        self.fold = fold
+        self._main = main
+        self._task: asyncio.Task[Any] | None = None
+        self._requests: dict[str, Request] = {}
+        self._futures: dict[str, RequestFuture] = {}
+        self._asked_again = 0
+        self._versions_again: set[str] = set()
+        self._undelivered: list[str] = []
+        self._recorder: Recorder | None = None
+        self._closed = False
+        self.drift: DriftError | None = None
+
+    # -- driven by the turn ----------------------------------------------------------------------------------------------
+    def resume(self, rows: Iterable[tuple[datetime, list[str]]], recorder: Recorder) -> None:
+        """Let time pass and deliver what was settled, row by row.  Raises: DriftError."""
+        self._recorder = recorder
+        if self._task is None:
+            self._task = self.loop.create_task(self._main())
+            self.loop.run_until_quiet()
+        for at, settled in rows:
+            self.loop.advance_to((at - self.fold.info.started).total_seconds())
+            self._undelivered.extend(settled)
+            self._deliver()
+            self._check()
+        self._check()
+
+    def _check(self) -> None:
+        if self.drift is not None:
+            raise self.drift
+        if self.ended and self._outstanding_records:
+            raise DriftError(self._drift_text("the saga ended", None))
+
+    def _deliver(self) -> None:
+        while True:
+            key = next((k for k in self._undelivered if k in self._futures), None)
+            if key is None:
+                return
+            self._undelivered.remove(key)
+            future, step = self._futures[key], self.fold.steps[key]
+            if not future.done():
+                self._fulfil(future, step)
+                self.loop.run_until_quiet()
+
+    def _fulfil(self, future: RequestFuture, step: Step) -> None:
+        request = self._requests[step.key]
+        if step.forward == "succeeded":
+            try:
+                future.set_result(request.decode(step.result))
+            except Exception as error:  # a result that today's annotations do not accept is the author's to mend
+                future.set_exception(error)
+        else:
+            future.set_exception(request.failure(step))
+
+    @property
+    def ended(self) -> bool:
+        """Whether the saga function returned or raised."""
+        return self._task is not None and self._task.done()
+
+    def outcome(self) -> tuple[Json, BaseException | None]:
+        """Return what the function returned or raised; failures that nobody looked at count as raised."""
+        assert self._task is not None
+        if self._task.cancelled():
+            return None, asyncio.CancelledError("the saga cancelled itself")
+        error = self._task.exception()
+        return (None, error) if error else (self._task.result(), self._unseen_failure())
+
+    def _unseen_failure(self) -> BaseException | None:
+        for future in self._futures.values():
+            if future.done() and not future.observed and not future.cancelled():
+                error = future.exception()
+                if error is not None:
+                    return error
+        return None
+
+    def cancel_branches(self) -> None:
+        """Cancel what still runs beside a main coroutine that has ended."""
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+        self.loop.run_until_quiet()
+
+    def function_of(self, key: str) -> Callable[[], Any] | None:
+        """Return the function of a ``saga.once`` that is being asked for."""
+        request = self._requests.get(key)
+        return request.run if request else None
+
+    def discard(self) -> None:
+        """Drop the coroutine; whatever its ``finally`` blocks ask for is refused."""
+        self._closed = True
+        self.loop.stop_timers()
+        for task in asyncio.all_tasks(self.loop):
+            coroutine: Any = task.get_coro()
+            with contextlib.suppress(BaseException):
+                coroutine.close()
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+        for future in self._futures.values():
+            future._log_traceback = False  # type: ignore[attr-defined]
+
+    # -- called by saga code -----------------------------------------------------------------------------------------------
+    @property
+    def branch(self) -> Branch:
+        """The branch of the running task.  Raises: UsageError outside of saga code."""
+        task = asyncio.current_task(self.loop)
+        if not isinstance(task, SagaTask):
+            raise UsageError("this call works inside a saga function only")
+        return task.branch
+
+    def ask(self, request: Request) -> RequestFuture:
+        """Ask for something: again, if the journal has it, or for the first time."""
+        self._refuse_if_closed()
+        key = request.key or self.branch.key(request.name)
+        if key in self._futures:
+            raise UsageError(f"key {key!r} was asked for already in this run; a key= must be unique within its run")
+        step = self.fold.steps.get(key)
+        if step is None:
+            self._refuse_if_outstanding(f"it now asks for {key!r}")
+            asked = request.asked(key)
+            assert self._recorder is not None
+            self._recorder.record(asked)
+        elif not request.same(step.asked):
+            self._drifted(self._drift_text(f"it asks for {key!r} with other arguments than recorded", step.asked))
+        self._asked_again += 1
+        future = RequestFuture(loop=self.loop)
+        future.key, future._code = key, self
+        self._requests[key], self._futures[key] = request, future
+        return future
+
+    def version(self, change: str, minimum: int, maximum: int) -> int:
+        """Answer a version gate: the recorded number, the old one while replaying, else the new one."""
+        self._refuse_if_closed()
+        recorded = self.fold.versions.get(change)
+        if recorded is not None:
+            self._versions_again.add(change)
+            if not minimum <= recorded <= maximum:
+                self._drifted(f"version gate {change!r} recorded {recorded}, this code supports {minimum} to {maximum}")
+            return recorded
+        number = minimum if self._outstanding_records else maximum
+        if not self._outstanding_records:
+            assert self._recorder is not None
+            self._recorder.record(Versioned(change, number))
+            self._versions_again.add(change)
+        return number
+
+    def abandon(self, key: str) -> None:
+        """Note that nobody waits for `key` any more."""
+        step = self.fold.steps.get(key)
+        if not self._closed and step is not None and not step.settled and not step.abandoned:
+            assert self._recorder is not None
+            self._recorder.abandon(key)
+
+    def now(self) -> datetime:
+        """Return journal time."""
+        return self.fold.info.started + timedelta(seconds=self.loop.time())
+
+    # -- drift -------------------------------------------------------------------------------------------------------------
+    @property
+    def _outstanding_records(self) -> bool:
+        return self._asked_again < len(self.fold.steps)
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise Discarded
+
+    def _refuse_if_outstanding(self, what: str) -> None:
+        if self._outstanding_records:
+            self._drifted(self._drift_text(what, None))
+
+    def _drifted(self, text: str) -> None:
+        self.drift = self.drift or DriftError(text)
+        raise Discarded
+
+    def _drift_text(self, what: str, recorded: Asked | None) -> str:
+        info = self.fold.info
+        missing = [key for key in self.fold.steps if key not in self._futures]
+        lines = [f"run {info.id} of {info.saga} version {info.version} has drifted from its journal: {what}."]
+        if recorded is not None:
+            lines.append(f"  recorded: {recorded.key} {recorded.args}")
+        lines += [f"  recorded and not asked for again: {key}" for key in missing[:10]]
+        lines.append("Put the change behind saga.version(...) or register it as a new version, deploy, and `saga retry` the run.")
+        return "\n".join(lines)
+
+
+def settled_keys(entries: Iterable[Entry]) -> list[str]:
+    """Return the keys of the outcomes among `entries`, in order."""
+    return [entry.key for entry in entries if type(entry) is Settled]
+
+
+def abandoned_keys(entries: Iterable[Entry]) -> list[str]:
+    """Return the keys of the abandoned requests among `entries`."""
+    return [entry.key for entry in entries if type(entry) is Abandoned]

@@ -1,0 +1,388 @@
+"""What follows from an arrival, and how a run goes back: outcomes, undo, pivot, parking.
+
+Owns the rules of chapter "outcomes and undo" of docs/concepts.md.  Must never run saga code: it works from the journal
+alone, so that a run can be undone when its code is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import assert_never
+
+from orchestrator.machine.fold import Fold, Step
+from orchestrator.machine.journal import (
+    Abandoned,
+    Arrival,
+    AttemptEnded,
+    Attempted,
+    Cancel,
+    CancelAsked,
+    CancelRefused,
+    Ended,
+    Entry,
+    Error,
+    Json,
+    Late,
+    LateSuccess,
+    Operate,
+    Operated,
+    Parked,
+    ProbeAsked,
+    Returned,
+    RollbackBegan,
+    Settled,
+    Terminate,
+    UndoAsked,
+    Undone,
+    Withdrawn,
+    Work,
+)
+from orchestrator.machine.policy import COMPENSATION_RETRY, START_TO_CLOSE, Effect
+from orchestrator.machine.states import Backward, Forward, RunState
+
+
+class Decisions:
+    """What one turn decides: entries to append, work to schedule, keys whose work is to be taken back."""
+
+    def __init__(self, fold: Fold, now: datetime) -> None:
+        self.fold = fold
+        self.now = now
+        self.entries: list[Entry] = []
+        self.work: list[Work] = []
+        self.withdraw: list[str] = []
+        self.corrections: list[Late] = []
+
+    def record(self, entry: Entry) -> None:
+        """Append `entry` and fold it."""
+        self.fold.apply(entry)
+        self.entries.append(entry)
+
+    # -- arrivals ------------------------------------------------------------------------------------------------------
+    def take(self, arrival: Arrival) -> None:
+        """Decide what follows from `arrival`; one that comes too late to matter changes nothing."""
+        match arrival:
+            case LateSuccess():
+                self._take_late(arrival)
+            case _ if self.fold.ended:
+                pass
+            case AttemptEnded():
+                self._take_attempt(arrival)
+            case Withdrawn():
+                self._take_withdrawn(self.fold.steps[arrival.key])
+            case Cancel():
+                if self.fold.rollback is None and self.fold.stop is None:
+                    self.record(CancelAsked(arrival.by, arrival.reason))
+            case Terminate():
+                self.record(Operated("terminate", "", arrival.by, arrival.reason))
+                self.end(RunState.TERMINATED)
+            case Operate():
+                self._take_operator(arrival)
+            case _:
+                assert_never(arrival)
+
+    def _take_attempt(self, ended: AttemptEnded) -> None:
+        step = self.fold.steps.get(ended.key)
+        if step is None:
+            return
+        if ended.role == "undo":
+            if step.backward is Backward.ASKED:
+                self._undo_ended(step, ended)
+        elif ended.role == "probe":
+            if step.forward is Forward.PROBING:
+                self._probe_ended(step, ended)
+        elif step.forward is Forward.ASKED:
+            self._do_ended(step, ended)
+
+    def _do_ended(self, step: Step, ended: AttemptEnded) -> None:
+        if ended.verdict == "succeeded":
+            self._settle(step, "succeeded", ended)
+        elif ended.verdict == "rejected" and not step.doubt:
+            if step.asked.effect == Effect.RETRIABLE and self.fold.past_pivot:
+                self._attempt_failed(step, ended)
+                self._park(step, "do", "it was rejected after the point of no return")
+            else:
+                self._settle(step, "rejected", ended)
+        else:
+            self._attempt_failed(step, ended)
+            tries = step.attempts - step.budget_from
+            final = ended.verdict == "rejected" or tries >= step.retry.maximum_attempts
+            if final or step.abandoned or self.fold.rollback:
+                self._unknown(step)
+            else:
+                pause = step.retry.delay(tries) if ended.pause is None else timedelta(seconds=ended.pause)
+                self.work.append(self.do_work(step, self.now + pause))
+
+    def _attempt_failed(self, step: Step, ended: AttemptEnded) -> None:
+        self.record(
+            Attempted(
+                step.key, ended.attempt, ended.error or {}, ended.role, ended.verdict == "doubt", ended.worker,
+                ended.began, ended.quiet, ended.details,
+            )
+        )  # fmt: skip
+
+    def _settle(self, step: Step, outcome: str, ended: AttemptEnded, result: Json = None, by: str = "") -> None:
+        value = ended.result if outcome == "succeeded" else result
+        self.record(
+            Settled(step.key, outcome, step.attempts if by else ended.attempt, value, ended.error, ended.worker, ended.began, by)
+        )
+
+    def _unknown(self, step: Step) -> None:
+        """A step ended in doubt: settle it as its author declared, or ask a person; never guess."""
+        asked = step.asked
+        if asked.effect == Effect.NONE or asked.kind == "once":
+            self._settle_by(step, "failed")
+        elif asked.effect == Effect.PIVOT and not asked.probe:
+            self._park(step, "do", "its outcome is unknown and it is the point of no return, so nothing may be guessed")
+        elif asked.probe and (asked.on_unknown == "probe" or asked.effect == Effect.PIVOT):
+            self.record(ProbeAsked(step.key))
+            self.work.append(self.probe_work(step))
+        elif asked.on_unknown == "park":
+            self._park(step, "do", "its outcome is unknown, and it is declared on_unknown='park'")
+        elif self.fold.rollback or step.abandoned:
+            self._settle_by(step, "unknown")  # the rollback undoes it when its turn comes
+        elif self.fold.past_pivot or asked.effect == Effect.RETRIABLE:
+            self._park(step, "do", "it keeps failing after the point of no return, so that the run can only go forward")
+        elif asked.undo is not None:
+            self._begin_undo(step)
+        else:
+            self._settle_by(step, "unknown")
+
+    def _settle_by(self, step: Step, outcome: str, by: str = "", result: Json = None) -> None:
+        error = None if outcome == "succeeded" else step.error
+        self.record(Settled(step.key, outcome, step.attempts, result, error, by=by))
+
+    def _park(self, step: Step, role: str, why: str) -> None:
+        self.record(Parked(step.key, role, why, step.error))
+
+    def _take_withdrawn(self, step: Step) -> None:
+        if step.forward is not Forward.ASKED:
+            return
+        if step.attempts == 0:
+            self.record(Settled(step.key, "withdrawn"))
+        else:
+            self._unknown(step)
+
+    def _probe_ended(self, step: Step, ended: AttemptEnded) -> None:
+        if ended.verdict == "succeeded" and ended.result is not None:
+            self._settle_by(step, "succeeded", "probe", ended.result)
+        elif ended.verdict == "succeeded":
+            self._settle_by(step, "rejected", "probe")
+        else:
+            self._attempt_failed_aside(step, ended)
+            tries = step.probe_attempts - step.probe_budget_from
+            if tries >= COMPENSATION_RETRY.maximum_attempts:
+                self.record(Parked(step.key, "probe", "its probe keeps failing, so that its outcome stays unknown", ended.error))
+            else:
+                self.work.append(self.probe_work(step, self.now + COMPENSATION_RETRY.delay(tries)))
+
+    def _attempt_failed_aside(self, step: Step, ended: AttemptEnded) -> None:
+        """Record a failed undo or probe, which says nothing about the step's own outcome."""
+        self.record(Attempted(step.key, ended.attempt, ended.error or {}, ended.role, True, ended.worker, ended.began))
+
+    def _undo_ended(self, step: Step, ended: AttemptEnded) -> None:
+        if ended.verdict == "succeeded":
+            self._undo_done(step, Undone(step.key, ended.attempt, "done", ended.worker, ended.began))
+            return
+        self._attempt_failed_aside(step, ended)
+        policy = step.undo_retry
+        tries = step.undo_attempts - step.undo_budget_from
+        if ended.verdict == "rejected" or tries >= policy.maximum_attempts:
+            why = "its undo was rejected" if ended.verdict == "rejected" else f"its undo failed {tries} times"
+            self.record(Parked(step.key, "undo", why, ended.error))
+        else:
+            pause = policy.delay(tries) if ended.pause is None else timedelta(seconds=ended.pause)
+            self.work.append(self.undo_work(step, self.now + pause))
+
+    def _undo_done(self, step: Step, undone: Undone) -> None:
+        self.record(undone)
+        if step.forward is Forward.UNDOING:
+            self._settle_by(step, "unknown", "undo")
+
+    def _take_late(self, late: LateSuccess) -> None:
+        if late.role == "do" and late.key in self.fold.steps:
+            self.record(Late(late.key, late.attempt, late.result, late.worker))
+
+    # -- operators -----------------------------------------------------------------------------------------------------
+    def _take_operator(self, order: Operate) -> None:
+        if not order.key:
+            self._operate_run(order)
+            return
+        step = self.fold.steps.get(order.key)
+        if step is None or not step.parked:
+            return
+        role = step.parked
+        self.record(Operated(order.action, order.key, order.by, order.reason))
+        if order.action == "retry":
+            make = {"undo": self.undo_work, "probe": self.probe_work}.get(role, self.do_work)
+            self.work.append(make(step))
+        elif role == "undo":
+            how = "skipped" if order.action == "skip" else "resolved"
+            self._undo_done(step, Undone(step.key, step.undo_attempts, how))
+        elif order.action == "skip":
+            self._settle_by(step, "unknown", order.by)
+        elif order.no_effect:
+            self._settle_by(step, "rejected", order.by)
+        else:
+            self._settle_by(step, "succeeded", order.by, order.value)
+
+    def _operate_run(self, order: Operate) -> None:
+        if self.fold.parked is None:
+            return
+        if order.action == "retry":
+            self.record(Operated("retry", "", order.by, order.reason))
+        elif order.action == "resolve" and self.fold.unsettled == 0:
+            self.record(Operated("resolve", "", order.by, order.reason))
+            self.record(Returned(order.value))
+            self.end(RunState.COMPLETED)
+
+    # -- going back ----------------------------------------------------------------------------------------------------
+    def conclude(self) -> None:
+        """Decide on stopping, roll back what is due, end the run when nothing is left to do."""
+        self._undo_late_effects()
+        if self.fold.ended:
+            return
+        self._decide_stop()
+        if self.fold.rollback:
+            self._roll_back()
+        elif self.fold.returned and not self.fold.raised and not self._busy:
+            self._undo_abandoned()
+            if not self._busy:
+                self.end(RunState.COMPLETED)
+        else:
+            self._undo_abandoned()
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self.fold.unsettled or self.fold.in_flight or self.fold.parked_keys)
+
+    def _decide_stop(self) -> None:
+        fold = self.fold
+        if not (fold.stop or fold.raised) or fold.rollback or fold.pivot_in_flight:
+            return
+        if fold.past_pivot:
+            if fold.stop:
+                self.record(CancelRefused("cancel" if isinstance(fold.stop, CancelAsked) else "deadline"))
+            if fold.raised and not fold.parked:
+                why = "the saga raised after its point of no return, so that it can only go forward"
+                self.record(Parked("", "pivot", why, fold.raised))
+        elif isinstance(fold.stop, CancelAsked):
+            self.record(RollbackBegan("cancel"))
+        elif fold.stop:
+            error = {"type": "DeadlineExceeded", "message": f"the run's deadline {fold.info.deadline} has passed"}
+            self.record(RollbackBegan("deadline", error))
+        else:
+            self.record(RollbackBegan("error"))  # the error is in the entry before
+
+    def _roll_back(self) -> None:
+        for step in self._unsettled():
+            if not step.abandoned and step.forward is Forward.ASKED:
+                self.record(Abandoned(step.key))
+                self.withdraw.append(step.key)
+        if self.fold.unsettled:
+            return
+        for step in self._next_undos():
+            self._begin_undo(step)
+        if not self._busy and not any(step.owes_undo for step in self.fold.steps.values()):
+            self._end_rolled_back()
+
+    def _unsettled(self) -> Iterator[Step]:
+        return (step for step in self.fold.steps.values() if not step.settled)
+
+    def _next_undos(self) -> list[Step]:
+        """The youngest request that still has to be undone; one at a time, so that the order is exactly reversed."""
+        if self.fold.in_flight or self.fold.parked_keys:
+            return []
+        return [step for step in reversed(self.fold.steps.values()) if step.owes_undo][:1]
+
+    def _undo_abandoned(self) -> None:
+        for step in self.fold.abandoned:
+            if step.settled and step.owes_undo:
+                self._begin_undo(step)
+
+    def _undo_late_effects(self) -> None:
+        for step in list(self.fold.late_steps):
+            late = step.late_due
+            if late is None or step.backward in (Backward.ASKED, Backward.PARKED):
+                continue
+            if self.fold.ended:
+                self.corrections.append(late)
+                self.fold.late_steps.remove(step)
+            else:
+                self.record(UndoAsked(step.key, late.attempt, late.result))
+                self.work.append(self.undo_work(step))
+
+    def _begin_undo(self, step: Step) -> None:
+        self.record(UndoAsked(step.key))
+        self.work.append(self.undo_work(step))
+
+    def _end_rolled_back(self) -> None:
+        steps = self.fold.steps.values()
+        assert self.fold.rollback is not None
+        if self.fold.rollback.cause == "cancel":
+            self.end(RunState.CANCELLED)
+        elif any(s.backward is Backward.DONE for s in steps) and not any(s.backward is Backward.SKIPPED for s in steps):
+            self.end(RunState.COMPENSATED)
+        else:
+            self.end(RunState.FAILED)
+
+    def end(self, state: RunState) -> None:
+        """End the run and list what is left of it."""
+        self.record(Ended(state, tuple(self._left(state))))
+
+    def _left(self, state: RunState) -> Iterator[Json]:
+        for step in self.fold.steps.values():
+            possible = not step.settled and state is RunState.TERMINATED and step.asked.effect != Effect.NONE
+            took = step.took_effect and step.backward is not Backward.DONE
+            if state is RunState.COMPLETED:
+                took = took and step.forward is Forward.UNKNOWN
+            if (took or possible) and step.asked.kind == "step":
+                outcome = step.forward if step.settled else "unknown"
+                yield {"key": step.key, "task": step.asked.task, "outcome": str(outcome)}
+
+    # -- work ----------------------------------------------------------------------------------------------------------
+    def do_work(self, step: Step, due: datetime | None = None) -> Work:
+        """Return the next forward attempt of `step`."""
+        asked = step.asked
+        call: dict[str, Json] = {"a": asked.args, "t": asked.timeout or START_TO_CLOSE.total_seconds()}
+        if asked.heartbeat:
+            call["h"] = asked.heartbeat
+        if asked.retry and asked.retry[4]:
+            call["x"] = asked.retry[4]
+        if step.details is not None:
+            call["d"] = step.details
+        role = "once" if asked.kind == "once" else "do"
+        return Work(step.key, role, asked.task, asked.queue, call, due, step.attempts, asked.local, asked.priority)
+
+    def probe_work(self, step: Step, due: datetime | None = None) -> Work:
+        """Return the next attempt of asking what became of `step`."""
+        call = {"a": step.asked.args, "t": step.asked.timeout or START_TO_CLOSE.total_seconds()}
+        due = self._not_before_quiet(step, due)
+        return Work(step.key, "probe", step.asked.probe, step.asked.queue, call, due, step.probe_attempts)
+
+    def undo_work(self, step: Step, due: datetime | None = None) -> Work:
+        """Return the next attempt of the compensation of `step`."""
+        undo = step.asked.undo
+        assert undo is not None
+        args = dict(undo.args) if undo.args is not None else {n: step.asked.args[n] for n in undo.names if n in step.asked.args}
+        if undo.result:
+            args["result"] = step.result
+        call = {"a": args, "t": undo.timeout or START_TO_CLOSE.total_seconds()}
+        if step.late:
+            call["l"] = step.late
+        if undo.retry and undo.retry[4]:
+            call["x"] = undo.retry[4]
+        due = self._not_before_quiet(step, due)
+        return Work(step.key, "undo", undo.task, undo.queue or step.asked.queue, call, due, step.undo_attempts)
+
+    def _not_before_quiet(self, step: Step, due: datetime | None) -> datetime | None:
+        """An undo or a probe must not overtake an attempt whose process may still be at work."""
+        if not step.quiet:
+            return due
+        quiet = datetime.fromisoformat(step.quiet)
+        return quiet if due is None or quiet > due else due
+
+
+def error_of(message: str, type_: str = "OrchestratorError") -> Error:
+    """Return the JSON form of an error that the engine itself found."""
+    return {"type": type_, "message": message}

@@ -1,0 +1,373 @@
+"""The journal folded: what is known of a run and of each of its steps.
+
+Owns the meaning of every entry.  Must never decide what comes next: `decide` does, by recording further entries.
+Folding the same entries gives the same state, always; the run's row in Postgres is a copy of a part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from orchestrator.machine.journal import (
+    Abandoned,
+    Asked,
+    Attempted,
+    CancelAsked,
+    CancelRefused,
+    DeadlinePassed,
+    Ended,
+    Entry,
+    Error,
+    Json,
+    Late,
+    Operated,
+    Parked,
+    ProbeAsked,
+    Raised,
+    Returned,
+    RollbackBegan,
+    Settled,
+    UndoAsked,
+    Undone,
+    Versioned,
+)
+from orchestrator.machine.policy import COMPENSATION_RETRY, STEP_RETRY, Effect, RetryPolicy
+from orchestrator.machine.states import (
+    SETTLED,
+    TERMINAL,
+    Backward,
+    Forward,
+    RunState,
+    move_backward,
+    move_forward,
+    move_run,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What never changes about a run; `started` is the aware UTC instant that loop time counts from."""
+
+    id: str
+    saga: str
+    version: int
+    input: Json
+    started: datetime
+    queue: str
+    deadline: datetime | None = None
+    priority: int = 0
+
+    @property
+    def target(self) -> str:
+        """Who can drive it: the saga with its version."""
+        return f"{self.saga}@{self.version}"
+
+
+class Step:
+    """One request of saga code and all that came of it."""
+
+    __slots__ = (
+        "abandoned", "asked", "attempts", "backward", "budget_from", "details", "doubt", "error", "forward", "late",
+        "late_due", "order", "parked", "probe_attempts", "probe_budget_from", "quiet", "result", "undo_attempts",
+        "undo_budget_from",
+    )  # fmt: skip
+
+    def __init__(self, asked: Asked, order: int) -> None:
+        self.asked = asked
+        self.order = order
+        self.forward = Forward.ASKED
+        self.backward = Backward.NONE
+        self.attempts = self.probe_attempts = self.undo_attempts = 0
+        self.budget_from = self.probe_budget_from = self.undo_budget_from = 0
+        self.doubt = False
+        self.abandoned = False
+        self.quiet = ""
+        self.details: Json = None
+        self.result: Json = None
+        self.error: Error | None = None
+        self.parked = ""
+        self.late = 0  # the attempt whose late effect the undo is for
+        self.late_due: Late | None = None
+
+    @property
+    def key(self) -> str:
+        return self.asked.key
+
+    @property
+    def settled(self) -> bool:
+        return self.forward in SETTLED
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether work of it is outstanding."""
+        return self.forward is Forward.ASKED or self.forward is Forward.PROBING or self.backward is Backward.ASKED
+
+    @property
+    def is_pivot(self) -> bool:
+        return self.asked.effect == Effect.PIVOT
+
+    @property
+    def took_effect(self) -> bool:
+        """Whether it did something, or may have."""
+        return self.forward in (Forward.SUCCEEDED, Forward.UNKNOWN) and self.asked.effect != Effect.NONE
+
+    @property
+    def owes_undo(self) -> bool:
+        return self.took_effect and self.asked.undo is not None and self.backward is Backward.NONE
+
+    @property
+    def retry(self) -> RetryPolicy:
+        return RetryPolicy.decode(self.asked.retry) if self.asked.retry else STEP_RETRY
+
+    @property
+    def undo_retry(self) -> RetryPolicy:
+        form = self.asked.undo.retry if self.asked.undo else None
+        return RetryPolicy.decode(form) if form else COMPENSATION_RETRY
+
+
+_FAILURES = (Forward.REJECTED, Forward.FAILED, Forward.UNKNOWN)
+_ENDING_EVENTS = {
+    RunState.COMPLETED: "complete",
+    RunState.FAILED: "fail",
+    RunState.COMPENSATED: "compensate",
+    RunState.CANCELLED: "cancel",
+    RunState.TERMINATED: "terminate",
+    RunState.CONTINUED: "continue",
+}
+
+
+class Fold:
+    """A run as its journal tells it; `position` counts journal rows, `at` is the instant of the last one."""
+
+    def __init__(self, info: RunInfo) -> None:
+        self.info = info
+        self.position = 0
+        self.at = info.started
+        self.state = RunState.PENDING
+        self.steps: dict[str, Step] = {}
+        self.versions: dict[str, int] = {}
+        self.in_flight = 0
+        self.unsettled = 0
+        self.parked_keys: set[str] = set()
+        self.abandoned: list[Step] = []
+        self.late_steps: list[Step] = []
+        self.past_pivot = False
+        self.returned: Returned | None = None
+        self.raised: Error | None = None
+        self.stop: CancelAsked | DeadlinePassed | None = None
+        self.deadline_passed = False
+        self.rollback: RollbackBegan | None = None
+        self.parked: Parked | None = None
+        self.ended: Ended | None = None
+        self._entries = 0
+
+    def apply_row(self, at: datetime, entries: Iterable[Entry]) -> None:
+        """Fold one committed journal row.  Raises: IllegalTransition, and then nothing more can be relied on."""
+        for entry in entries:
+            self.apply(entry)
+        self.close_row(at)
+
+    def apply(self, entry: Entry) -> None:
+        """Fold one entry of the row that is being written."""
+        self._entries += 1
+        apply = _APPLY.get(type(entry))
+        if apply is not None:
+            apply(self, entry)
+
+    def close_row(self, at: datetime) -> None:
+        """End the row: count it, and settle whether the run is parked."""
+        self.position += 1
+        self.at = max(self.at, at)
+        if self.state in TERMINAL:
+            return
+        if self.state is RunState.PENDING:
+            self.state = move_run(self.state, "start")
+        if self.is_parked:
+            if self.state is not RunState.PARKED:
+                self.state = move_run(self.state, "park")
+        elif self.state is RunState.PARKED:
+            self.state = move_run(self.state, "roll back" if self.rollback else "go on")
+
+    # -- questions -----------------------------------------------------------------------------------------------------
+    @property
+    def is_parked(self) -> bool:
+        """Whether a person is needed and nothing of the run is in flight."""
+        return (self.parked is not None or bool(self.parked_keys)) and self.in_flight == 0
+
+    @property
+    def wants_code(self) -> bool:
+        """Whether saga code is to be resumed."""
+        return not (self.ended or self.rollback or self.parked or self.returned or self.raised)
+
+    @property
+    def pivot_in_flight(self) -> bool:
+        return any(step.is_pivot and not step.settled for step in self.steps.values())
+
+    # -- one function an entry -----------------------------------------------------------------------------------------
+    def _asked(self, entry: Asked) -> None:
+        self.steps[entry.key] = Step(entry, self._entries)
+        self.in_flight += 1
+        self.unsettled += 1
+
+    def _count(self, step: Step, was: bool) -> None:
+        self.in_flight += step.in_flight - was
+
+    def _unpark(self, step: Step) -> None:
+        step.parked = ""
+        self.parked_keys.discard(step.key)
+
+    def _attempted(self, entry: Attempted) -> None:
+        step = self.steps[entry.key]
+        if entry.role == "undo":
+            step.undo_attempts = entry.attempt
+        elif entry.role == "probe":
+            step.probe_attempts = entry.attempt
+        else:
+            step.attempts = entry.attempt
+            step.doubt = step.doubt or entry.doubt
+            step.details = entry.details if entry.details is not None else step.details
+            step.quiet = max(step.quiet, entry.quiet)
+            step.error = entry.error
+
+    def _settled(self, entry: Settled) -> None:
+        step = self.steps[entry.key]
+        was = step.in_flight
+        step.forward = move_forward(step.forward, entry.outcome)
+        step.attempts = max(step.attempts, entry.attempt)
+        self._unpark(step)
+        self.unsettled -= 1
+        step.result = entry.result
+        step.error = entry.error
+        self._count(step, was)
+        if step.is_pivot and step.forward is Forward.SUCCEEDED:
+            self.past_pivot = True
+        if self.returned is not None and not step.abandoned and step.forward in _FAILURES:
+            self.raised = entry.error
+
+    def _probe_asked(self, entry: ProbeAsked) -> None:
+        step = self.steps[entry.key]
+        was = step.in_flight
+        step.forward = move_forward(step.forward, "probe")
+        self._unpark(step)
+        self._count(step, was)
+
+    def _undo_asked(self, entry: UndoAsked) -> None:
+        step = self.steps[entry.key]
+        was = step.in_flight
+        if not step.settled:
+            step.forward = move_forward(step.forward, "undo")
+        step.backward = move_backward(step.backward, "ask")
+        if entry.late:
+            step.late, step.late_due, step.result = entry.late, None, entry.result
+            self.late_steps.remove(step)
+            step.undo_budget_from = step.undo_attempts
+        self._count(step, was)
+
+    def _undone(self, entry: Undone) -> None:
+        step = self.steps[entry.key]
+        was = step.in_flight
+        step.backward = move_backward(step.backward, "skip" if entry.how == "skipped" else "done")
+        step.undo_attempts = max(step.undo_attempts, entry.attempt)
+        self._unpark(step)
+        self._count(step, was)
+
+    def _late(self, entry: Late) -> None:
+        step = self.steps[entry.key]
+        step.doubt = True
+        decided = step.backward is not Backward.NONE or step.forward in (Forward.UNKNOWN, Forward.REJECTED)
+        if decided and step.asked.undo is not None:
+            step.late_due = entry
+            self.late_steps.append(step)
+
+    def _abandoned(self, entry: Abandoned) -> None:
+        step = self.steps[entry.key]
+        step.abandoned = True
+        self.abandoned.append(step)
+
+    def _versioned(self, entry: Versioned) -> None:
+        self.versions[entry.key] = entry.number
+
+    def _returned(self, entry: Returned) -> None:
+        self.returned = entry
+
+    def _raised(self, entry: Raised) -> None:
+        self.raised = entry.error
+
+    def _cancel_asked(self, entry: CancelAsked) -> None:
+        self.stop = self.stop or entry
+
+    def _cancel_refused(self, entry: CancelRefused) -> None:
+        self.stop = None
+
+    def _deadline(self, entry: DeadlinePassed) -> None:
+        self.deadline_passed = True
+        self.stop = self.stop or entry
+
+    def _rollback(self, entry: RollbackBegan) -> None:
+        self.rollback = entry
+        self.parked = None
+        self.state = move_run(self.state, "roll back")
+
+    def _parked(self, entry: Parked) -> None:
+        if not entry.key:
+            self.parked = entry
+            return
+        step = self.steps[entry.key]
+        was = step.in_flight
+        if entry.role == "undo":
+            step.backward = move_backward(step.backward, "park")
+        else:
+            step.forward = move_forward(step.forward, "park")
+        step.parked = entry.role
+        self.parked_keys.add(step.key)
+        self._count(step, was)
+
+    def _operated(self, entry: Operated) -> None:
+        if entry.action != "retry":
+            return  # skip and resolve say the rest with a Settled, Undone or Returned entry
+        if not entry.key:
+            self.parked = self.raised = self.returned = None
+            return
+        step = self.steps[entry.key]
+        was, role = step.in_flight, step.parked
+        self._unpark(step)
+        if role == "undo":
+            step.backward = move_backward(step.backward, "retry")
+            step.undo_budget_from = step.undo_attempts
+        elif role == "probe":
+            step.forward = move_forward(step.forward, "probe")
+            step.probe_budget_from = step.probe_attempts
+        else:
+            step.forward = move_forward(step.forward, "retry")
+            step.budget_from = step.attempts
+        self._count(step, was)
+
+    def _ended(self, entry: Ended) -> None:
+        self.ended = entry
+        self.parked = None
+        self.state = move_run(self.state, _ENDING_EVENTS[RunState(entry.state)])
+
+
+_APPLY: dict[type, Callable[[Fold, Any], None]] = {
+    Asked: Fold._asked,
+    Attempted: Fold._attempted,
+    Settled: Fold._settled,
+    ProbeAsked: Fold._probe_asked,
+    UndoAsked: Fold._undo_asked,
+    Undone: Fold._undone,
+    Late: Fold._late,
+    Abandoned: Fold._abandoned,
+    Versioned: Fold._versioned,
+    Returned: Fold._returned,
+    Raised: Fold._raised,
+    CancelAsked: Fold._cancel_asked,
+    CancelRefused: Fold._cancel_refused,
+    DeadlinePassed: Fold._deadline,
+    RollbackBegan: Fold._rollback,
+    Parked: Fold._parked,
+    Operated: Fold._operated,
+    Ended: Fold._ended,
+}

@@ -1,0 +1,407 @@
+"""What a run remembers: entries (the journal), arrivals (the inbox) and work (what is due).
+
+Owns their shape and their JSON form.  Must never decide anything; see `turn`.
+Values inside are JSON already: encoding and decoding of arguments and results is the codec's.
+An entry is stored without the fields that have their default, so that a journal row stays short.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from datetime import datetime
+from typing import Any, ClassVar, Final
+
+Json = Any
+Error = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Undo:
+    """A compensation as it is armed: with it alone, without any saga code, the step can be undone.
+
+    `names` are parameters taken over from the arguments of the step, `args` are arguments of its own (``refund.s(7)``);
+    `result` tells that it takes the result of the step.
+    """
+
+    task: str
+    names: tuple[str, ...] = ()
+    args: Json = None
+    result: bool = False
+    queue: str = ""
+    timeout: float = 0.0
+    retry: list[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Saga code asked for something: the intent, committed before anything runs."""
+
+    tag: ClassVar[str] = "asked"
+    key: str
+    task: str
+    args: Json
+    kind: str = "step"  # step, once, child, signal, lock, map
+    effect: str = ""
+    undo: Undo | None = None
+    probe: str = ""
+    on_unknown: str = "compensate"
+    queue: str = ""
+    local: bool = False
+    retry: list[Any] | None = None
+    timeout: float = 0.0
+    heartbeat: float = 0.0
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Attempted:
+    """An attempt that ended without settling what it was for."""
+
+    tag: ClassVar[str] = "attempted"
+    key: str
+    attempt: int
+    error: Error
+    role: str = "do"
+    doubt: bool = True
+    worker: str = ""
+    began: str = ""
+    quiet: str = ""  # until then an effect of it may still land
+    details: Json = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What came of a step; delivered to saga code in the order of the journal."""
+
+    tag: ClassVar[str] = "settled"
+    key: str
+    outcome: str
+    attempt: int = 0
+    result: Json = None
+    error: Error | None = None
+    worker: str = ""
+    began: str = ""
+    by: str = ""  # probe, undo, or the operator's name
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeAsked:
+    """The provider is asked what became of a step in doubt."""
+
+    tag: ClassVar[str] = "probing"
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class UndoAsked:
+    """The undo of a step has begun: from here on no forward attempt of it can start."""
+
+    tag: ClassVar[str] = "undoing"
+    key: str
+    late: int = 0  # the attempt whose late effect is undone
+    result: Json = None
+
+
+@dataclass(frozen=True, slots=True)
+class Undone:
+    """The undo of a step has ended."""
+
+    tag: ClassVar[str] = "undone"
+    key: str
+    attempt: int = 0
+    how: str = "done"  # done, skipped, resolved
+    worker: str = ""
+    began: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """A success reported by an attempt that had lost its lease; it changed nothing, but its effect is there."""
+
+    tag: ClassVar[str] = "late"
+    key: str
+    attempt: int
+    result: Json = None
+    worker: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """Nobody waits for this step any more."""
+
+    tag: ClassVar[str] = "abandoned"
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Versioned:
+    """A version gate answered with this number."""
+
+    tag: ClassVar[str] = "version"
+    key: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The saga function returned; the run completes when nothing of it is outstanding."""
+
+    tag: ClassVar[str] = "returned"
+    output: Json
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """The saga function raised."""
+
+    tag: ClassVar[str] = "raised"
+    error: Error
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAsked:
+    """Somebody asked to stop and undo."""
+
+    tag: ClassVar[str] = "cancel"
+    by: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRefused:
+    """The point of no return was passed."""
+
+    tag: ClassVar[str] = "cancel refused"
+    cause: str = "cancel"
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """The run's deadline has passed."""
+
+    tag: ClassVar[str] = "deadline"
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackBegan:
+    """The decision to undo; saga code is not resumed any more."""
+
+    tag: ClassVar[str] = "rollback"
+    cause: str  # error, cancel, deadline, late
+    error: Error | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """Something needs a person; an empty key means the run as a whole."""
+
+    tag: ClassVar[str] = "parked"
+    key: str
+    role: str  # do, probe, undo, code, drift, pivot
+    why: str
+    error: Error | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Operated:
+    """An operator decided, with name and reason on record."""
+
+    tag: ClassVar[str] = "operator"
+    action: str  # retry, skip, resolve, pause, resume
+    key: str = ""
+    by: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Signalled:
+    """A signal reached the run; early ones are kept."""
+
+    tag: ClassVar[str] = "signal"
+    name: str
+    id: str
+    payload: Json = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeClosed:
+    """A block of saga code ended; with `undo`, what was done inside it is undone before it is left."""
+
+    tag: ClassVar[str] = "scope"
+    key: str
+    undo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PageMapped:
+    """A page of a fan-out was read or finished; its items live in their own table."""
+
+    tag: ClassVar[str] = "page"
+    key: str
+    page: int
+    done: int = 0
+    failed: int = 0
+    cursor: Json = None
+
+
+@dataclass(frozen=True, slots=True)
+class Continued:
+    """The run goes on with a fresh journal under the same id."""
+
+    tag: ClassVar[str] = "continue"
+    args: Json
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The run reached a terminal state."""
+
+    tag: ClassVar[str] = "ended"
+    state: str
+    left: tuple[Json, ...] = ()
+
+
+Entry = (
+    Asked | Attempted | Settled | ProbeAsked | UndoAsked | Undone | Late | Abandoned | Versioned | Returned | Raised
+    | CancelAsked | CancelRefused | DeadlinePassed | RollbackBegan | Parked | Operated | Signalled | ScopeClosed
+    | PageMapped | Continued | Ended
+)  # fmt: skip
+
+
+# -- arrivals --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class AttemptEnded:
+    """A worker, or the pump for a worker that is gone, reports an attempt.
+
+    `verdict` is succeeded, rejected or doubt; `quiet` is the instant (ISO 8601, UTC) until which an effect may still
+    land because the attempt's process is not known dead; `pause` overrides the policy's pause, in seconds.
+    """
+
+    tag: ClassVar[str] = "outcome"
+    key: str
+    role: str
+    attempt: int
+    verdict: str
+    result: Json = None
+    error: Error | None = None
+    worker: str = ""
+    began: str = ""
+    quiet: str = ""
+    pause: float | None = None
+    details: Json = None
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The work of a key was taken back before any begin of it was committed, or between two attempts."""
+
+    tag: ClassVar[str] = "withdrawn"
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class LateSuccess:
+    """A success that the fence refused."""
+
+    tag: ClassVar[str] = "late"
+    key: str
+    role: str
+    attempt: int
+    result: Json = None
+    worker: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop and compensate."""
+
+    tag: ClassVar[str] = "cancel"
+    by: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Terminate:
+    """Stop and undo nothing."""
+
+    tag: ClassVar[str] = "terminate"
+    by: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Operate:
+    """Retry, skip or resolve a parked key; `value` is the result that an operator vouches for."""
+
+    tag: ClassVar[str] = "operate"
+    action: str
+    key: str = ""
+    by: str = ""
+    reason: str = ""
+    value: Json = None
+    no_effect: bool = False
+
+
+Arrival = AttemptEnded | Withdrawn | LateSuccess | Cancel | Terminate | Operate
+
+
+# -- work ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One thing that is due: an attempt of `key` in the role do, once, probe or undo.
+
+    `attempt` counts the attempts before this one.  `call` is all that a worker needs beyond its registered code:
+    ``a`` arguments, ``t`` timeout and ``h`` heartbeat timeout in seconds, ``x`` names of non-retryable errors,
+    ``d`` heartbeat details of the attempt before, ``i`` the idempotency key.
+    """
+
+    key: str
+    role: str
+    task: str
+    queue: str
+    call: Json
+    due: datetime | None = None
+    attempt: int = 0
+    local: bool = False
+    priority: int = 0
+
+
+_ENTRIES: Final[dict[str, type]] = {cls.tag: cls for cls in Entry.__args__}  # type: ignore[attr-defined]
+_ARRIVALS: Final[dict[str, type]] = {cls.tag: cls for cls in Arrival.__args__}  # type: ignore[attr-defined]
+_SHAPES: dict[type, list[tuple[str, Any]]] = {
+    cls: [(f.name, f.default) for f in fields(cls)] for cls in (*_ENTRIES.values(), *_ARRIVALS.values(), Undo)
+}
+
+
+def encode(value: Entry | Arrival) -> dict[str, Json]:
+    """Return the JSON form, without fields that have their default."""
+    form: dict[str, Json] = {"e": value.tag}
+    for name, default in _SHAPES[type(value)]:
+        field = getattr(value, name)
+        if default is MISSING or field != default:
+            form[name] = _encode_undo(field) if type(field) is Undo else field
+    return form
+
+
+def _encode_undo(undo: Undo) -> dict[str, Json]:
+    return {
+        name: getattr(undo, name)
+        for name, default in _SHAPES[Undo]
+        if default is MISSING or getattr(undo, name) != default
+    }
+
+
+def decode_entry(form: dict[str, Json]) -> Entry:
+    """Return the entry of a JSON form.  Raises: KeyError for a kind that this release does not know."""
+    known = dict(form)
+    cls = _ENTRIES[known.pop("e")]
+    undo = known.get("undo")
+    if cls is Asked and undo is not None:
+        known["undo"] = Undo(**{**undo, "names": tuple(undo.get("names", ()))})
+    return cls(**known)  # type: ignore[no-any-return]
+
+
+def decode_arrival(form: dict[str, Json]) -> Arrival:
+    """Return the arrival of a JSON form.  Raises: KeyError for a kind that this release does not know."""
+    known = dict(form)
+    return _ARRIVALS[known.pop("e")](**known)  # type: ignore[no-any-return]

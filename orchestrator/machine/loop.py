@@ -1,0 +1,175 @@
+"""A tiny deterministic event loop: stock asyncio code runs on it, journal time passes in it.
+
+Owns the order in which callbacks run: first in, first out; timers by due time, then by creation.  Must never touch a
+socket, a thread or a clock: whatever asyncio offers that needs one raises and names the durable replacement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import asyncio.queues
+import asyncio.tasks
+import contextlib
+import heapq
+import sys
+from asyncio import events
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextvars import Context
+from typing import Any
+
+from orchestrator.errors import UsageError
+from orchestrator.machine.keys import Branch
+
+_WAIT_FOR = asyncio.tasks.wait_for.__code__ if sys.version_info < (3, 12) else None
+_WAIT = asyncio.tasks._wait.__code__  # type: ignore[attr-defined]
+_QUEUE_GET = asyncio.queues.Queue.get.__code__
+_TASKS_FILE = asyncio.tasks.__file__
+_TIMER_SLACK = 1e-6  # journal time has microseconds; a timer is due within one of them
+
+
+class SagaTask(asyncio.Task[Any]):
+    """A task that knows its branch of the saga."""
+
+    branch: Branch
+
+
+class SagaLoop(asyncio.AbstractEventLoop):
+    """Run coroutines until they are quiet; time stands still between turns."""
+
+    def __init__(self) -> None:
+        self._ready: deque[asyncio.Handle] = deque()
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timer_count = 0
+        self._now = 0.0
+        self.failures: list[dict[str, Any]] = []
+
+    # -- driving ---------------------------------------------------------------------------------------------------
+    def run_until_quiet(self) -> None:
+        """Run callbacks until none is ready."""
+        outer = events._get_running_loop()
+        events._set_running_loop(self)
+        try:
+            while self._ready:
+                handle = self._ready.popleft()
+                if not handle._cancelled:  # type: ignore[attr-defined]
+                    with contextlib.suppress(SystemExit):  # its task keeps it as its exception
+                        handle._run()  # type: ignore[attr-defined]
+        finally:
+            events._set_running_loop(outer)
+
+    def advance_to(self, seconds: float) -> None:
+        """Let time pass to `seconds` since the start of the run and fire what falls due, in order."""
+        self._now = max(self._now, seconds)
+        while self._timers and self._timers[0][0] <= self._now + _TIMER_SLACK:
+            _, _, timer = heapq.heappop(self._timers)
+            if not timer.cancelled():
+                self._ready.append(timer)
+                self.run_until_quiet()
+
+    def next_timer(self) -> float | None:
+        """Return when the earliest timer is due, in seconds since the start of the run."""
+        while self._timers and self._timers[0][2].cancelled():
+            heapq.heappop(self._timers)
+        return self._timers[0][0] if self._timers else None
+
+    # -- what asyncio asks of a loop -----------------------------------------------------------------------------------
+    def time(self) -> float:
+        return self._now
+
+    def call_soon(
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        self._timer_count += 1
+        heapq.heappush(self._timers, (when, self._timer_count, timer))
+        return timer
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """Cancelled timers are dropped when they surface."""
+
+    def create_future(self) -> asyncio.Future[Any]:
+        self._refuse_unordered_waits(sys._getframe(1))
+        return asyncio.Future(loop=self)
+
+    @staticmethod
+    def _refuse_unordered_waits(frame: Any) -> None:
+        """asyncio's own wait and as_completed walk over sets, whose order differs from process to process."""
+        if frame.f_code is _WAIT:
+            raise UsageError("asyncio.wait() in a saga is not replayable; use saga.wait(), which keeps request order")
+        if frame.f_code is _QUEUE_GET and frame.f_back and frame.f_back.f_code.co_filename == _TASKS_FILE:
+            raise UsageError("asyncio.as_completed() in a saga is not replayable; use saga.as_completed()")
+
+    def create_task(
+        self, coro: Coroutine[Any, Any, Any], *, name: str | None = None, context: Context | None = None, **_: Any
+    ) -> asyncio.Task[Any]:
+        parent = asyncio.current_task(self)
+        if not isinstance(parent, SagaTask):
+            branch = Branch()
+        elif _WAIT_FOR is not None and _called_from(_WAIT_FOR):
+            branch = parent.branch  # Python 3.12 awaits in place here, so that 3.11 must give the same keys
+        else:
+            branch = parent.branch.child()
+        task = SagaTask(coro, loop=self, name=name or f"branch {branch.path}", context=context)
+        task.branch = branch
+        return task
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        self.failures.append(context)
+
+    def get_debug(self) -> bool:
+        return False
+
+    def is_running(self) -> bool:
+        return events._get_running_loop() is self
+
+    def is_closed(self) -> bool:
+        return False
+
+    def stop_timers(self) -> None:
+        """Forget everything that is planned; the loop is about to be dropped."""
+        self._timers.clear()
+        self._ready.clear()
+
+
+def _called_from(code: Any, depth: int = 5) -> bool:
+    frame = sys._getframe(2)
+    for _ in range(depth):
+        if frame is None:
+            return False
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _refusal(name: str, instead: str) -> Callable[..., Any]:
+    def refuse(self: SagaLoop, *args: Any, **kwargs: Any) -> Any:
+        raise UsageError(f"loop.{name}() cannot run inside a saga: {instead}")
+
+    refuse.__name__ = name
+    return refuse
+
+
+_IN_A_STEP = "saga code is replayed, so IO belongs into a step; `await saga.step(...)` or `await saga.once(name, fn)`"
+for _name in dir(asyncio.AbstractEventLoop):
+    if _name.startswith(("sock_", "create_", "connect_", "start_", "sendfile", "subprocess_", "getaddrinfo", "getnameinfo",
+                         "add_", "remove_", "run_", "call_soon_threadsafe")) and _name not in SagaLoop.__dict__:
+        setattr(SagaLoop, _name, _refusal(_name, _IN_A_STEP))
+
+
+def inside_saga() -> bool:
+    """Tell whether the calling code is saga code."""
+    return isinstance(events._get_running_loop(), SagaLoop)

@@ -1,0 +1,95 @@
+"""When a failed attempt is tried again, and what a step declares about its effect.
+
+Owns the arithmetic of retries and every default of it.  Must never look at a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from typing import Any
+
+from orchestrator.errors import DefinitionError
+
+
+class Effect(StrEnum):
+    """What a step does to the world outside, as its author declares it."""
+
+    NONE = "none"
+    """Read-only: nothing to undo, whatever happened."""
+    COMPENSATABLE = "compensatable"
+    """Undone by its compensation; implied by ``compensate=``."""
+    PIVOT = "pivot"
+    """The point of no return: once it succeeded the run only goes forward."""
+    RETRIABLE = "retriable"
+    """Succeeds if tried often enough; for steps after the pivot."""
+
+
+UNDECLARED = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """Say how often and when a step is tried again; the five fields are Temporal's.
+
+    The pause after the n-th failed attempt is ``initial_interval * backoff_coefficient ** (n - 1)``, at most
+    ``maximum_interval``.  `non_retryable_error_types` are exception classes, or names of them (a class matches its
+    subclasses too): an attempt that ends in one of them certainly had no effect, and is not tried again.
+
+    Raises: DefinitionError for values that make no sense.
+    """
+
+    initial_interval: timedelta = timedelta(seconds=1)
+    backoff_coefficient: float = 2.0
+    maximum_interval: timedelta = timedelta(minutes=1)
+    maximum_attempts: int = 5
+    non_retryable_error_types: tuple[type[BaseException] | str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.maximum_attempts < 1:
+            raise DefinitionError("RetryPolicy: maximum_attempts must be 1 or more; attempts are always bounded")
+        if self.initial_interval < timedelta(0) or self.maximum_interval < self.initial_interval:
+            raise DefinitionError("RetryPolicy: intervals must satisfy 0 <= initial_interval <= maximum_interval")
+        if self.backoff_coefficient < 1:
+            raise DefinitionError("RetryPolicy: backoff_coefficient must be 1.0 or more")
+
+    def delay(self, attempts: int) -> timedelta:
+        """Return the pause after `attempts` failed attempts (1 or more)."""
+        try:
+            seconds = self.initial_interval.total_seconds() * self.backoff_coefficient ** (attempts - 1)
+        except OverflowError:
+            return self.maximum_interval
+        return min(timedelta(seconds=min(seconds, 1e9)), self.maximum_interval)
+
+    @property
+    def error_names(self) -> tuple[str, ...]:
+        """The names of the non-retryable errors."""
+        return tuple(e if isinstance(e, str) else e.__name__ for e in self.non_retryable_error_types)
+
+    def refuses(self, class_names: Collection[str]) -> bool:
+        """Tell whether an error with these class names (its own and its bases') is not to be tried again."""
+        return any(name in class_names for name in self.error_names)
+
+    def encode(self) -> list[Any]:
+        """Return the journal form: seconds, coefficient, seconds, attempts, names."""
+        return [
+            self.initial_interval.total_seconds(),
+            self.backoff_coefficient,
+            self.maximum_interval.total_seconds(),
+            self.maximum_attempts,
+            list(self.error_names),
+        ]
+
+    @classmethod
+    def decode(cls, form: list[Any]) -> RetryPolicy:
+        """Return the policy of a journal form."""
+        initial, coefficient, maximum, attempts, names = form
+        return cls(timedelta(seconds=initial), coefficient, timedelta(seconds=maximum), attempts, tuple(names))
+
+
+STEP_RETRY = RetryPolicy()
+# 1 s doubling to 10 min reaches 24 hours at the 153rd attempt; then an operator is asked.
+COMPENSATION_RETRY = RetryPolicy(maximum_interval=timedelta(minutes=10), maximum_attempts=153)
+START_TO_CLOSE = timedelta(minutes=5)

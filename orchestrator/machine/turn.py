@@ -1,0 +1,208 @@
+"""A turn: (saga function, journal, arrivals, now) -> (new entries, wanted work, state).
+
+Owns the order of things within a turn.  Must never do IO: it is computed before the transaction that commits it, and
+an `Execution` whose commit failed, or may have failed, is thrown away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from orchestrator.errors import DefinitionError, UsageError, describe_exception
+from orchestrator.machine.code import SagaCode, settled_keys
+from orchestrator.machine.decide import Decisions
+from orchestrator.machine.fold import Fold, RunInfo
+from orchestrator.machine.journal import (
+    Abandoned,
+    Arrival,
+    Asked,
+    DeadlinePassed,
+    Entry,
+    Json,
+    Late,
+    Parked,
+    Raised,
+    Returned,
+    Withdrawn,
+    Work,
+)
+from orchestrator.machine.states import TERMINAL, RunState
+
+CODE_ERRORS = (
+    TypeError, NameError, AttributeError, ImportError, AssertionError, KeyError, IndexError, UsageError, DefinitionError,
+)  # fmt: skip
+
+
+class CodeError(Exception):
+    """Tell that the saga function itself is wrong; `error` describes it."""
+
+    def __init__(self, error: dict[str, Json]) -> None:
+        super().__init__(str(error.get("message")))
+        self.error = error
+
+
+@dataclass(slots=True)
+class Turn:
+    """What one turn wants committed, all together or not at all.
+
+    `at` is the instant of the journal row, `wake` when the run needs its next turn by itself (None: never).
+    """
+
+    position: int
+    at: datetime
+    entries: list[Entry]
+    work: list[Work]
+    withdraw: list[str]
+    corrections: list[Late]
+    state: RunState
+    wake: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """The author's side of a saga: makes the main coroutine for an input; says what a code error means."""
+
+    main: Callable[[Json], Coroutine[Any, Any, Json]]
+    code_errors_park: bool = True
+
+
+class Execution:
+    """A run as one process knows it: its fold, and its live coroutine if it has one.
+
+    A run of n steps costs O(n) however its turns are spread over processes: every journal row is folded once here, and
+    saga code is resumed from where it stopped.
+    """
+
+    def __init__(self, info: RunInfo, script: Script) -> None:
+        self.info = info
+        self.fold = Fold(info)
+        self.script = script
+        self.code: SagaCode | None = None
+        self.wake: datetime | None = None
+        self._delivered: list[tuple[datetime, list[str]]] = []
+        self._undelivered: list[tuple[datetime, list[str]]] = []
+
+    def catch_up(self, rows: Iterable[tuple[datetime, list[Entry]]]) -> None:
+        """Fold journal rows that were committed elsewhere."""
+        for at, entries in rows:
+            self.fold.apply_row(at, entries)
+            self._undelivered.append((at, settled_keys(entries)))
+
+    def turn(self, arrivals: Iterable[Arrival], now: datetime, park: Parked | None = None) -> Turn:
+        """Compute the next turn at `now` (aware UTC; never earlier than the turn before).
+
+        With `park` saga code is left alone and the run is parked instead.  Raises: DriftError, CodeError; then nothing
+        of this execution may be committed, and it is to be loaded again.
+        """
+        fold = self.fold
+        at = max(now, fold.at)
+        decisions = _Recorder(fold, at)
+        for arrival in arrivals:
+            decisions.take(arrival)
+        if park is not None and fold.wants_code:
+            decisions.record(park)
+        deadline = self.info.deadline
+        if deadline and at >= deadline and not fold.deadline_passed and fold.state not in TERMINAL:
+            decisions.record(DeadlinePassed())
+        self._undelivered.append((at, settled_keys(decisions.entries)))
+        decisions.conclude()
+        if fold.wants_code:
+            self._run_code(decisions)
+            decisions.withdraw_unborn()
+            decisions.conclude()
+        elif self.code is not None:
+            self._drop_code()
+        position = fold.position
+        fold.close_row(at)
+        self.wake = self._next_wake()
+        return Turn(
+            position, at, decisions.entries, decisions.work, decisions.withdraw, decisions.corrections, fold.state, self.wake
+        )
+
+    def function_of(self, key: str) -> Callable[[], Any] | None:
+        """Return the function of an outstanding ``saga.once``, resuming the coroutine as far as it is known."""
+        if self.code is None or self._undelivered:
+            self._resume(_Recorder(self.fold, self.fold.at))
+        return self.code.function_of(key) if self.code else None
+
+    def discard(self) -> None:
+        """Drop the live coroutine without recording anything."""
+        if self.code is not None:
+            self.code.discard()
+            self.code = None
+
+    def _resume(self, decisions: _Recorder) -> SagaCode:
+        if self.code is None:
+            self.code = SagaCode(lambda: self.script.main(self.info.input), self.fold)
+        rows, self._undelivered = self._undelivered, []
+        self._delivered.extend(rows)
+        self.code.resume(rows, decisions)
+        return self.code
+
+    def _run_code(self, decisions: _Recorder) -> None:
+        code = self._resume(decisions)
+        if not code.ended:
+            return
+        code.cancel_branches()
+        output, error = code.outcome()
+        self._drop_code()
+        if error is None:
+            decisions.record(Returned(output))
+        elif self.script.code_errors_park and is_code_error(error):
+            raise CodeError(describe_exception(error))
+        else:
+            decisions.record(Raised(describe_exception(error)))
+
+    def _drop_code(self) -> None:
+        self.discard()
+        self._undelivered = self._delivered + self._undelivered
+        self._delivered = []
+
+    def _next_wake(self) -> datetime | None:
+        wake = None
+        fold = self.fold
+        if fold.state in TERMINAL:
+            return None
+        if self.code is not None and (seconds := self.code.loop.next_timer()) is not None:
+            wake = self.info.started + timedelta(microseconds=math.ceil(seconds * 1_000_000))
+        deadline = None if fold.deadline_passed else self.info.deadline
+        return min(filter(None, (wake, deadline)), default=None)
+
+
+class _Recorder(Decisions):
+    """Decisions that saga code adds to."""
+
+    def record(self, entry: Entry) -> None:
+        super().record(entry)
+        if type(entry) is Asked:
+            self.work.append(self.do_work(self.fold.steps[entry.key]))
+
+    def abandon(self, key: str) -> None:
+        """Give up a request whose branch was cancelled."""
+        self.record(Abandoned(key))
+        self.withdraw.append(key)
+
+    def withdraw_unborn(self) -> None:
+        """What was asked for and given up within one turn never becomes work."""
+        forward = {work.key for work in self.work if work.role in ("do", "once")}
+        unborn = [key for key in self.withdraw if key in forward]
+        if not unborn:
+            return
+        self.work = [work for work in self.work if work.key not in unborn]
+        self.withdraw = [key for key in self.withdraw if key not in unborn]
+        for key in unborn:
+            self.take(Withdrawn(key))
+
+
+def is_code_error(error: BaseException) -> bool:
+    """Tell whether `error` says that saga code is wrong, not that the run went wrong."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(is_code_error(inner) for inner in error.exceptions)
+    return isinstance(error, CODE_ERRORS) or (
+        isinstance(error, asyncio.CancelledError) is False and not isinstance(error, Exception)
+    )

@@ -1,0 +1,338 @@
+"""Steps: ordinary functions that become Celery tasks and remember how they are undone.
+
+Owns what an author declares about a step.  Must never import Celery or touch the database: an `Orchestrator` binds the
+declared steps to its Celery app.
+"""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
+
+from orchestrator.codec import FunctionCodec, Json
+from orchestrator.errors import DefinitionError, UsageError
+from orchestrator.machine.journal import Undo
+from orchestrator.machine.loop import inside_saga
+from orchestrator.machine.policy import START_TO_CLOSE, Effect, RetryPolicy
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+C = TypeVar("C")
+OnUnknown = Literal["compensate", "probe", "park"]
+
+
+class BoundTask(Protocol):
+    """The Celery task that a step was registered as."""
+
+    name: str
+
+    def delay(self, *args: Any, **kwargs: Any) -> Any: ...
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any: ...
+    def s(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOptions:
+    """Everything that is declared about a step; see `step` for the meaning of each."""
+
+    queue: str = ""
+    priority: int = 0
+    effect: Effect | None = None
+    compensate: Any = None
+    on_unknown: OnUnknown | None = None
+    retry: RetryPolicy | None = None
+    start_to_close_timeout: timedelta = START_TO_CLOSE
+    heartbeat_timeout: timedelta | None = None
+    transactional: bool = False
+    local: bool = False
+    key: str = ""
+    celery: dict[str, Any] = field(default_factory=dict)
+
+
+class Step(Generic[P, R]):
+    """A declared step: call it like the function it is, hand it to ``saga.step``, or ``delay`` it like a Celery task."""
+
+    def __init__(self, function: Callable[..., Any], name: str, options: StepOptions) -> None:
+        self.function = function
+        self.name = name
+        self.options = options
+        self.codec = FunctionCodec(function, skip=1 if options.transactional else 0, what=name)
+        self.probe_step: Step[Any, Any] | None = None
+        self.bound: BoundTask | None = None
+        self.__name__ = getattr(function, "__name__", name)
+        self.__doc__ = function.__doc__
+        self.__module__ = function.__module__
+        self.__wrapped__ = function
+        self._undo: Undo | None = None
+        _check_options(self)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if inside_saga():
+            raise UsageError(f"{self.name} was called directly in saga code; write `await saga.step({self.__name__}, ...)`")
+        return cast(R, self.function(*args, **kwargs))
+
+    def __repr__(self) -> str:
+        return f"<step {self.name}>"
+
+    def probe(self, function: Callable[..., C]) -> Step[..., C]:
+        """Register `function` as the way to ask the provider what became of this step.
+
+        It takes the parameters of the step (or fewer, by name), returns the step's result if the effect is there and
+        None if it certainly is not.  Raises: DefinitionError for a parameter that the step does not have.
+        """
+        probe: Step[..., C] = Step(function, _task_name(function), replace(_PROBE_OPTIONS, queue=self.options.queue))
+        _check_parameters(probe, self, "probe", also=())
+        self.probe_step = probe
+        registry.add(probe)
+        return probe
+
+    def with_options(self, **changes: Any) -> Step[P, R]:
+        """Return this step with other options for one call; `key` names the call itself."""
+        try:
+            options = replace(self.options, **changes)
+        except TypeError as error:
+            raise DefinitionError(f"with_options() of step {self.name}: {error}") from None
+        if "compensate" in changes and "effect" not in changes and self.options.effect is Effect.COMPENSATABLE:
+            options = replace(options, effect=None)
+        step = copy.copy(self)
+        step.options, step._undo = options, None
+        _check_options(step)
+        return step
+
+    # -- as a Celery task ----------------------------------------------------------------------------------------------
+    @property
+    def task(self) -> BoundTask:
+        """The registered Celery task.  Raises: UsageError if no Orchestrator was bound to an app."""
+        if self.bound is None:
+            raise UsageError(f"step {self.name} belongs to no Celery app yet; create `Orchestrator(app)` first")
+        return self.bound
+
+    def delay(self, *args: Any, **kwargs: Any) -> Any:
+        """Send it as a plain Celery task, outside of any saga."""
+        return self.task.delay(*args, **kwargs)
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Send it as a plain Celery task with Celery's options, outside of any saga."""
+        return self.task.apply_async(args, kwargs, **options)
+
+    def s(self, *args: Any, **kwargs: Any) -> Any:
+        """Return a signature: Celery's, or before an app is bound a mapping of the same shape."""
+        return self.bound.s(*args, **kwargs) if self.bound else {"task": self.name, "args": args, "kwargs": kwargs}
+
+    # -- what the machine is told --------------------------------------------------------------------------------------
+    @property
+    def effect(self) -> str:
+        """The declared effect, or the empty string."""
+        if self.options.effect is not None:
+            return self.options.effect
+        return Effect.COMPENSATABLE if self.options.compensate is not None else ""
+
+    @property
+    def on_unknown(self) -> OnUnknown:
+        """What happens when the outcome is unknown."""
+        return self.options.on_unknown or ("probe" if self.probe_step else "compensate")
+
+    def arm(self, args: dict[str, Json]) -> Undo | None:
+        """Return the compensation of a call with these encoded arguments."""
+        if self.options.compensate is None:
+            return None
+        if self._undo is None:
+            self._undo = _undo_of(self)
+        missing = [name for name in self._undo.names if name not in args]
+        if not missing:
+            return self._undo
+        known = self.codec.encode_defaults(missing)
+        return replace(self._undo, names=(), args={n: args.get(n, known.get(n)) for n in self._undo.names})
+
+
+_PROBE_OPTIONS = StepOptions(effect=Effect.NONE)
+
+
+# -- declaring ---------------------------------------------------------------------------------------------------------
+class Registry:
+    """All steps declared in this process, by task name."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, Step[Any, Any]] = {}
+        self._listeners: list[Callable[[Step[Any, Any]], None]] = []
+
+    def add(self, step: Step[Any, Any]) -> None:
+        """Add `step`, and tell whoever binds steps to an app."""
+        self.steps[step.name] = step
+        for listener in self._listeners:
+            listener(step)
+
+    def listen(self, listener: Callable[[Step[Any, Any]], None]) -> None:
+        """Call `listener` for every step declared so far and from now on."""
+        self._listeners.append(listener)
+        for step in list(self.steps.values()):
+            listener(step)
+
+
+registry = Registry()
+
+
+def _task_name(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__name__}"
+
+
+def _check_options(step: Step[Any, Any]) -> None:
+    options = step.options
+    if options.transactional and options.local:
+        raise DefinitionError(f"step {step.name}: local=True and transactional=True exclude each other")
+    if options.start_to_close_timeout <= timedelta(0):
+        raise DefinitionError(f"step {step.name}: start_to_close_timeout must be positive; it is never unlimited")
+    if options.effect is Effect.NONE and options.compensate is not None:
+        raise DefinitionError(f"step {step.name}: Effect.NONE says there is nothing to undo, yet compensate= is given")
+    if options.effect is Effect.PIVOT and options.compensate is not None:
+        raise DefinitionError(f"step {step.name}: a pivot is the point of no return and cannot have compensate=")
+    if options.compensate is not None:
+        _undo_of(step)
+
+
+def _check_parameters(other: Step[Any, Any], step: Step[Any, Any], what: str, also: tuple[str, ...]) -> None:
+    unknown = [name for name in other.codec.parameters if name not in (*step.codec.parameters, *also)]
+    if unknown:
+        raise DefinitionError(
+            f"the {what} {other.name} takes {', '.join(unknown)}, which step {step.name} does not have "
+            f"(it has {', '.join(step.codec.parameters) or 'no parameters'}"
+            f"{', and ' + ', '.join(also) if also else ''}); rename the parameter, or give full arguments"
+        )
+
+
+def _undo_of(step: Step[Any, Any]) -> Undo:
+    other = step.options.compensate
+    if isinstance(other, Step):
+        _check_parameters(other, step, "compensation", also=("result",))
+        return _named_undo(other)
+    if isinstance(other, dict) and "task" in other:  # a signature: arguments of its own
+        declared = registry.steps.get(other["task"])
+        args, kwargs = tuple(other.get("args") or ()), dict(other.get("kwargs") or {})
+        codec = declared.codec if declared else legacy_codec
+        encoded = codec.encode_call(args, kwargs)
+        undo = _named_undo(declared) if declared else Undo(other["task"])
+        return replace(undo, names=(), args=encoded, result=undo.result and "result" not in encoded)
+    if hasattr(other, "run") and hasattr(other, "name"):  # a plain Celery task takes parameters by name as well
+        return _named_undo(Step(other.run, other.name, StepOptions(queue=getattr(other, "queue", "") or "")))
+    raise DefinitionError(
+        f"step {step.name}: compensate= takes a step, a Celery task or a signature like `refund.s(...)`, not {other!r:.80}"
+    )
+
+
+def _named_undo(other: Step[Any, Any]) -> Undo:
+    options = other.options
+    timeout = options.start_to_close_timeout.total_seconds() if options.start_to_close_timeout != START_TO_CLOSE else 0.0
+    return Undo(
+        task=other.name,
+        names=tuple(name for name in other.codec.parameters if name != "result"),
+        result="result" in other.codec.parameters,
+        queue=options.queue,
+        timeout=timeout,
+        retry=options.retry.encode() if options.retry else None,
+    )
+
+
+def _legacy(*args: Any, **kwargs: Any) -> Any:
+    """The shape of a Celery task that was not declared as a step."""
+
+
+legacy_codec = FunctionCodec(_legacy, what="the Celery task")
+
+
+# -- while a step runs -------------------------------------------------------------------------------------------------
+@dataclass(slots=True)
+class StepContext:
+    """What a running step may know about itself; `deadline` is an aware UTC instant."""
+
+    run_id: str
+    key: str
+    attempt: int
+    idempotency_key: str
+    deadline: datetime
+    heartbeat_details: Json = None
+    beat: Callable[[Json], None] | None = None
+    starts: int = 0
+
+    def heartbeat(self, details: Json = None) -> None:
+        """Tell that the step is alive, and keep `details` for the next attempt.
+
+        Raises: StepStopped if the result is not wanted any more; let it pass.
+        """
+        if self.beat is not None:
+            self.beat(details)
+
+
+class StepStopped(Exception):
+    """Raised by ``heartbeat`` when the run was cancelled or this attempt was given up; clean up and let it pass."""
+
+
+_current: ContextVar[StepContext | None] = ContextVar("orchestrator_step", default=None)
+
+
+class _StepDecorator:
+    """``@step`` and ``step.current()``."""
+
+    @overload
+    def __call__(self, function: Callable[P, Awaitable[R]], /) -> Step[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Step[P, R]: ...
+    @overload
+    def __call__(
+        self, /, *, transactional: Literal[True], **options: Any
+    ) -> Callable[[Callable[Concatenate[C, P], R]], Step[P, R]]: ...
+    @overload
+    def __call__(self, /, **options: Any) -> Callable[[Callable[P, R]], Step[P, R]]: ...
+    def __call__(self, function: Any = None, /, **options: Any) -> Any:
+        """Declare a function as a step.
+
+        Options: `queue`, `priority`; `compensate` (a step taking, by name, any of this step's parameters and ``result``,
+        or a signature); `effect`; `on_unknown` (compensate, probe or park); `retry`; `start_to_close_timeout`,
+        `heartbeat_timeout` (timedelta); `transactional` (the first parameter is a connection; its writes commit with the
+        step's completion); `local` (runs in the worker that drives the saga); `name`.  Any other option is Celery's own.
+        Raises: DefinitionError at import.
+        """
+        if function is not None:
+            return _declare(function, {})
+        return lambda function: _declare(function, options)
+
+    def current(self) -> StepContext:
+        """Return the running step's context; outside of a saga a stand-in with a fresh idempotency key."""
+        context = _current.get()
+        if context is None:
+            deadline = datetime.now(UTC) + START_TO_CLOSE
+            context = StepContext("", "", 1, f"direct:{uuid.uuid4()}", deadline)
+        return context
+
+
+def _declare(function: Callable[..., Any], options: dict[str, Any]) -> Step[Any, Any]:
+    own = {name: options.pop(name) for name in tuple(options) if name in StepOptions.__dataclass_fields__}
+    name = options.pop("name", None) or _task_name(function)
+    own["celery"] = refuse_or_keep(name, options)
+    declared: Step[Any, Any] = Step(function, name, StepOptions(**own))
+    registry.add(declared)
+    return declared
+
+
+def refuse_or_keep(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the Celery task options that have a meaning here.  Raises: DefinitionError for one that has none."""
+    for option, instead in REFUSED_OPTIONS.items():
+        if option in options:
+            raise DefinitionError(f"step {name}: Celery's {option}= does not apply to a step; {instead}")
+    return options
+
+
+REFUSED_OPTIONS = {
+    "bind": "use `step.current()` for the attempt and `celery.current_task` for the request",
+    "time_limit": "use start_to_close_timeout=",
+    "soft_time_limit": "use start_to_close_timeout=",
+    "acks_late": "doorbells carry no work, so there is nothing to acknowledge late",
+    "serializer": "payloads are JSON, encoded from the annotations",
+}
+
+step = _StepDecorator()
