@@ -39,6 +39,7 @@ __all__ = [
     "SchemaError",
     "StepFailed",
     "StoreUnavailableError",
+    "UnknownRunError",
     "UnknownSagaError",
     "UsageError",
     "describe_exception",
@@ -58,9 +59,7 @@ class OrchestratorError(Exception):
         return _rebuild, (type(self), self.args, dict(self.__dict__))
 
 
-def _rebuild(
-    kind: type[OrchestratorError], args: tuple[Any, ...], state: dict[str, Any]
-) -> OrchestratorError:
+def _rebuild(kind: type[OrchestratorError], args: tuple[Any, ...], state: dict[str, Any]) -> OrchestratorError:
     error = kind.__new__(kind, *args)
     error.__dict__.update(state)
     return error
@@ -143,6 +142,10 @@ class UnknownSagaError(OrchestratorError):
     """Report a saga, a saga version or a run that is not known under that name."""
 
 
+class UnknownRunError(OrchestratorError):
+    """Name a run id that the database does not have."""
+
+
 class PayloadError(OrchestratorError):
     """Refuse a value that cannot be stored, or stored text that is no longer a valid value."""
 
@@ -209,8 +212,4 @@ def _storable(text: object, limit_bytes: int, *, keep_end: bool = False) -> str:
     if len(raw) <= limit_bytes:
         return raw.decode()
     room = limit_bytes - 3
-    return (
-        "..." + raw[-room:].decode(errors="ignore")
-        if keep_end
-        else raw[:room].decode(errors="ignore") + "..."
-    )
+    return "..." + raw[-room:].decode(errors="ignore") if keep_end else raw[:room].decode(errors="ignore") + "..."

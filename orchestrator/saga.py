@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
-from orchestrator.codec import FunctionCodec, Json, encode_any
+from orchestrator.codec import FunctionCodec, Json, check, encode_any
 from orchestrator.errors import DefinitionError, PayloadError, StepFailed, UnknownSagaError, UsageError
 from orchestrator.machine.code import Request, SagaCode
 from orchestrator.machine.fold import Step as StepRecord
@@ -39,7 +39,9 @@ __all__ = [
 class Starter(Protocol):
     """Starts runs; an `Orchestrator` provides it."""
 
-    def start(self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Any: ...
+    def start(
+        self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+    ) -> Any: ...
     async def astart(
         self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
     ) -> Any: ...
@@ -133,7 +135,9 @@ class Saga(Generic[P, R]):
             args, kwargs = self.codec.decode_call(encoded)
         except PayloadError as error:
             raise DefinitionError(f"the recorded input no longer fits {self.name}: {error}") from error
-        return self.codec.encode_result(await self.function(*args, **kwargs))
+        output = self.codec.encode_result(await self.function(*args, **kwargs))
+        check(output, what=f"the result of {self.name}")
+        return output
 
 
 # -- declaring -----------------------------------------------------------------------------------------------------------
@@ -160,7 +164,9 @@ class Registry:
         """Return the highest version of a saga.  Raises: UnknownSagaError."""
         versions = [saga for (other, _), saga in self.sagas.items() if other == name]
         if not versions:
-            raise UnknownSagaError(f"no saga named {name!r} is registered here; known: {', '.join(self.names) or 'none'}")
+            raise UnknownSagaError(
+                f"no saga named {name!r} is registered here; known: {', '.join(self.names) or 'none'}"
+            )
         return max(versions, key=lambda saga: saga.options.version)
 
     @property
@@ -232,7 +238,9 @@ def step(task: Any, /, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
     """
     code = _code("step")
     if isinstance(task, Step):
-        return code.ask(_request(task, task.codec.encode_call(args, kwargs), code))
+        encoded = task.codec.encode_call(args, kwargs)
+        check(encoded, what=f"the arguments of {task.name}")
+        return code.ask(_request(task, encoded, code))
     return code.ask(_legacy_request(task, args, kwargs, code))
 
 
@@ -240,15 +248,16 @@ def _request(task: Step[Any, Any], args: dict[str, Json], code: SagaCode) -> Req
     return Request(
         name=task.name,
         key=task.options.key,
-        asked=functools.partial(_asked, task, args),
+        asked=functools.partial(_asked, task, args, code.fold.info.queue),
         same=functools.partial(_same, task, args),
         decode=functools.partial(_decode, task),
         failure=functools.partial(_failure, code.fold.info.id),
     )
 
 
-def _asked(task: Step[Any, Any], args: dict[str, Json], key: str) -> Asked:
+def _asked(task: Step[Any, Any], args: dict[str, Json], run_queue: str, key: str) -> Asked:
     options = task.options
+    queue = "" if task.options.local or task.queue == run_queue else task.queue
     heartbeat = options.heartbeat_timeout
     timeout = options.start_to_close_timeout
     return Asked(
@@ -259,8 +268,9 @@ def _asked(task: Step[Any, Any], args: dict[str, Json], key: str) -> Asked:
         undo=task.arm(args),
         probe=task.probe_step.name if task.probe_step else "",
         on_unknown=task.on_unknown,
-        queue=options.queue,
+        queue=queue,
         local=options.local,
+        transactional=options.transactional,
         retry=options.retry.encode() if options.retry else None,
         timeout=timeout.total_seconds() if timeout != START_TO_CLOSE else 0.0,
         heartbeat=heartbeat.total_seconds() if heartbeat else 0.0,
@@ -293,7 +303,9 @@ def _legacy_request(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any], co
     """A Celery task that was not declared as a step, or a signature of one."""
     if isinstance(task, dict) and task.get("task"):
         if task.get("subtask_type"):
-            raise UsageError(f"a {task['subtask_type']} is not a step of a saga in this release; ask for its tasks one by one")
+            raise UsageError(
+                f"a {task['subtask_type']} is not a step of a saga in this release; ask for its tasks one by one"
+            )
         name, options = task["task"], dict(task.get("options") or {})
         args, kwargs = (*args, *task.get("args", ())), {**(task.get("kwargs") or {}), **kwargs}
     elif hasattr(task, "run") and isinstance(getattr(task, "name", None), str):
@@ -306,7 +318,9 @@ def _legacy_request(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any], co
         declared = declared.with_options(queue=queue) if queue else declared
         return _request(declared, declared.codec.encode_call(args, kwargs), code)
     stand_in = _LegacyStep(name, StepOptions(queue=options.get("queue") or ""))
-    return _request(stand_in, legacy_codec.encode_call(args, kwargs), code)
+    encoded = legacy_codec.encode_call(args, kwargs)
+    check(encoded, what=f"the arguments of {name}")
+    return _request(stand_in, encoded, code)
 
 
 class _LegacyStep(Step[Any, Any]):

@@ -62,11 +62,7 @@ class Settings(BaseModel):
             ConfigurationError: the database URL is missing or a setting cannot be read.
         """
         source = os.environ if environment is None else environment
-        given = {
-            name: source[PREFIX + name.upper()]
-            for name in cls.model_fields
-            if source.get(PREFIX + name.upper())
-        }
+        given = {name: source[PREFIX + name.upper()] for name in cls.model_fields if source.get(PREFIX + name.upper())}
         given |= {name: value for name, value in overrides.items() if value is not None}
         if not given.get("database_url"):
             raise ConfigurationError(

@@ -73,9 +73,15 @@ class Step(Generic[P, R]):
         _check_options(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if inside_saga():
-            raise UsageError(f"{self.name} was called directly in saga code; write `await saga.step({self.__name__}, ...)`")
+        self._refuse_in_saga("called")
         return cast(R, self.function(*args, **kwargs))
+
+    def _refuse_in_saga(self, what: str) -> None:
+        if inside_saga():
+            done = what if what == "called" else f"sent with {what}()"
+            raise UsageError(
+                f"{self.name} was {done} directly in saga code; write `await saga.step({self.__name__}, ...)`"
+            )
 
     def __repr__(self) -> str:
         return f"<step {self.name}>"
@@ -114,11 +120,13 @@ class Step(Generic[P, R]):
         return self.bound
 
     def delay(self, *args: Any, **kwargs: Any) -> Any:
-        """Send it as a plain Celery task, outside of any saga."""
+        """Send it as a plain Celery task, outside of any saga.  Raises: UsageError in saga code."""
+        self._refuse_in_saga("delay")
         return self.task.delay(*args, **kwargs)
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
-        """Send it as a plain Celery task with Celery's options, outside of any saga."""
+        """Send it as a plain Celery task with Celery's options, outside of any saga.  Raises: UsageError in saga code."""
+        self._refuse_in_saga("apply_async")
         return self.task.apply_async(args, kwargs, **options)
 
     def s(self, *args: Any, **kwargs: Any) -> Any:
@@ -132,6 +140,11 @@ class Step(Generic[P, R]):
         if self.options.effect is not None:
             return self.options.effect
         return Effect.COMPENSATABLE if self.options.compensate is not None else ""
+
+    @property
+    def queue(self) -> str:
+        """The queue it is declared for, or that the app routes its task to."""
+        return self.options.queue or route(self.name)
 
     @property
     def on_unknown(self) -> OnUnknown:
@@ -176,6 +189,22 @@ class Registry:
 
 
 registry = Registry()
+_routes: dict[str, str] = {}
+_router: Callable[[str], str] = lambda name: ""  # noqa: E731
+
+
+def route(name: str) -> str:
+    """Return the queue that the bound app routes a task to; the empty string before an app is bound."""
+    if name not in _routes:
+        _routes[name] = _router(name)
+    return _routes[name]
+
+
+def set_router(router: Callable[[str], str]) -> None:
+    """Let the bound app say where tasks go."""
+    global _router
+    _router = router
+    _routes.clear()
 
 
 def _task_name(function: Callable[..., Any]) -> str:
@@ -227,12 +256,14 @@ def _undo_of(step: Step[Any, Any]) -> Undo:
 
 def _named_undo(other: Step[Any, Any]) -> Undo:
     options = other.options
-    timeout = options.start_to_close_timeout.total_seconds() if options.start_to_close_timeout != START_TO_CLOSE else 0.0
+    timeout = (
+        options.start_to_close_timeout.total_seconds() if options.start_to_close_timeout != START_TO_CLOSE else 0.0
+    )
     return Undo(
         task=other.name,
         names=tuple(name for name in other.codec.parameters if name != "result"),
         result="result" in other.codec.parameters,
-        queue=options.queue,
+        queue=other.queue,
         timeout=timeout,
         retry=options.retry.encode() if options.retry else None,
     )
@@ -258,6 +289,7 @@ class StepContext:
     heartbeat_details: Json = None
     beat: Callable[[Json], None] | None = None
     starts: int = 0
+    connection: Any = None
 
     def heartbeat(self, details: Json = None) -> None:
         """Tell that the step is alive, and keep `details` for the next attempt.
@@ -272,7 +304,7 @@ class StepStopped(Exception):
     """Raised by ``heartbeat`` when the run was cancelled or this attempt was given up; clean up and let it pass."""
 
 
-_current: ContextVar[StepContext | None] = ContextVar("orchestrator_step", default=None)
+current_step: ContextVar[StepContext | None] = ContextVar("orchestrator_step", default=None)
 
 
 class _StepDecorator:
@@ -303,7 +335,7 @@ class _StepDecorator:
 
     def current(self) -> StepContext:
         """Return the running step's context; outside of a saga a stand-in with a fresh idempotency key."""
-        context = _current.get()
+        context = current_step.get()
         if context is None:
             deadline = datetime.now(UTC) + START_TO_CLOSE
             context = StepContext("", "", 1, f"direct:{uuid.uuid4()}", deadline)

@@ -107,9 +107,7 @@ class Parked(RunEvent):
     reason: str
 
 
-Event: TypeAlias = (
-    RunStarted | RunFinished | StepStarted | StepFinished | AttemptFailed | UndoFinished | Parked
-)
+Event: TypeAlias = RunStarted | RunFinished | StepStarted | StepFinished | AttemptFailed | UndoFinished | Parked
 Observer: TypeAlias = Callable[[Event], None]
 
 _lock = threading.Lock()

@@ -81,9 +81,7 @@ class FunctionCodec:
             encoded[star] = [self._encode(star, values[star], value, from_json) for value in rest]
         if extra:
             star = f"**{self._star_star}"
-            encoded[star] = {
-                k: self._encode(f"{star}[{k}]", values[star], v, from_json) for k, v in extra.items()
-            }
+            encoded[star] = {k: self._encode(f"{star}[{k}]", values[star], v, from_json) for k, v in extra.items()}
         return encoded
 
     def encode_defaults(self, names: Iterable[str]) -> dict[str, Json]:

@@ -44,9 +44,7 @@ def dumps(value: Json, *, limit_bytes: int | None = None, what: str = "the value
         raw = to_json(value)
     except Exception as error:
         _inspect(value, what)
-        raise PayloadError(
-            f"{what} cannot be stored as JSON ({type(error).__name__}); pass plain data."
-        ) from error
+        raise PayloadError(f"{what} cannot be stored as JSON ({type(error).__name__}); pass plain data.") from error
     if limit_bytes is not None and len(raw) > limit_bytes:
         raise PayloadError(
             f"{what} takes {len(raw):,} bytes as JSON, the limit is {limit_bytes:,}. "
@@ -139,9 +137,7 @@ def _flaw(item: object, depth: int) -> str | None:
                 return f"is an integer of more than {MAX_INT_DIGITS:,} digits; pass it as text."
             return None
         case float():
-            return (
-                None if math.isfinite(item) else f"is {item!r}, which JSON does not have; pass None or text."
-            )
+            return None if math.isfinite(item) else f"is {item!r}, which JSON does not have; pass None or text."
         case dict() | list() | tuple() | set() | frozenset():
             if depth <= MAX_DEPTH:
                 return None

@@ -217,8 +217,6 @@ def reason(error: BaseException) -> str:
 def explain(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         flaws = error.errors(include_url=False, include_context=False, include_input=False)
-        told = [
-            ": ".join(filter(None, [".".join(map(short, flaw["loc"])), flaw["msg"]])) for flaw in flaws[:3]
-        ]
+        told = [": ".join(filter(None, [".".join(map(short, flaw["loc"])), flaw["msg"]])) for flaw in flaws[:3]]
         return "; ".join(told) + (f" and {len(flaws) - 3} more." if len(flaws) > 3 else ".")
     return f"{type(error).__name__}: {first_line(error)}."

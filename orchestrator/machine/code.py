@@ -93,7 +93,7 @@ class SagaCode:
         self._requests: dict[str, Request] = {}
         self._futures: dict[str, RequestFuture] = {}
         self._asked_again = 0
-        self._versions_again: set[str] = set()
+        self._old_gates: set[str] = set()
         self._undelivered: list[str] = []
         self._recorder: Recorder | None = None
         self._closed = False
@@ -103,15 +103,19 @@ class SagaCode:
     def resume(self, rows: Iterable[tuple[datetime, list[str]]], recorder: Recorder) -> None:
         """Let time pass and deliver what was settled, row by row.  Raises: DriftError."""
         self._recorder = recorder
-        if self._task is None:
-            self._task = self.loop.create_task(self._main())
-            self.loop.run_until_quiet()
         for at, settled in rows:
             self.loop.advance_to((at - self.fold.info.started).total_seconds())
+            self._begin()
             self._undelivered.extend(settled)
             self._deliver()
             self._check()
         self._check()
+
+    def _begin(self) -> None:
+        """Start the main coroutine, at the instant of the first row: a run may have waited long for its first turn."""
+        if self._task is None:
+            self._task = self.loop.create_task(self._main())
+            self.loop.run_until_quiet()
 
     def _check(self) -> None:
         if self.drift is not None:
@@ -163,7 +167,7 @@ class SagaCode:
 
     def cancel_branches(self) -> None:
         """Cancel what still runs beside a main coroutine that has ended."""
-        for task in asyncio.all_tasks(self.loop):
+        for task in self.loop.pending_tasks():
             task.cancel()
         self.loop.run_until_quiet()
 
@@ -176,9 +180,9 @@ class SagaCode:
         """Drop the coroutine; whatever its ``finally`` blocks ask for is refused."""
         self._closed = True
         self.loop.stop_timers()
-        for task in asyncio.all_tasks(self.loop):
+        for task in self.loop.pending_tasks():
             coroutine: Any = task.get_coro()
-            with contextlib.suppress(BaseException):
+            with contextlib.suppress(BaseException), self.loop.running():
                 coroutine.close()
             task._log_destroy_pending = False  # type: ignore[attr-defined]
         for future in self._futures.values():
@@ -218,21 +222,20 @@ class SagaCode:
         self._refuse_if_closed()
         recorded = self.fold.versions.get(change)
         if recorded is not None:
-            self._versions_again.add(change)
             if not minimum <= recorded <= maximum:
                 self._drifted(f"version gate {change!r} recorded {recorded}, this code supports {minimum} to {maximum}")
             return recorded
-        number = minimum if self._outstanding_records else maximum
-        if not self._outstanding_records:
-            assert self._recorder is not None
-            self._recorder.record(Versioned(change, number))
-            self._versions_again.add(change)
-        return number
+        if self._outstanding_records or change in self._old_gates:
+            self._old_gates.add(change)  # a gate in a loop must not change its answer between two rounds
+            return minimum
+        assert self._recorder is not None
+        self._recorder.record(Versioned(change, maximum))
+        return maximum
 
     def abandon(self, key: str) -> None:
-        """Note that nobody waits for `key` any more."""
+        """Note that nobody waits for `key` any more, not even if its outcome is on record and only not delivered yet."""
         step = self.fold.steps.get(key)
-        if not self._closed and step is not None and not step.settled and not step.abandoned:
+        if not self._closed and step is not None and not step.abandoned:
             assert self._recorder is not None
             self._recorder.abandon(key)
 
@@ -264,7 +267,9 @@ class SagaCode:
         if recorded is not None:
             lines.append(f"  recorded: {recorded.key} {recorded.args}")
         lines += [f"  recorded and not asked for again: {key}" for key in missing[:10]]
-        lines.append("Put the change behind saga.version(...) or register it as a new version, deploy, and `saga retry` the run.")
+        lines.append(
+            "Put the change behind saga.version(...) or register it as a new version, deploy, and `saga retry` the run."
+        )
         return "\n".join(lines)
 
 

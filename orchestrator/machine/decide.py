@@ -14,8 +14,8 @@ from orchestrator.machine.fold import Fold, Step
 from orchestrator.machine.journal import (
     Abandoned,
     Arrival,
-    AttemptEnded,
     Attempted,
+    AttemptEnded,
     Cancel,
     CancelAsked,
     CancelRefused,
@@ -124,13 +124,24 @@ class Decisions:
     def _settle(self, step: Step, outcome: str, ended: AttemptEnded, result: Json = None, by: str = "") -> None:
         value = ended.result if outcome == "succeeded" else result
         self.record(
-            Settled(step.key, outcome, step.attempts if by else ended.attempt, value, ended.error, ended.worker, ended.began, by)
+            Settled(
+                step.key,
+                outcome,
+                step.attempts if by else ended.attempt,
+                value,
+                ended.error,
+                ended.worker,
+                ended.began,
+                by,
+            )
         )
 
     def _unknown(self, step: Step) -> None:
         """A step ended in doubt: settle it as its author declared, or ask a person; never guess."""
         asked = step.asked
-        if asked.effect == Effect.NONE or asked.kind == "once":
+        if not step.doubt and not (self.fold.past_pivot or asked.effect == Effect.RETRIABLE):
+            self._settle_by(step, "rejected")  # every attempt of it is known to have had no effect
+        elif asked.effect == Effect.NONE or asked.kind == "once":
             self._settle_by(step, "failed")
         elif asked.effect == Effect.PIVOT and not asked.probe:
             self._park(step, "do", "its outcome is unknown and it is the point of no return, so nothing may be guessed")
@@ -172,7 +183,9 @@ class Decisions:
             self._attempt_failed_aside(step, ended)
             tries = step.probe_attempts - step.probe_budget_from
             if tries >= COMPENSATION_RETRY.maximum_attempts:
-                self.record(Parked(step.key, "probe", "its probe keeps failing, so that its outcome stays unknown", ended.error))
+                self.record(
+                    Parked(step.key, "probe", "its probe keeps failing, so that its outcome stays unknown", ended.error)
+                )
             else:
                 self.work.append(self.probe_work(step, self.now + COMPENSATION_RETRY.delay(tries)))
 
@@ -200,8 +213,13 @@ class Decisions:
             self._settle_by(step, "unknown", "undo")
 
     def _take_late(self, late: LateSuccess) -> None:
-        if late.role == "do" and late.key in self.fold.steps:
-            self.record(Late(late.key, late.attempt, late.result, late.worker))
+        step = self.fold.steps.get(late.key)
+        if late.role != "do" or step is None:
+            return
+        entry = Late(late.key, late.attempt, late.result, late.worker)
+        self.record(entry)
+        if self.fold.ended and step.owes_late_undo:
+            self.corrections.append(entry)
 
     # -- operators -----------------------------------------------------------------------------------------------------
     def _take_operator(self, order: Operate) -> None:
@@ -239,9 +257,9 @@ class Decisions:
     # -- going back ----------------------------------------------------------------------------------------------------
     def conclude(self) -> None:
         """Decide on stopping, roll back what is due, end the run when nothing is left to do."""
-        self._undo_late_effects()
         if self.fold.ended:
             return
+        self._undo_late_effects()
         self._decide_stop()
         if self.fold.rollback:
             self._roll_back()
@@ -258,7 +276,7 @@ class Decisions:
 
     def _decide_stop(self) -> None:
         fold = self.fold
-        if not (fold.stop or fold.raised) or fold.rollback or fold.pivot_in_flight:
+        if not (fold.stop or fold.raised) or fold.rollback or fold.pivots_in_flight:
             return
         if fold.past_pivot:
             if fold.stop:
@@ -267,48 +285,39 @@ class Decisions:
                 why = "the saga raised after its point of no return, so that it can only go forward"
                 self.record(Parked("", "pivot", why, fold.raised))
         elif isinstance(fold.stop, CancelAsked):
-            self.record(RollbackBegan("cancel"))
+            self._begin_rollback(RollbackBegan("cancel"))
         elif fold.stop:
             error = {"type": "DeadlineExceeded", "message": f"the run's deadline {fold.info.deadline} has passed"}
-            self.record(RollbackBegan("deadline", error))
+            self._begin_rollback(RollbackBegan("deadline", error))
         else:
-            self.record(RollbackBegan("error"))  # the error is in the entry before
+            self._begin_rollback(RollbackBegan("error"))  # the error is in the entry before
 
-    def _roll_back(self) -> None:
-        for step in self._unsettled():
+    def _begin_rollback(self, entry: RollbackBegan) -> None:
+        """Decide to undo; what has not begun is taken back, what has begun is told to stop."""
+        self.record(entry)
+        for step in self.fold.steps.values():
             if not step.abandoned and step.forward is Forward.ASKED:
                 self.record(Abandoned(step.key))
                 self.withdraw.append(step.key)
-        if self.fold.unsettled:
+
+    def _roll_back(self) -> None:
+        """Undo the youngest effect: one at a time, so that the order is exactly reversed; end after the last."""
+        if self._busy:
             return
-        for step in self._next_undos():
-            self._begin_undo(step)
-        if not self._busy and not any(step.owes_undo for step in self.fold.steps.values()):
+        step = self.fold.next_undo()
+        if step is None:
             self._end_rolled_back()
-
-    def _unsettled(self) -> Iterator[Step]:
-        return (step for step in self.fold.steps.values() if not step.settled)
-
-    def _next_undos(self) -> list[Step]:
-        """The youngest request that still has to be undone; one at a time, so that the order is exactly reversed."""
-        if self.fold.in_flight or self.fold.parked_keys:
-            return []
-        return [step for step in reversed(self.fold.steps.values()) if step.owes_undo][:1]
+        else:
+            self._begin_undo(step)
 
     def _undo_abandoned(self) -> None:
-        for step in self.fold.abandoned:
-            if step.settled and step.owes_undo:
-                self._begin_undo(step)
+        for step in list(self.fold.abandoned_effects.values()):
+            self._begin_undo(step)
 
     def _undo_late_effects(self) -> None:
-        for step in list(self.fold.late_steps):
-            late = step.late_due
-            if late is None or step.backward in (Backward.ASKED, Backward.PARKED):
-                continue
-            if self.fold.ended:
-                self.corrections.append(late)
-                self.fold.late_steps.remove(step)
-            else:
+        for late in list(self.fold.late_effects):
+            step = self.fold.steps[late.key]
+            if step.backward not in (Backward.ASKED, Backward.PARKED):
                 self.record(UndoAsked(step.key, late.attempt, late.result))
                 self.work.append(self.undo_work(step))
 
@@ -328,14 +337,14 @@ class Decisions:
 
     def end(self, state: RunState) -> None:
         """End the run and list what is left of it."""
-        self.record(Ended(state, tuple(self._left(state))))
+        self.record(Ended(state.value, tuple(self._left(state))))
 
     def _left(self, state: RunState) -> Iterator[Json]:
         for step in self.fold.steps.values():
             possible = not step.settled and state is RunState.TERMINATED and step.asked.effect != Effect.NONE
             took = step.took_effect and step.backward is not Backward.DONE
             if state is RunState.COMPLETED:
-                took = took and step.forward is Forward.UNKNOWN
+                took = took and (step.forward is Forward.UNKNOWN or step.abandoned)
             if (took or possible) and step.asked.kind == "step":
                 outcome = step.forward if step.settled else "unknown"
                 yield {"key": step.key, "task": step.asked.task, "outcome": str(outcome)}
@@ -349,6 +358,8 @@ class Decisions:
             call["h"] = asked.heartbeat
         if asked.retry and asked.retry[4]:
             call["x"] = asked.retry[4]
+        if asked.transactional:
+            call["n"] = 1
         if step.details is not None:
             call["d"] = step.details
         role = "once" if asked.kind == "once" else "do"
@@ -364,7 +375,11 @@ class Decisions:
         """Return the next attempt of the compensation of `step`."""
         undo = step.asked.undo
         assert undo is not None
-        args = dict(undo.args) if undo.args is not None else {n: step.asked.args[n] for n in undo.names if n in step.asked.args}
+        args = (
+            dict(undo.args)
+            if undo.args is not None
+            else {n: step.asked.args[n] for n in undo.names if n in step.asked.args}
+        )
         if undo.result:
             args["result"] = step.result
         call = {"a": args, "t": undo.timeout or START_TO_CLOSE.total_seconds()}

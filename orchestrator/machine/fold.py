@@ -71,7 +71,7 @@ class Step:
 
     __slots__ = (
         "abandoned", "asked", "attempts", "backward", "budget_from", "details", "doubt", "error", "forward", "late",
-        "late_due", "order", "parked", "probe_attempts", "probe_budget_from", "quiet", "result", "undo_attempts",
+        "order", "parked", "probe_attempts", "probe_budget_from", "quiet", "result", "undo_attempts",
         "undo_budget_from",
     )  # fmt: skip
 
@@ -90,7 +90,6 @@ class Step:
         self.error: Error | None = None
         self.parked = ""
         self.late = 0  # the attempt whose late effect the undo is for
-        self.late_due: Late | None = None
 
     @property
     def key(self) -> str:
@@ -117,6 +116,12 @@ class Step:
     @property
     def owes_undo(self) -> bool:
         return self.took_effect and self.asked.undo is not None and self.backward is Backward.NONE
+
+    @property
+    def owes_late_undo(self) -> bool:
+        """Whether an effect that shows up now has to be undone, because its outcome was decided without it."""
+        decided = self.backward is not Backward.NONE or self.forward in (Forward.UNKNOWN, Forward.REJECTED)
+        return decided and self.asked.undo is not None
 
     @property
     def retry(self) -> RetryPolicy:
@@ -151,10 +156,11 @@ class Fold:
         self.versions: dict[str, int] = {}
         self.in_flight = 0
         self.unsettled = 0
-        self.parked_keys: set[str] = set()
-        self.abandoned: list[Step] = []
-        self.late_steps: list[Step] = []
+        self.parked_keys: dict[str, Parked] = {}
+        self.abandoned_effects: dict[str, Step] = {}
+        self.late_effects: list[Late] = []
         self.past_pivot = False
+        self.pivots_in_flight = 0
         self.returned: Returned | None = None
         self.raised: Error | None = None
         self.stop: CancelAsked | DeadlinePassed | None = None
@@ -163,6 +169,7 @@ class Fold:
         self.parked: Parked | None = None
         self.ended: Ended | None = None
         self._entries = 0
+        self._undo_stack: list[Step] | None = None
 
     def apply_row(self, at: datetime, entries: Iterable[Entry]) -> None:
         """Fold one committed journal row.  Raises: IllegalTransition, and then nothing more can be relied on."""
@@ -173,6 +180,7 @@ class Fold:
     def apply(self, entry: Entry) -> None:
         """Fold one entry of the row that is being written."""
         self._entries += 1
+        self._start()
         apply = _APPLY.get(type(entry))
         if apply is not None:
             apply(self, entry)
@@ -181,15 +189,18 @@ class Fold:
         """End the row: count it, and settle whether the run is parked."""
         self.position += 1
         self.at = max(self.at, at)
+        self._start()
         if self.state in TERMINAL:
             return
-        if self.state is RunState.PENDING:
-            self.state = move_run(self.state, "start")
         if self.is_parked:
             if self.state is not RunState.PARKED:
                 self.state = move_run(self.state, "park")
         elif self.state is RunState.PARKED:
             self.state = move_run(self.state, "roll back" if self.rollback else "go on")
+
+    def _start(self) -> None:
+        if self.state is RunState.PENDING:
+            self.state = move_run(self.state, "start")
 
     # -- questions -----------------------------------------------------------------------------------------------------
     @property
@@ -202,22 +213,27 @@ class Fold:
         """Whether saga code is to be resumed."""
         return not (self.ended or self.rollback or self.parked or self.returned or self.raised)
 
-    @property
-    def pivot_in_flight(self) -> bool:
-        return any(step.is_pivot and not step.settled for step in self.steps.values())
+    def next_undo(self) -> Step | None:
+        """Return the youngest request that still has to be undone, once the run rolls back and all of it is settled."""
+        if self._undo_stack is None:
+            self._undo_stack = list(self.steps.values())
+        while self._undo_stack and not self._undo_stack[-1].owes_undo:
+            self._undo_stack.pop()
+        return self._undo_stack[-1] if self._undo_stack else None
 
     # -- one function an entry -----------------------------------------------------------------------------------------
     def _asked(self, entry: Asked) -> None:
         self.steps[entry.key] = Step(entry, self._entries)
         self.in_flight += 1
         self.unsettled += 1
+        self.pivots_in_flight += self.steps[entry.key].is_pivot
 
     def _count(self, step: Step, was: bool) -> None:
         self.in_flight += step.in_flight - was
 
     def _unpark(self, step: Step) -> None:
         step.parked = ""
-        self.parked_keys.discard(step.key)
+        self.parked_keys.pop(step.key, None)
 
     def _attempted(self, entry: Attempted) -> None:
         step = self.steps[entry.key]
@@ -242,8 +258,11 @@ class Fold:
         step.result = entry.result
         step.error = entry.error
         self._count(step, was)
+        self.pivots_in_flight -= step.is_pivot
         if step.is_pivot and step.forward is Forward.SUCCEEDED:
             self.past_pivot = True
+        if step.abandoned and step.owes_undo:
+            self.abandoned_effects[step.key] = step
         if self.returned is not None and not step.abandoned and step.forward in _FAILURES:
             self.raised = entry.error
 
@@ -260,9 +279,12 @@ class Fold:
         if not step.settled:
             step.forward = move_forward(step.forward, "undo")
         step.backward = move_backward(step.backward, "ask")
+        self.abandoned_effects.pop(step.key, None)
         if entry.late:
-            step.late, step.late_due, step.result = entry.late, None, entry.result
-            self.late_steps.remove(step)
+            step.late, step.result = entry.late, entry.result
+            self.late_effects.remove(
+                next(e for e in self.late_effects if (e.key, e.attempt) == (entry.key, entry.late))
+            )
             step.undo_budget_from = step.undo_attempts
         self._count(step, was)
 
@@ -277,15 +299,14 @@ class Fold:
     def _late(self, entry: Late) -> None:
         step = self.steps[entry.key]
         step.doubt = True
-        decided = step.backward is not Backward.NONE or step.forward in (Forward.UNKNOWN, Forward.REJECTED)
-        if decided and step.asked.undo is not None:
-            step.late_due = entry
-            self.late_steps.append(step)
+        if step.owes_late_undo and not self.ended:
+            self.late_effects.append(entry)
 
     def _abandoned(self, entry: Abandoned) -> None:
         step = self.steps[entry.key]
         step.abandoned = True
-        self.abandoned.append(step)
+        if step.owes_undo:
+            self.abandoned_effects[step.key] = step
 
     def _versioned(self, entry: Versioned) -> None:
         self.versions[entry.key] = entry.number
@@ -322,7 +343,7 @@ class Fold:
         else:
             step.forward = move_forward(step.forward, "park")
         step.parked = entry.role
-        self.parked_keys.add(step.key)
+        self.parked_keys[step.key] = entry
         self._count(step, was)
 
     def _operated(self, entry: Operated) -> None:

@@ -47,6 +47,7 @@ class Asked:
     on_unknown: str = "compensate"
     queue: str = ""
     local: bool = False
+    transactional: bool = False
     retry: list[Any] | None = None
     timeout: float = 0.0
     heartbeat: float = 0.0
@@ -273,7 +274,7 @@ Entry = (
 class AttemptEnded:
     """A worker, or the pump for a worker that is gone, reports an attempt.
 
-    `verdict` is succeeded, rejected or doubt; `quiet` is the instant (ISO 8601, UTC) until which an effect may still
+    `verdict` is succeeded, rejected, failed (it may be tried again and certainly had no effect) or doubt; `quiet` is the instant (ISO 8601, UTC) until which an effect may still
     land because the attempt's process is not known dead; `pause` overrides the policy's pause, in seconds.
     """
 
@@ -352,7 +353,8 @@ class Work:
 
     `attempt` counts the attempts before this one.  `call` is all that a worker needs beyond its registered code:
     ``a`` arguments, ``t`` timeout and ``h`` heartbeat timeout in seconds, ``x`` names of non-retryable errors,
-    ``d`` heartbeat details of the attempt before, ``i`` the idempotency key.
+    ``d`` heartbeat details of the attempt before, ``n`` that a lost attempt certainly had no effect (its transaction is
+    gone with it), ``l`` the attempt whose late effect is undone.
     """
 
     key: str
@@ -398,6 +400,8 @@ def decode_entry(form: dict[str, Json]) -> Entry:
     undo = known.get("undo")
     if cls is Asked and undo is not None:
         known["undo"] = Undo(**{**undo, "names": tuple(undo.get("names", ()))})
+    if cls is Ended:
+        known["left"] = tuple(known.get("left", ()))
     return cls(**known)  # type: ignore[no-any-return]
 
 

@@ -14,14 +14,18 @@ import heapq
 import sys
 from asyncio import events
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from contextvars import Context
+from types import FrameType
 from typing import Any
 
 from orchestrator.errors import UsageError
 from orchestrator.machine.keys import Branch
 
-_WAIT_FOR = asyncio.tasks.wait_for.__code__ if sys.version_info < (3, 12) else None
+_WAIT_FOR = asyncio.tasks.wait_for.__code__
+_ENSURE_FUTURE = {
+    function.__code__ for name, function in vars(asyncio.tasks).items() if name in ("ensure_future", "_ensure_future")
+}
 _WAIT = asyncio.tasks._wait.__code__  # type: ignore[attr-defined]
 _QUEUE_GET = asyncio.queues.Queue.get.__code__
 _TASKS_FILE = asyncio.tasks.__file__
@@ -29,9 +33,16 @@ _TIMER_SLACK = 1e-6  # journal time has microseconds; a timer is due within one 
 
 
 class SagaTask(asyncio.Task[Any]):
-    """A task that knows its branch of the saga."""
+    """A task that knows its branch of the saga; sets of tasks, as a TaskGroup has one, keep the same order everywhere."""
 
     branch: Branch
+
+    def __init__(self, coro: Coroutine[Any, Any, Any], number: int, **options: Any) -> None:
+        self.number = number
+        super().__init__(coro, **options)
+
+    def __hash__(self) -> int:
+        return self.number
 
 
 class SagaLoop(asyncio.AbstractEventLoop):
@@ -42,21 +53,33 @@ class SagaLoop(asyncio.AbstractEventLoop):
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._timer_count = 0
         self._now = 0.0
+        self._tasks: dict[int, SagaTask] = {}
+        self._task_count = 0
         self.failures: list[dict[str, Any]] = []
 
     # -- driving ---------------------------------------------------------------------------------------------------
     def run_until_quiet(self) -> None:
         """Run callbacks until none is ready."""
-        outer = events._get_running_loop()
-        events._set_running_loop(self)
-        try:
+        with self.running():
             while self._ready:
                 handle = self._ready.popleft()
                 if not handle._cancelled:  # type: ignore[attr-defined]
                     with contextlib.suppress(SystemExit):  # its task keeps it as its exception
                         handle._run()  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Be the running loop for a while, inside of another one if need be."""
+        outer = events._get_running_loop()
+        events._set_running_loop(self)
+        try:
+            yield
         finally:
             events._set_running_loop(outer)
+
+    def pending_tasks(self) -> list[SagaTask]:
+        """Return the tasks that are not done, oldest first; asyncio would look through those of all loops, unordered."""
+        return list(self._tasks.values())
 
     def advance_to(self, seconds: float) -> None:
         """Let time pass to `seconds` since the start of the run and fire what falls due, in order."""
@@ -77,9 +100,7 @@ class SagaLoop(asyncio.AbstractEventLoop):
     def time(self) -> float:
         return self._now
 
-    def call_soon(
-        self, callback: Callable[..., object], *args: Any, context: Context | None = None
-    ) -> asyncio.Handle:
+    def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
@@ -118,13 +139,19 @@ class SagaLoop(asyncio.AbstractEventLoop):
         parent = asyncio.current_task(self)
         if not isinstance(parent, SagaTask):
             branch = Branch()
-        elif _WAIT_FOR is not None and _called_from(_WAIT_FOR):
-            branch = parent.branch  # Python 3.12 awaits in place here, so that 3.11 must give the same keys
+        elif _called_by_wait_for(sys._getframe(1)):
+            branch = parent.branch  # Python 3.12 mostly awaits in place, so that 3.11 must give the same keys
         else:
             branch = parent.branch.child()
-        task = SagaTask(coro, loop=self, name=name or f"branch {branch.path}", context=context)
+        self._task_count += 1
+        task = SagaTask(coro, self._task_count, loop=self, name=name or f"branch {branch.path}", context=context)
         task.branch = branch
+        self._tasks[task.number] = task  # kept alive too: when garbage is collected must not decide what a saga does
+        task.add_done_callback(self._forget)
         return task
+
+    def _forget(self, task: Any) -> None:
+        self._tasks.pop(task.number, None)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         self.failures.append(context)
@@ -144,15 +171,10 @@ class SagaLoop(asyncio.AbstractEventLoop):
         self._ready.clear()
 
 
-def _called_from(code: Any, depth: int = 5) -> bool:
-    frame = sys._getframe(2)
-    for _ in range(depth):
-        if frame is None:
-            return False
-        if frame.f_code is code:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+def _called_by_wait_for(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code in _ENSURE_FUTURE:
+        frame = frame.f_back
+    return frame is not None and frame.f_code is _WAIT_FOR
 
 
 def _refusal(name: str, instead: str) -> Callable[..., Any]:
@@ -165,8 +187,25 @@ def _refusal(name: str, instead: str) -> Callable[..., Any]:
 
 _IN_A_STEP = "saga code is replayed, so IO belongs into a step; `await saga.step(...)` or `await saga.once(name, fn)`"
 for _name in dir(asyncio.AbstractEventLoop):
-    if _name.startswith(("sock_", "create_", "connect_", "start_", "sendfile", "subprocess_", "getaddrinfo", "getnameinfo",
-                         "add_", "remove_", "run_", "call_soon_threadsafe")) and _name not in SagaLoop.__dict__:
+    if (
+        _name.startswith(
+            (
+                "sock_",
+                "create_",
+                "connect_",
+                "start_",
+                "sendfile",
+                "subprocess_",
+                "getaddrinfo",
+                "getnameinfo",
+                "add_",
+                "remove_",
+                "run_",
+                "call_soon_threadsafe",
+            )
+        )
+        and _name not in SagaLoop.__dict__
+    ):
         setattr(SagaLoop, _name, _refusal(_name, _IN_A_STEP))
 
 

@@ -30,12 +30,10 @@ class RunState(StrEnum):
 
 
 R = RunState
-TERMINAL: frozenset[str] = frozenset(
-    {R.COMPLETED, R.FAILED, R.COMPENSATED, R.CANCELLED, R.TERMINATED, R.CONTINUED}
-)
+TERMINAL: frozenset[str] = frozenset({R.COMPLETED, R.FAILED, R.COMPENSATED, R.CANCELLED, R.TERMINATED, R.CONTINUED})
 
 RUN_TRANSITIONS: dict[RunState, dict[str, RunState]] = {
-    R.PENDING: {"start": R.RUNNING, "roll back": R.COMPENSATING, "park": R.PARKED, "terminate": R.TERMINATED},
+    R.PENDING: {"start": R.RUNNING, "terminate": R.TERMINATED},
     R.RUNNING: {
         "complete": R.COMPLETED,
         "continue": R.CONTINUED,

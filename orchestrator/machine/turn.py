@@ -31,7 +31,7 @@ from orchestrator.machine.journal import (
     Withdrawn,
     Work,
 )
-from orchestrator.machine.states import TERMINAL, RunState
+from orchestrator.machine.states import TERMINAL, Forward, RunState
 
 CODE_ERRORS = (
     TypeError, NameError, AttributeError, ImportError, AssertionError, KeyError, IndexError, UsageError, DefinitionError,
@@ -61,6 +61,7 @@ class Turn:
     corrections: list[Late]
     state: RunState
     wake: datetime | None
+    was_ended: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,8 @@ class Execution:
         self.script = script
         self.code: SagaCode | None = None
         self.wake: datetime | None = None
+        self.committed_wake: datetime | None = None  # what the database knows; kept by whoever commits
+        self.committed_summary: tuple[Any, ...] = (None, (), False)
         self._delivered: list[tuple[datetime, list[str]]] = []
         self._undelivered: list[tuple[datetime, list[str]]] = []
 
@@ -100,6 +103,7 @@ class Execution:
         of this execution may be committed, and it is to be loaded again.
         """
         fold = self.fold
+        was_ended = fold.state in TERMINAL
         at = max(now, fold.at)
         decisions = _Recorder(fold, at)
         for arrival in arrivals:
@@ -117,11 +121,21 @@ class Execution:
             decisions.conclude()
         elif self.code is not None:
             self._drop_code()
+        while decisions.withdraw_unborn():
+            decisions.conclude()
         position = fold.position
         fold.close_row(at)
         self.wake = self._next_wake()
         return Turn(
-            position, at, decisions.entries, decisions.work, decisions.withdraw, decisions.corrections, fold.state, self.wake
+            position,
+            at,
+            decisions.entries,
+            decisions.work,
+            decisions.withdraw,
+            decisions.corrections,
+            fold.state,
+            self.wake,
+            was_ended,
         )
 
     def function_of(self, key: str) -> Callable[[], Any] | None:
@@ -185,18 +199,20 @@ class _Recorder(Decisions):
     def abandon(self, key: str) -> None:
         """Give up a request whose branch was cancelled."""
         self.record(Abandoned(key))
-        self.withdraw.append(key)
+        if self.fold.steps[key].forward is Forward.ASKED:
+            self.withdraw.append(key)
 
-    def withdraw_unborn(self) -> None:
-        """What was asked for and given up within one turn never becomes work."""
+    def withdraw_unborn(self) -> bool:
+        """What became due and was given up within one turn never becomes work; tell whether there was any."""
+        if not self.withdraw:
+            return False
         forward = {work.key for work in self.work if work.role in ("do", "once")}
-        unborn = [key for key in self.withdraw if key in forward]
-        if not unborn:
-            return
+        unborn = dict.fromkeys(key for key in self.withdraw if key in forward)
         self.work = [work for work in self.work if work.key not in unborn]
         self.withdraw = [key for key in self.withdraw if key not in unborn]
         for key in unborn:
             self.take(Withdrawn(key))
+        return bool(unborn)
 
 
 def is_code_error(error: BaseException) -> bool:

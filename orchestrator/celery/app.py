@@ -1,0 +1,260 @@
+"""The Orchestrator: binds declared steps and sagas to a Celery app.
+
+Owns what is registered with Celery: a real task for every step, one for every saga, and the drain.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from time import monotonic
+from typing import Any
+
+from celery import Celery, Task
+from celery.exceptions import Ignore, Reject
+
+from orchestrator import saga as sagas
+from orchestrator.celery import guard, runner, worker
+from orchestrator.celery.doorbell import DRAIN, Bell, connection_options
+from orchestrator.client import Client, SagaResult
+from orchestrator.engine.advance import Scope
+from orchestrator.engine.drain import Drainer, Worker
+from orchestrator.errors import OrchestratorError, StoreUnavailableError, UnknownSagaError
+from orchestrator.machine.turn import Script
+from orchestrator.saga import Saga
+from orchestrator.settings import Settings
+from orchestrator.step import Step, set_router
+from orchestrator.step import registry as step_registry
+from orchestrator.store.transaction import Transactions
+
+logger = logging.getLogger(__name__)
+
+
+class Orchestrator:
+    """Bind every declared step and saga to `app`: workers of it drive sagas, and ``saga.delay`` works.
+
+    `database_url` (or ORCHESTRATOR_DATABASE_URL) names the Postgres that holds the runs; other settings as keyword
+    arguments, see `orchestrator.settings.Settings`.  Nothing is connected before it is needed.
+    """
+
+    def __init__(self, app: Celery, *, database_url: str | None = None, **settings: Any) -> None:
+        self.app = app
+        self._overrides = {"database_url": database_url, **settings}
+        self._local = threading.local()
+        self._warned_at = 0.0
+        app.orchestrator = self
+        guard.install(app)
+        set_router(self._route)
+        step_type = type("WorkerStep", (worker.CompanionStep,), {"orchestrator": self, "__module__": __name__})
+        app.steps["worker"].add(step_type)
+        self._register_drain()
+        step_registry.listen(self._bind_step)
+        sagas.registry.listen(self._bind_saga)
+
+    # -- what the app has ----------------------------------------------------------------------------------------------
+    @functools.cached_property
+    def settings(self) -> Settings:
+        """The settings, read at first use.  Raises: ConfigurationError."""
+        return Settings.from_environment(**self._overrides)
+
+    @functools.cached_property
+    def bell(self) -> Bell:
+        """The doorbells of this process."""
+        return Bell(connection_options(self.app), self.settings.doorbell_expires)
+
+    @functools.cached_property
+    def client(self) -> Client:
+        """The client that starts and asks for runs."""
+        return Client(self.settings, lambda queue, times: self.bell.ring(queue, times) and None, self._default_queue)
+
+    def _default_queue(self) -> str:
+        return str(self.app.conf.task_default_queue)
+
+    def _route(self, task: str) -> str:
+        """Return the queue that the app sends a task to, by its own routes."""
+        route = self.app.amqp.router.route({}, task)
+        queue = route.get("queue")
+        name = getattr(queue, "name", queue) or self.app.conf.task_default_queue
+        return str(name)
+
+    # -- starting ------------------------------------------------------------------------------------------------------
+    def start(
+        self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+    ) -> SagaResult:
+        """Start a run; see `Client.start`."""
+        self._refuse_eager(saga)
+        return self.client.start(saga, args, kwargs, options)
+
+    async def astart(
+        self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+    ) -> SagaResult:
+        """Start a run without blocking the event loop; see `Client.astart`."""
+        self._refuse_eager(saga)
+        return await self.client.astart(saga, args, kwargs, options)
+
+    def handle(self, saga: Saga[Any, Any] | None, run_id: str) -> SagaResult:
+        """Return a handle to a run."""
+        return self.client.handle(saga, run_id)
+
+    def _refuse_eager(self, saga: Saga[Any, Any]) -> None:
+        if self.app.conf.task_always_eager:
+            from orchestrator.errors import UsageError
+
+            raise UsageError(
+                f"task_always_eager is set, but a saga is durable and runs in workers; test {saga.name} with "
+                "orchestrator.testing.run(...)"
+            )
+
+    def start_by_message(self, name: str, run_id: str, args: Any, kwargs: Any) -> str | None:
+        """Start a run that a Celery message asks for; its id is the message's, so that a redelivery starts nothing."""
+        saga = sagas.registry.latest(name)
+        self.refuse_plain_messages(name)
+        encoded = saga.codec.encode_call(tuple(args), dict(kwargs), from_json=True)
+        new, _ = self.client._new(saga, encoded, {"task_id": run_id})
+        return self.client.start_encoded(saga, new).id
+
+    def refuse_plain_messages(self, name: str) -> None:
+        """With ``accept_messages="doorbells"`` messages start nothing.  Raises: Ignore."""
+        if self.settings.accept_messages == "doorbells":
+            logger.warning("a message for %s was ignored: accept_messages is 'doorbells'", name)
+            raise Ignore
+
+    # -- registering ---------------------------------------------------------------------------------------------------
+    def _bind_step(self, step: Step[Any, Any]) -> None:
+        options = dict(step.options.celery)
+        if step.options.queue:
+            options["queue"] = step.options.queue
+        base = type("StepTask", (runner.StepTaskMixin, self.app.Task), {"__module__": __name__})
+        attributes = {
+            "name": step.name, "step": step, "orchestrator": self, "__module__": step.__module__, "__doc__": step.__doc__,
+            "__wrapped__": step.function, **options,
+        }  # fmt: skip
+        step.bound = self._register(base, attributes)
+
+    def _bind_saga(self, saga: Saga[Any, Any]) -> None:
+        saga.starter = self
+        if saga.name in self.app._tasks:
+            return
+        base = type("SagaTask", (_SagaTask, self.app.Task), {"__module__": __name__})
+        attributes = {"name": saga.name, "orchestrator": self, "__module__": saga.__module__, "__doc__": saga.__doc__}
+        self._register(base, attributes)
+
+    def _register_drain(self) -> None:
+        base = type("DrainTask", (_DrainTask, self.app.Task), {"__module__": __name__})
+        self._register(base, {"name": DRAIN, "orchestrator": self})
+
+    def _register(self, base: type[Task], attributes: dict[str, Any]) -> Any:
+        task = type(base.__name__, (base,), {"app": self.app, **attributes})()
+        self.app._tasks[task.name] = task
+        self.app._tasks[task.name].bind(self.app)
+        return task
+
+    # -- draining ------------------------------------------------------------------------------------------------------
+    def drain(self) -> None:
+        """Answer a doorbell: work until nothing is due, or for about a second."""
+        drainer = getattr(self._local, "drainer", None)
+        if drainer is None:
+            drainer = self._local.drainer = self._new_drainer()
+        try:
+            drainer.drain()
+        except StoreUnavailableError as error:
+            if monotonic() - self._warned_at > 10:
+                self._warned_at = monotonic()
+                logger.warning("%s", error)
+            time.sleep(0.2)
+
+    def _new_drainer(self) -> Drainer:
+        bond = worker.Bond()
+        targets = {name for name in self.app.tasks if not name.startswith("celery.")}
+        targets |= {saga.target for saga in sagas.registry.sagas.values()}
+        scope = Scope(frozenset(bond.queues), frozenset(targets), lambda: not worker.stopping())
+        return Drainer(
+            Worker(
+                settings=self.settings,
+                scope=scope,
+                identity=bond.identity,
+                script_of=script_of,
+                runner=runner.Runner(self.app, bond.node, self.settings.sqlalchemy_url, _nobody),
+                ring=lambda queue, times: self.bell.ring(queue, times) and None,
+                stopping=worker.stopping,
+            )
+        )
+
+    def in_transaction(self, step: Step[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a transactional step outside of a saga, in a transaction of its own."""
+        transactions = Transactions(self.settings.sqlalchemy_url)
+        try:
+            return transactions.run(
+                runner.wants_session(step),
+                timedelta(minutes=5),
+                lambda connection: runner.call(step.function, (connection, *args), kwargs),
+                lambda connection, value: True,
+            )
+        finally:
+            transactions.dispose()
+
+
+def script_of(name: str, version: int) -> Script | None:
+    """Return the script of a saga registered in this process."""
+    saga = sagas.registry.sagas.get((name, version))
+    return saga.script() if saga else None
+
+
+def _nobody(*_: Any) -> None:
+    """Nobody observes."""
+
+
+class _DrainTask:
+    """Answers doorbells; takes nothing from their messages."""
+
+    orchestrator: Orchestrator
+    ignore_result = True
+    send_events = False
+    acks_late = False
+    embeds_ignored = True
+    typing = False
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """Drain the queues of this worker."""
+        self.orchestrator.drain()
+
+
+class _SagaTask:
+    """A saga as a Celery task: starts a run, from a message, from beat, from Flower."""
+
+    name: str
+    request: Any
+    orchestrator: Orchestrator
+    ignore_result = True
+    acks_late = True  # a start by message is acknowledged after its commit
+    embeds_ignored = True
+    typing = False
+
+    def run(self, *args: Any, **kwargs: Any) -> str | None:
+        """Start the run that the message asks for."""
+        try:
+            return self.orchestrator.start_by_message(self.name, self.request.id, args, kwargs)
+        except StoreUnavailableError as error:
+            time.sleep(1.0)  # not lost: the broker keeps it until the database is back
+            raise Reject(str(error), requeue=True) from error
+        except (OrchestratorError, TypeError) as error:
+            logger.error("message %s did not start %s: %s", self.request.id, self.name, error)
+            raise Ignore from error
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> SagaResult:
+        """Start a run directly in Postgres; this is what beat and ``celery call`` of this app do."""
+        options = {name: value for name, value in options.items() if value is not None}
+        return sagas.registry.latest(self.name).apply_async(args or (), kwargs or {}, **options)  # type: ignore[no-any-return]
+
+    def delay(self, *args: Any, **kwargs: Any) -> SagaResult:
+        """Start a run directly in Postgres."""
+        return self.apply_async(args, kwargs)
+
+
+Observer = Callable[..., None]
+__all__ = ["Orchestrator", "UnknownSagaError", "script_of", "suppress"]

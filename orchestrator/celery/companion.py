@@ -1,0 +1,253 @@
+"""The companion: a process beside every worker that renews its lease, is its pump, and sees its children die.
+
+Owns liveness (rule 6).  It is spawned, never forked; it ends when the worker's main process has ended.  Its standard
+input is a pipe from the main process (end of file: main is gone), its socket takes one connection from every process
+that drains (end of file: that process is gone, and what it had begun is given back at once).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from time import monotonic
+from typing import Any
+
+from orchestrator.celery.doorbell import Bell
+from orchestrator.engine.lease import begin_life
+from orchestrator.engine.pump import Pump
+from orchestrator.errors import OrchestratorError
+from orchestrator.store import check, liveness
+from orchestrator.store.connection import UNAVAILABLE, Connection, open_connection
+
+logger = logging.getLogger(__name__)
+_CHILDREN_GRACE_S = 10.0
+
+
+@dataclass(slots=True)
+class Config:
+    """What the main process hands over, as JSON on the first line of standard input."""
+
+    dsn: str
+    broker: dict[str, Any]
+    socket: str
+    node: str
+    pid: int
+    queues: list[str]
+    targets: list[str]
+    slots: int
+    lease_s: float
+    pump_s: float
+    reservation_s: float
+    incarnation: int | None = None
+
+
+@dataclass(slots=True)
+class _Child:
+    """A process that drains; `ids` are the children it reported."""
+
+    ids: list[int] = field(default_factory=list)
+    buffer: bytes = b""
+
+
+class Companion:
+    """One companion process; `run` returns when its worker has ended."""
+
+    def __init__(self, config: Config, announce: Callable[[str], None]) -> None:
+        self._config = config
+        self._announce = announce
+        self._bell = Bell(config.broker)
+        self._pump = Pump(
+            self._ring, lease=timedelta(seconds=config.lease_s), reservation=timedelta(seconds=config.reservation_s)
+        )
+        self._selector = selectors.DefaultSelector()
+        self._children: dict[socket.socket, _Child] = {}
+        self._gone: list[int] = []  # children whose work is still to be given back
+        self._connection: Connection | None = None
+        self._incarnation = config.incarnation
+        self._main_ended_at: float | None = None
+        self._retry_at = 0.0
+
+    def run(self) -> None:
+        """Live as long as the worker.  Raises: OrchestratorError if the start is impossible."""
+        self._connect()
+        if self._incarnation is None:
+            self._begin_life()
+        self._listen()
+        self._announce(f"incarnation {self._incarnation}")
+        next_renewal = next_pump = monotonic()
+        while not self._over():
+            now = monotonic()
+            for key, _ in self._selector.select(max(0.0, min(next_renewal, next_pump) - now)):
+                key.data(key.fileobj)
+            now = monotonic()
+            self._safely(self._give_back_gone)
+            if now >= next_renewal:
+                self._safely(self._renew)
+                next_renewal = now + self._config.lease_s / 4
+            if now >= next_pump:
+                self._safely(self._run_pump)
+                next_pump = now + self._config.pump_s
+        self._end_life()
+
+    # -- the database --------------------------------------------------------------------------------------------------
+    def _connect(self) -> Connection:
+        if self._connection is None or self._connection.closed:
+            self._connection = open_connection(self._config.dsn, name=f"companion of {self._config.node}")
+            check(self._connection)
+        return self._connection
+
+    def _safely(self, action: Callable[[], None]) -> None:
+        """The database may be away for a while; nobody is judged over a connection that broke."""
+        if monotonic() < self._retry_at:
+            return
+        try:
+            action()
+        except (*UNAVAILABLE, OrchestratorError) as error:
+            logger.warning("companion of %s: %s", self._config.node, str(error).strip().splitlines()[0])
+            self._pump.connection_broke()
+            if self._connection is not None:
+                with contextlib.suppress(Exception):
+                    self._connection.close()
+            self._connection = None
+            self._retry_at = monotonic() + 0.25
+
+    def _begin_life(self) -> None:
+        config = self._config
+        self._incarnation, rings = begin_life(
+            self._connect(),
+            node=config.node,
+            pid=config.pid,
+            queues=config.queues,
+            targets=config.targets,
+            slots=config.slots,
+        )
+        for queue in rings:
+            self._ring(queue, 1)
+
+    def _renew(self) -> None:
+        assert self._incarnation is not None
+        if self._main_ended_at is None and not liveness.renew(self._connect(), self._incarnation):
+            logger.warning(
+                "worker %s was declared dead while it lives; it goes on as a new incarnation", self._config.node
+            )
+            self._begin_life()
+            for connection in self._children:
+                self._tell(connection)
+
+    def _run_pump(self) -> None:
+        self._pump.run_once(self._connect())
+
+    def _give_back_gone(self) -> None:
+        while self._gone:
+            assert self._incarnation is not None
+            for queue in liveness.give_back_child(self._connect(), self._incarnation, self._gone[-1]):
+                self._ring(queue, 1)
+            self._gone.pop()
+
+    def _ring(self, queue: str, times: int) -> None:
+        self._bell.ring(queue, times)
+
+    # -- processes -----------------------------------------------------------------------------------------------------
+    def _listen(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._config.socket)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self._config.socket)
+        os.chmod(self._config.socket, 0o600)
+        listener.listen(256)
+        self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(sys.stdin.buffer.fileno(), selectors.EVENT_READ, self._main_spoke)
+
+    def _accept(self, listener: Any) -> None:
+        connection, _ = listener.accept()
+        connection.settimeout(1.0)
+        self._children[connection] = _Child()
+        self._selector.register(connection, selectors.EVENT_READ, self._child_spoke)
+        self._tell(connection)
+
+    def _tell(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            connection.sendall(f"{self._incarnation}\n".encode())
+
+    def _child_spoke(self, connection: Any) -> None:
+        try:
+            data = connection.recv(4096)
+        except OSError:
+            data = b""
+        child = self._children[connection]
+        if data:
+            *lines, child.buffer = (child.buffer + data).split(b"\n")
+            child.ids += [int(line) for line in lines if line]
+            return
+        self._selector.unregister(connection)
+        connection.close()
+        self._gone += self._children.pop(connection).ids
+
+    def _main_spoke(self, descriptor: Any) -> None:
+        if not os.read(descriptor, 4096):
+            self._selector.unregister(descriptor)
+            self._main_ended_at = monotonic()
+
+    def _over(self) -> bool:
+        if self._main_ended_at is None:
+            return False
+        return not self._children or monotonic() - self._main_ended_at > _CHILDREN_GRACE_S
+
+    def _end_life(self) -> None:
+        """Main is gone: what its children had begun is given back, at once if they are gone too."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._config.socket)
+        self._retry_at = 0.0
+
+        def end() -> None:
+            assert self._incarnation is not None
+            connection = self._connect()
+            liveness.declare_dead(connection, self._incarnation)
+            give_back = liveness.give_back_dead if self._children else None
+            queues = give_back(connection) if give_back else liveness.give_back_gone(connection, self._incarnation)
+            for queue in queues:
+                self._ring(queue, 1)
+            self._pump.run_once(connection)
+
+        self._safely(end)
+
+
+def main() -> int:
+    """Read the configuration, live, and say on standard output which incarnation this is (or what is wrong)."""
+    logging.basicConfig(level=logging.WARNING, format="[%(asctime)s: %(levelname)s/companion] %(message)s")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it ends when main has ended, so that main can still drain
+    first = _first_line()
+    if not first:
+        return 0
+    companion = Companion(Config(**json.loads(first)), lambda line: print(line, flush=True))
+    try:
+        companion.run()
+    except OrchestratorError as error:
+        print(f"error {error}", flush=True)
+        return 1
+    return 0
+
+
+def _first_line() -> bytes:
+    """Read one line without buffering what comes after it."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            return b""
+        line += byte
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

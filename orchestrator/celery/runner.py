@@ -1,0 +1,262 @@
+"""Runs steps as the Celery tasks that they are: through Celery's own tracer, under a time limit.
+
+Owns the translation between what a task does (return, raise, retry, ignore, reject) and what the engine records.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from celery import Celery, states
+from celery.app.trace import build_tracer
+from celery.exceptions import Reject, Retry
+
+from orchestrator.codec import FunctionCodec
+from orchestrator.engine.drain import Invocation
+from orchestrator.errors import PayloadError, Rejected
+from orchestrator.machine.journal import AttemptEnded
+from orchestrator.machine.policy import RetryPolicy
+from orchestrator.step import Step, StepContext, current_step, legacy_codec
+from orchestrator.step import registry as step_registry
+from orchestrator.store.connection import Connection
+from orchestrator.store.transaction import CommitUnknown, TransactionFailed, Transactions
+from orchestrator.store.turns import Taken
+
+
+class StepTimeout(TimeoutError):
+    """The step overran its start_to_close_timeout and was interrupted; its outcome is in doubt."""
+
+
+_invoked: ContextVar[bool] = ContextVar("orchestrator_invoked", default=False)
+_limit: ContextVar[float] = ContextVar("orchestrator_limit", default=0.0)
+
+
+class Runner:
+    """Runs steps in this process; see `orchestrator.engine.drain.StepRunner`."""
+
+    def __init__(self, app: Celery, worker: str, sqlalchemy_url: str, observe: Callable[..., None]) -> None:
+        self.worker = worker
+        self._app = app
+        self._url = sqlalchemy_url
+        self._observe = observe
+        self._tracers: dict[str, Callable[..., Any]] = {}
+        self._transactions: Transactions | None = None
+
+    def invoke(self, taken: Taken, context: StepContext) -> Invocation:
+        """Run a step, undo or probe and encode its result."""
+        task = self._app.tasks.get(taken.task)
+        if task is None:
+            return Invocation(error=LookupError(f"task {taken.task} is not registered in this worker"), harmless=True)
+        try:
+            args, kwargs = _decode(taken)
+        except Exception as error:
+            return Invocation(error=error, harmless=True)
+        return self._traced(task, taken, context, args, kwargs)
+
+    def invoke_in_transaction(
+        self, taken: Taken, context: StepContext, settle: Callable[[Connection, Invocation], None]
+    ) -> Invocation:
+        """Run a transactional step; its rows and what `settle` writes commit together.
+
+        Raises: CommitUnknown; whatever `settle` raises, after a rollback.
+        """
+        task = self._app.tasks.get(taken.task)
+        try:
+            args, kwargs = _decode(taken)
+        except Exception as error:
+            return Invocation(error=error, harmless=True)
+
+        def work(connection: Any) -> Invocation:
+            context.connection = connection
+            return self._traced(task, taken, context, (connection, *args), kwargs)
+
+        def finish(connection: Connection, invocation: Invocation) -> bool:
+            if invocation.error is not None:
+                return False
+            settle(connection, invocation)
+            return True
+
+        if self._transactions is None:
+            self._transactions = Transactions(self._url)
+        declared = step_registry.steps[taken.task]
+        timeout = timedelta(seconds=(taken.call or {}).get("t", 300.0))
+        try:
+            return self._transactions.run(wants_session(declared), timeout, work, finish)
+        except TransactionFailed as failed:
+            return Invocation(error=failed.reason, harmless=True)
+
+    def is_transactional(self, task: str) -> bool:
+        """Tell whether a task is declared as a transactional step."""
+        declared = step_registry.steps.get(task)
+        return declared is not None and declared.options.transactional
+
+    def non_retryable(self, task: str) -> RetryPolicy | None:
+        """Return the declared policy of a task, for its non-retryable errors."""
+        declared = step_registry.steps.get(task)
+        return declared.options.retry if declared else None
+
+    def finished(self, taken: Taken, outcome: AttemptEnded) -> None:
+        """Tell observers, after the commit."""
+        self._observe(taken, outcome)
+
+    def _traced(
+        self, task: Any, taken: Taken, context: StepContext, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Invocation:
+        tracer = self._tracers.get(taken.task)
+        if tracer is None:
+            tracer = build_tracer(taken.task, task, loader=self._app.loader, hostname=self.worker, app=self._app)
+            self._tracers[taken.task] = tracer
+        request = {
+            "id": f"{taken.run_id}:{taken.key}", "root_id": taken.run_id, "retries": taken.attempt - 1,
+            "hostname": self.worker, "ignore_result": True, "is_eager": True,  # so that retry() raises and sends nothing
+            "delivery_info": {"routing_key": taken.queue, "exchange": "", "redelivered": taken.attempt > 1},
+        }  # fmt: skip
+        invoked, current = _invoked.set(True), current_step.set(context)
+        seconds = (context.deadline - taken.now).total_seconds()
+        limit = _limit.set(seconds)
+        try:
+            guard = contextlib.nullcontext() if isinstance(task, steps_base()) else time_limit(seconds)
+            with guard:
+                traced = tracer(request["id"], args, kwargs, request)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            return Invocation(error=error)
+        finally:
+            _invoked.reset(invoked)
+            current_step.reset(current)
+            _limit.reset(limit)
+        return _translate(taken, traced)
+
+
+def steps_base() -> type:
+    """Return the mark of tasks that arm their own time limit, innermost."""
+    return StepTaskMixin
+
+
+class StepTaskMixin:
+    """What makes a Celery task of a step; mixed into the app's own Task class."""
+
+    step: Step[Any, Any]
+    orchestrator: Any
+    typing = False
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step's function: with the engine's values inside a saga, with a message's values outside."""
+        declared = self.step
+        if _invoked.get():
+            with time_limit(_limit.get()):
+                return call(declared.function, args, kwargs)
+        self.orchestrator.refuse_plain_messages(declared.name)
+        encoded = declared.codec.encode_call(args, kwargs, from_json=True)
+        args, kwargs = declared.codec.decode_call(encoded)
+        if declared.options.transactional:
+            result = self.orchestrator.in_transaction(declared, args, kwargs)
+        else:
+            result = call(declared.function, args, kwargs)
+        return declared.codec.encode_result(result)
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
+        """Send the step as a plain Celery task, its arguments encoded from the annotations."""
+        if not options.pop("encoded", False):
+            encoded = self.step.codec.encode_call(tuple(args or ()), dict(kwargs or {}))
+            args, kwargs = _message_call(encoded)
+        return super().apply_async(args, kwargs, *more, **options)  # type: ignore[misc]
+
+
+def _message_call(encoded: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    starred = any(name.startswith("*") and not name.startswith("**") for name in encoded)
+    for name, value in encoded.items():
+        if name.startswith("**"):
+            kwargs.update(value)
+        elif name.startswith("*"):
+            args.extend(value)
+        elif starred:
+            args.append(value)
+        else:
+            kwargs[name] = value
+    return args, kwargs
+
+
+def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function, running a coroutine to its end."""
+    result = function(*args, **kwargs)
+    return asyncio.run(_awaited(result)) if inspect.iscoroutine(result) else result
+
+
+async def _awaited(coroutine: Any) -> Any:
+    return await coroutine
+
+
+def wants_session(declared: Step[Any, Any]) -> bool:
+    """Tell whether a transactional step takes a SQLAlchemy Session rather than a Connection."""
+    first = next(iter(inspect.signature(declared.function).parameters.values()), None)
+    return first is not None and "Session" in str(first.annotation)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt the block after `seconds` with StepTimeout; only the main thread of a process can be interrupted."""
+    if seconds <= 0 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise StepTimeout(f"the step overran its start_to_close_timeout of {seconds:g} s and was interrupted")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _codec_of(taken: Taken) -> FunctionCodec:
+    declared = step_registry.steps.get(taken.task)
+    return declared.codec if declared else legacy_codec
+
+
+def _decode(taken: Taken) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    codec = _codec_of(taken)
+    args = taken.call["a"]
+    if taken.role == "probe":
+        args = {name: value for name, value in args.items() if name in codec.parameters}
+    return codec.decode_call(args)
+
+
+def _translate(taken: Taken, traced: Any) -> Invocation:
+    info = traced.info
+    if info is None:
+        try:
+            return Invocation(_codec_of(taken).encode_result(traced.retval))
+        except PayloadError as error:
+            return Invocation(error=error)
+    error = info.retval
+    if info.state == states.RETRY and isinstance(error, Retry):
+        return Invocation(error=error.exc or error, pause=_seconds(error.when))
+    if info.state == states.IGNORED:
+        return Invocation(None)
+    if isinstance(error, Reject):
+        return Invocation(error=Rejected(str(error.reason or "the task raised Reject")))
+    return Invocation(error=error if isinstance(error, BaseException) else RuntimeError(str(error)))
+
+
+def _seconds(when: Any) -> float | None:
+    if isinstance(when, datetime):
+        return max(0.0, (when - datetime.now(UTC)).total_seconds())
+    return None if when is None else float(when)
+
+
+__all__ = ["CommitUnknown", "Runner", "StepTaskMixin", "StepTimeout", "call", "time_limit"]

@@ -1,0 +1,211 @@
+"""What an Orchestrator adds to a worker: the companion before the pool, a first ring when it is ready, a flag to stop.
+
+Owns the bond between a worker's main process, its companion and its pool children.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import mmap
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+from celery import bootsteps, signals
+
+from orchestrator import saga as sagas
+from orchestrator.celery.companion import Config
+from orchestrator.celery.doorbell import connection_options
+from orchestrator.engine.advance import Identity
+from orchestrator.errors import OrchestratorError, StoreUnavailableError
+
+logger = logging.getLogger(__name__)
+_VARIABLE = "ORCHESTRATOR_WORKER"
+_START_S = 20.0
+_stop = mmap.mmap(-1, 1)  # shared with forked children: one byte that says that the worker stops
+
+
+def stopping() -> bool:
+    """Tell whether this worker's main process has begun to shut down."""
+    return _stop[0] != 0
+
+
+class CompanionStep(bootsteps.StartStopStep):
+    """Starts the companion before the pool, and again if it dies."""
+
+    requires = ("celery.worker.components:Timer",)
+    orchestrator: ClassVar[Any]
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._folder = ""
+        self._watching = True
+        self._incarnation: int | None = None
+
+    def create(self, worker: Any) -> None:
+        """Start the companion; what it cannot live with ends the worker with one sentence."""
+        _stop[0] = 0
+        self._folder = tempfile.mkdtemp(prefix="orchestrator-")
+        self._config = self._configure(worker)
+        os.environ[_VARIABLE] = json.dumps(
+            {"socket": self._config.socket, "queues": self._config.queues, "node": self._config.node}
+        )
+        try:
+            self._spawn()
+        except OrchestratorError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise SystemExit(f"orchestrator: {error}") from None
+        signals.worker_shutting_down.connect(_begin_stop, weak=False)
+        signals.worker_ready.connect(self._ring_own_queues, weak=False)
+        os.register_at_fork(after_in_child=self._forked)
+        threading.Thread(target=self._watch, name="orchestrator companion", daemon=True).start()
+
+    def _configure(self, worker: Any) -> Config:
+        app, settings = worker.app, self.orchestrator.settings
+        targets = sorted(name for name in app.tasks if not name.startswith("celery."))
+        targets += [saga.target for saga in sagas.registry.sagas.values()]
+        return Config(
+            dsn=settings.dsn,
+            broker=connection_options(app),
+            socket=os.path.join(self._folder, "companion"),
+            node=worker.hostname,
+            pid=os.getpid(),
+            queues=sorted(app.amqp.queues.consume_from),
+            targets=targets,
+            slots=int(worker.concurrency or 1),
+            lease_s=settings.lease.total_seconds(),
+            pump_s=settings.pump_interval.total_seconds(),
+            reservation_s=settings.reservation.total_seconds(),
+            incarnation=self._incarnation,
+        )
+
+    def _spawn(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator.celery.companion"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(self._config)) + "\n")
+        self._process.stdin.flush()
+        ready, _, _ = select.select([self._process.stdout], [], [], _START_S)
+        line = self._process.stdout.readline().strip() if ready else ""
+        if not line.startswith("incarnation "):
+            self._process.kill()
+            raise StoreUnavailableError(
+                line.removeprefix("error ") or f"the companion did not start within {_START_S:g} s"
+            )
+        self._incarnation = self._config.incarnation = int(line.split()[1])
+
+    def _watch(self) -> None:
+        """Start the companion again when it dies; without it, this worker would soon be declared dead."""
+        while self._watching:
+            process = self._process
+            if process is not None and process.poll() is not None and self._watching:
+                logger.warning(
+                    "the companion of this worker ended (exit code %s); starting it again", process.returncode
+                )
+                with contextlib.suppress(OrchestratorError, OSError):
+                    self._spawn()
+            time.sleep(0.2)
+
+    def _forked(self) -> None:
+        """A child must not hold the pipe whose end tells the companion that main is gone."""
+        self._watching = False
+        process, self._process = self._process, None
+        if process is not None and process.stdin is not None:
+            with contextlib.suppress(OSError):
+                os.close(process.stdin.fileno())
+
+    def _ring_own_queues(self, sender: Any = None, **_: Any) -> None:
+        for queue in self._config.queues:
+            self.orchestrator.bell.ring(queue, self._config.slots)
+
+    def start(self, worker: Any) -> None:
+        """Nothing: the companion was started before the pool."""
+
+    def stop(self, worker: Any) -> None:
+        """Let the companion end this life: nothing of this worker is running any more."""
+        self._watching = False
+        process, self._process = self._process, None
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5.0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    terminate = stop
+
+
+def _begin_stop(**_: Any) -> None:
+    _stop[0] = 1
+
+
+class Bond:
+    """The connection of a draining process to its companion; tells the present incarnation."""
+
+    def __init__(self) -> None:
+        worker = json.loads(os.environ[_VARIABLE])
+        self.queues: list[str] = worker["queues"]
+        self.node: str = worker["node"]
+        self._path = worker["socket"]
+        self._socket: socket.socket | None = None
+        self._reported: set[int] = set()
+        self._incarnation = 0
+        self._buffer = b""
+        self._lock = threading.Lock()
+
+    def identity(self) -> Identity:
+        """Return the incarnation that the companion last told, and this thread as its child."""
+        child = threading.get_native_id()
+        with self._lock:
+            for _ in range(2):
+                try:
+                    self._listen(child)
+                    return Identity(self._incarnation, child)
+                except OSError:
+                    self._close()
+        raise StoreUnavailableError("the companion of this worker cannot be reached; it is being started again")
+
+    def _listen(self, child: int) -> None:
+        if self._socket is None:
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.settimeout(2.0)
+            self._socket.connect(self._path)
+            self._read()
+        while select.select([self._socket], [], [], 0)[0]:
+            self._read()
+        if child not in self._reported:
+            self._socket.sendall(f"{child}\n".encode())
+            self._reported.add(child)
+
+    def _read(self) -> None:
+        assert self._socket is not None
+        data = self._socket.recv(4096)
+        if not data:
+            raise ConnectionResetError
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        if lines:
+            self._incarnation = int(lines[-1])
+
+    def _close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        self._socket, self._reported, self._buffer = None, set(), b""
+
+
+def in_worker() -> bool:
+    """Tell whether this process belongs to a worker of an app with an Orchestrator."""
+    return _VARIABLE in os.environ

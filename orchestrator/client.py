@@ -1,0 +1,516 @@
+"""Starting runs and asking for them, from any process: web backends, scripts, steps.
+
+Owns what a caller sees.  Must never run saga code or a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+import secrets
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
+
+from orchestrator.codec import Json, canonical_text, check
+from orchestrator.errors import (
+    ConflictError,
+    OrchestratorError,
+    SagaCancelled,
+    SagaFailed,
+    SchemaError,
+    StoreUnavailableError,
+    UnknownRunError,
+    UnknownSagaError,
+    UsageError,
+)
+from orchestrator.machine.journal import Arrival, Cancel, Operate, Terminate, encode
+from orchestrator.machine.states import TERMINAL
+from orchestrator.saga import Saga
+from orchestrator.saga import registry as sagas
+from orchestrator.settings import Settings
+from orchestrator.step import current_step, route
+from orchestrator.store import foreign, runs, turns
+from orchestrator.store.connection import Connection
+from orchestrator.store.pool import ClientPool
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Ring = Callable[[str, int], None]
+
+_OPTIONS = frozenset({"task_id", "countdown", "eta", "priority", "transaction", "deadline", "queue"})
+_CELERY_NOISE = frozenset({"producer", "connection", "router", "ignore_result", "shadow", "expires", "retry", "serializer",
+                           "routing_key", "exchange", "headers", "root_id", "parent_id", "time_limit", "soft_time_limit",
+                           "add_to_parent", "group_id", "group_index", "periodic_task_name"})  # fmt: skip
+_CANVAS = {"link": "", "link_error": "", "chain": "", "chord": ""}
+
+
+class Client:
+    """Starts runs, looks at them, and leaves orders for them; safe to share between threads."""
+
+    def __init__(self, settings: Settings, ring: Ring, default_queue: Callable[[], str]) -> None:
+        self.settings = settings
+        self.pool = ClientPool(settings.dsn, settings.max_connections)
+        self._ring = ring
+        self._default_queue = default_queue
+        self._poller = _Poller(self.pool)
+
+    # -- starting ------------------------------------------------------------------------------------------------------
+    def start(
+        self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+    ) -> SagaResult:
+        """Start a run, or return the one that has this id and this input already.
+
+        Commits before it returns, or joins `transaction`.
+        Raises: PayloadError, ConflictError, StoreUnavailableError, SchemaError, UsageError.
+        """
+        new, transaction = self._new(saga, saga.codec.encode_call(args, kwargs), options)
+        return self.start_encoded(saga, new, transaction)
+
+    def start_encoded(self, saga: Saga[Any, Any], new: runs.Start, transaction: Any = None) -> SagaResult:
+        """Start a run whose input is encoded already."""
+        if transaction is not None:
+            created = foreign.execute(transaction, runs.START, new.values()) is not None
+            if not created:
+                self._compare(saga, new, foreign.execute(transaction, runs.IDENTITY, {"id": new.id}))
+            elif _due_now(new):
+                foreign.after_commit(transaction, functools.partial(self._ring_quietly, new.queue))
+            return SagaResult(self, new.id, saga)
+        self._again_if_broken(functools.partial(self._insert, saga, new))
+        return SagaResult(self, new.id, saga)
+
+    async def astart(
+        self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+    ) -> SagaResult:
+        """Start a run without blocking the event loop; `transaction` may be async.  Raises: as `start`."""
+        new, transaction = self._new(saga, saga.codec.encode_call(args, kwargs), options)
+        if transaction is None:
+            return await asyncio.to_thread(self.start_encoded, saga, new)
+        created = await foreign.aexecute(transaction, runs.START, new.values()) is not None
+        if not created:
+            self._compare(saga, new, await foreign.aexecute(transaction, runs.IDENTITY, {"id": new.id}))
+        elif _due_now(new):
+            foreign.after_commit(transaction, functools.partial(self._ring_quietly, new.queue))
+        return SagaResult(self, new.id, saga)
+
+    def handle(self, saga: Saga[Any, Any] | None, run_id: str) -> SagaResult:
+        """Return a handle to a run."""
+        return SagaResult(self, run_id, saga)
+
+    def _insert(self, saga: Saga[Any, Any], new: runs.Start) -> None:
+        with self.pool.connection() as connection, _schema_named():
+            if not runs.start(connection, new):
+                self._compare(saga, new, runs.identity(connection, new.id))
+                return
+            if _due_now(new):
+                self.ring_for(connection, new.queue, 1)
+
+    def _new(self, saga: Saga[Any, Any], encoded: Json, options: dict[str, Any]) -> tuple[runs.Start, Any]:
+        for name in options:
+            if name in _CANVAS and options[name]:
+                raise UsageError(
+                    f"{name}= on saga {saga.name}: Celery's canvas would lose it; await what comes after inside the saga, "
+                    "or wrap the canvas with orchestrator.durable()"
+                )
+            if name not in _OPTIONS and name not in _CELERY_NOISE and name not in _CANVAS:
+                raise UsageError(f"saga {saga.name} has no start option {name}=; it has {', '.join(sorted(_OPTIONS))}")
+        check(encoded, limit_bytes=self.settings.payload_limit, what=f"the input of {saga.name}")
+        context = current_step.get()
+        run_id, transaction = options.get("task_id"), options.get("transaction")
+        if context is not None and run_id is None:
+            run_id = f"{context.idempotency_key}:{context.starts}"
+            context.starts += 1
+            transaction = transaction if transaction is not None else context.connection
+        deadline = options.get("deadline", saga.options.deadline)
+        new = runs.Start(
+            id=_valid_id(run_id) if run_id is not None else _new_id(),
+            saga=saga.name,
+            version=saga.options.version,
+            input=encoded,
+            queue=options.get("queue") or saga.options.queue or route(saga.name) or self._default_queue(),
+            priority=_priority(options.get("priority"), saga),
+            delay=float(options.get("countdown") or 0),
+            eta=_aware(options.get("eta")),
+            deadline=deadline.total_seconds() if isinstance(deadline, timedelta) else deadline,
+        )
+        return new, transaction
+
+    def _compare(self, saga: Saga[Any, Any], new: runs.Start, known: tuple[Any, ...] | None) -> None:
+        if known is None:
+            raise ConflictError(f"run {new.id} was being started by somebody else and is gone again; try once more")
+        name, _, recorded = known
+        if name != new.saga:
+            raise ConflictError(f"run id {new.id} belongs to a run of {name}; choose another id for {new.saga}")
+        if canonical_text(recorded) != canonical_text(new.input) and saga.codec.canonical(
+            recorded
+        ) != saga.codec.canonical(new.input):
+            raise ConflictError(
+                f"run {new.id} of {name} was started with other input; the same id with other input is a conflict, "
+                "not a second run. Use a new id, or pass the same input."
+            )
+
+    # -- asking --------------------------------------------------------------------------------------------------------
+    def outcome(self, run_id: str) -> runs.Outcome:
+        """Return how a run stands.  Raises: UnknownRunError, StoreUnavailableError."""
+
+        def ask() -> runs.Outcome:
+            with self.pool.connection() as connection, _schema_named():
+                found = runs.outcomes(connection, [run_id]).get(run_id)
+            if found is None:
+                raise UnknownRunError(f"there is no run {run_id!r} in this database; look it up with `saga list`")
+            return found
+
+        return self._again_if_broken(ask)
+
+    def wait(self, run_id: str) -> Future[runs.Outcome]:
+        """Return a future that is done when the run is terminal."""
+        return self._poller.wait(run_id)
+
+    def forget(self, run_id: str, future: Future[runs.Outcome]) -> None:
+        """Stop waiting."""
+        self._poller.forget(run_id, future)
+
+    # -- orders --------------------------------------------------------------------------------------------------------
+    def cancel(self, run_id: str, reason: str = "", by: str = "") -> None:
+        """Ask a run to stop and compensate; it does so in its own time.
+
+        Raises: UnknownRunError; UsageError if the run has ended or is past its pivot.
+        """
+        outcome = self._open(run_id, "cancelled")
+        if outcome.past_pivot:
+            raise UsageError(
+                f"run {run_id} is past its point of no return (its pivot succeeded) and can only go forward"
+            )
+        self._order(run_id, Cancel(by or whoami(), reason))
+
+    def terminate(self, run_id: str, reason: str = "", by: str = "") -> None:
+        """Stop a run and undo nothing; what is left is listed in its result.  Raises: UnknownRunError, UsageError."""
+        self._open(run_id, "terminated")
+        self._order(run_id, Terminate(by or whoami(), reason))
+
+    def operate(
+        self,
+        run_id: str,
+        action: str,
+        key: str = "",
+        *,
+        by: str = "",
+        reason: str = "",
+        value: Json = None,
+        no_effect: bool = False,
+    ) -> None:
+        """Order `retry`, `skip` or `resolve` for a parked key (empty: the run itself), with name and reason on record.
+
+        Raises: UnknownRunError; UsageError if that key is not parked, naming the keys that are.
+        """
+        outcome = self._open(run_id, "operated on")
+        parked = [item["key"] for item in outcome.parked if isinstance(item, dict)]
+        if key not in parked:
+            known = ", ".join(repr(item) if item else "the run itself" for item in parked) or "nothing"
+            raise UsageError(f"{key or 'the run itself'!r} of run {run_id} is not parked; parked there: {known}")
+        if not key and action == "skip":
+            raise UsageError(
+                f"run {run_id} itself cannot be skipped; `retry` it with mended code, `resolve` or `cancel` it"
+            )
+        self._order(run_id, Operate(action, key, by or whoami(), reason, value, no_effect))
+
+    def _open(self, run_id: str, what: str) -> runs.Outcome:
+        outcome = self.outcome(run_id)
+        if outcome.state in TERMINAL:
+            raise UsageError(f"run {run_id} is {outcome.state} already and cannot be {what}")
+        return outcome
+
+    def _order(self, run_id: str, arrival: Arrival) -> None:
+        with self.pool.connection() as connection:
+            with connection.transaction():
+                queue = turns.leave_arrival(connection, run_id, encode(arrival))
+            if queue:
+                self.ring_for(connection, queue, 1)
+
+    # -- doorbells -----------------------------------------------------------------------------------------------------
+    def ring_for(self, connection: Connection, queue: str, rows: int) -> None:
+        """Ring as often as it helps; a doorbell that cannot be rung is the pump's to ring."""
+        try:
+            times = runs.rings_needed(connection, queue, rows)
+            if times:
+                self._ring(queue, times)
+        except Exception as error:
+            logger.info(
+                "the doorbell of queue %s could not be rung (%s); the pump rings it", queue, type(error).__name__
+            )
+
+    def _ring_quietly(self, queue: str) -> None:
+        try:
+            with self.pool.connection() as connection:
+                self.ring_for(connection, queue, 1)
+        except OrchestratorError:
+            logger.info("the doorbell of queue %s could not be rung; the pump rings it", queue)
+
+    def _again_if_broken(self, call: Callable[[], T]) -> T:
+        """A pooled connection may have died unnoticed: try once more on a new one.  Calls are idempotent by run id."""
+        try:
+            return call()
+        except StoreUnavailableError:
+            return call()
+
+
+class SagaResult:
+    """A handle to a run, in the manner of Celery's AsyncResult."""
+
+    def __init__(self, client: Client, run_id: str, saga: Saga[Any, Any] | None) -> None:
+        self.id = run_id
+        self._client = client
+        self._saga = saga
+
+    def __repr__(self) -> str:
+        return f"<SagaResult {self.id}>"
+
+    def __str__(self) -> str:
+        return self.id
+
+    @property
+    def task_id(self) -> str:
+        """The run id, under Celery's name."""
+        return self.id
+
+    @property
+    def status(self) -> str:
+        """The state of the run now, one of the run states.  Raises: UnknownRunError, StoreUnavailableError."""
+        return self._client.outcome(self.id).state
+
+    state = status
+
+    @property
+    def left(self) -> list[Json]:
+        """Effects that were not undone: key, task and outcome of each."""
+        return self._client.outcome(self.id).left
+
+    @property
+    def parked(self) -> list[Json]:
+        """What waits for an operator: key, role and why of each."""
+        return self._client.outcome(self.id).parked
+
+    def ready(self) -> bool:
+        """Tell whether the run is terminal."""
+        return self.status in TERMINAL
+
+    def successful(self) -> bool:
+        """Tell whether the run completed."""
+        return self.status == "completed"
+
+    def failed(self) -> bool:
+        """Tell whether the run is terminal and did not complete."""
+        return self.status in TERMINAL - {"completed", "continued"}
+
+    def get(self, timeout: float | None = None, propagate: bool = True) -> Any:
+        """Wait for the run and return its result; `timeout` is in seconds.
+
+        Raises: SagaFailed, SagaCancelled (unless `propagate` is false: then they are returned), TimeoutError.
+        """
+        future = self._client.wait(self.id)
+        try:
+            outcome = future.result(timeout)
+        except TimeoutError:
+            raise self._late(timeout) from None
+        finally:
+            self._client.forget(self.id, future)
+        return self._value(outcome, propagate)
+
+    async def aget(self, timeout: float | None = None, propagate: bool = True) -> Any:
+        """Wait without blocking the event loop; see `get`."""
+        future = self._client.wait(self.id)
+        try:
+            outcome = await asyncio.wait_for(asyncio.wrap_future(future), timeout)
+        except TimeoutError:
+            raise self._late(timeout) from None
+        finally:
+            self._client.forget(self.id, future)
+        return self._value(outcome, propagate)
+
+    def cancel(self, reason: str = "", by: str = "") -> None:
+        """Ask the run to stop and compensate.  Raises: UsageError if it has ended or is past its pivot."""
+        self._client.cancel(self.id, reason, by)
+
+    def terminate(self, reason: str = "", by: str = "") -> None:
+        """Stop the run and undo nothing; `left` tells what is left.  Raises: UsageError if it has ended."""
+        self._client.terminate(self.id, reason, by)
+
+    def retry(self, key: str = "", reason: str = "", by: str = "") -> None:
+        """Try a parked key again, or with no key a run that parked as a whole.  Raises: UsageError."""
+        self._client.operate(self.id, "retry", key, by=by, reason=reason)
+
+    def skip(self, key: str, reason: str = "", by: str = "") -> None:
+        """Go on without a parked key; it is listed in `left`.  Raises: UsageError."""
+        self._client.operate(self.id, "skip", key, by=by, reason=reason)
+
+    def resolve(
+        self, key: str = "", value: Json = None, *, no_effect: bool = False, reason: str = "", by: str = ""
+    ) -> None:
+        """Settle a parked key by hand: with its result, or (`no_effect`) as having had none.  Raises: UsageError."""
+        self._client.operate(self.id, "resolve", key, by=by, reason=reason, value=value, no_effect=no_effect)
+
+    def _late(self, timeout: float | None) -> TimeoutError:
+        return TimeoutError(
+            f"run {self.id} was not finished within {timeout} s; it goes on, ask again, or see `saga explain {self.id}`"
+        )
+
+    def _value(self, outcome: runs.Outcome, propagate: bool) -> Any:
+        if outcome.state == "completed":
+            saga = self._saga or _saga_of(outcome)
+            return saga.codec.decode_result(outcome.output) if saga else outcome.output
+        error = outcome.error or {}
+        what = f"{error.get('type')}: {error.get('message')}" if error else "see `saga show`"
+        text = f"run {self.id} of {outcome.saga} ended {outcome.state}: {what}"
+        kind = SagaCancelled if outcome.state == "cancelled" else SagaFailed
+        failure = kind(text, run_id=self.id, state=outcome.state, error=outcome.error, left=tuple(outcome.left))
+        if propagate:
+            raise failure
+        return failure
+
+
+def _saga_of(outcome: runs.Outcome) -> Saga[Any, Any] | None:
+    try:
+        return sagas.sagas.get((outcome.saga, outcome.version)) or sagas.latest(outcome.saga)
+    except UnknownSagaError:
+        return None
+
+
+class _schema_named:  # noqa: N801 - a context manager reads like a function
+    """Turn a missing schema into the sentence that says how to make it."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if getattr(error, "sqlstate", None) in ("42P01", "3F000", "42883"):
+            raise SchemaError(
+                "the database has no orchestrator schema; create it with `celery -A <your app> saga migrate`"
+            ) from error
+
+
+@dataclass(slots=True)
+class _Waiter:
+    futures: list[Future[runs.Outcome]]
+
+
+class _Poller:
+    """One thread and one statement for all waiting callers of a process; from 2 ms up to 250 ms apart."""
+
+    def __init__(self, pool: ClientPool) -> None:
+        self._pool = pool
+        self._lock = threading.Condition()
+        self._waiting: dict[str, _Waiter] = {}
+        self._thread: threading.Thread | None = None
+        self._owner = 0
+        self._pause = 0.002
+
+    def wait(self, run_id: str) -> Future[runs.Outcome]:
+        future: Future[runs.Outcome] = Future()
+        with self._lock:
+            if self._owner != os.getpid():
+                self._waiting, self._thread, self._owner = {}, None, os.getpid()
+            self._waiting.setdefault(run_id, _Waiter([])).futures.append(future)
+            self._pause = 0.002
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._poll, name="orchestrator results", daemon=True)
+                self._thread.start()
+            self._lock.notify()
+        return future
+
+    def forget(self, run_id: str, future: Future[runs.Outcome]) -> None:
+        with self._lock:
+            waiter = self._waiting.get(run_id)
+            if waiter is not None and future in waiter.futures:
+                waiter.futures.remove(future)
+                if not waiter.futures:
+                    del self._waiting[run_id]
+
+    def _poll(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._lock.wait(1.0)
+                if not self._waiting:
+                    self._thread = None
+                    return
+                ids = list(self._waiting)
+            try:
+                with self._pool.connection() as connection:
+                    found = runs.outcomes(connection, ids)
+                self._settle(ids, found)
+            except StoreUnavailableError:
+                self._pause = 0.25  # the database comes back, or the callers' timeouts end their waiting
+            except BaseException as error:
+                self._fail(ids, error)
+            time.sleep(self._pause)
+            self._pause = min(self._pause * 1.3, 0.25)
+
+    def _settle(self, ids: list[str], found: dict[str, runs.Outcome]) -> None:
+        with self._lock:
+            for run_id in ids:
+                outcome = found.get(run_id)
+                if outcome is not None and outcome.state not in TERMINAL:
+                    continue
+                waiter = self._waiting.pop(run_id, None)
+                for future in waiter.futures if waiter else ():
+                    if not future.set_running_or_notify_cancel():
+                        continue
+                    if outcome is None:
+                        future.set_exception(UnknownRunError(f"there is no run {run_id!r} in this database"))
+                    else:
+                        future.set_result(outcome)
+
+    def _fail(self, ids: list[str], error: BaseException) -> None:
+        with self._lock:
+            for run_id in ids:
+                waiter = self._waiting.pop(run_id, None)
+                for future in waiter.futures if waiter else ():
+                    if future.set_running_or_notify_cancel():
+                        future.set_exception(error)
+
+
+def whoami() -> str:
+    """Return the name of the person at the keyboard, for the record of an operator's decision."""
+    return os.environ.get("USER") or os.environ.get("LOGNAME") or f"uid {os.getuid()}"
+
+
+def _new_id() -> str:
+    """Return a time-ordered UUID (version 7, RFC 9562), so that runs of one time lie together in the indexes."""
+    value = time.time_ns() // 1_000_000 << 80 | secrets.randbits(80)
+    value = value & ~(0xF << 76) | 7 << 76
+    value = value & ~(0x3 << 62) | 2 << 62
+    return str(uuid.UUID(int=value))
+
+
+def _valid_id(run_id: Any) -> str:
+    text = str(run_id)
+    if not text or len(text.encode(errors="replace")) > 500 or not text.isprintable():
+        raise UsageError("a run id (task_id) must be 1 to 500 printable characters")
+    return text
+
+
+def _priority(priority: Any, saga: Saga[Any, Any]) -> int:
+    priority = saga.options.priority if priority is None else priority
+    if not isinstance(priority, int) or not 0 <= priority <= 9:
+        raise UsageError(f"priority must be a whole number from 0 to 9 (higher first), not {priority!r}")
+    return priority
+
+
+def _aware(eta: Any) -> datetime | None:
+    if eta is None:
+        return None
+    eta = datetime.fromisoformat(eta) if isinstance(eta, str) else eta
+    if not isinstance(eta, datetime) or eta.tzinfo is None:
+        raise UsageError("eta must be an aware datetime; say which time zone it is in")
+    return eta
+
+
+def _due_now(new: runs.Start) -> bool:
+    return not new.delay and new.eta is None

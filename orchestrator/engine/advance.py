@@ -1,0 +1,476 @@
+"""One transaction per outcome: the fence checked, the outcome and the whole turn written, or an arrival.
+
+Owns rule 1 (docs/concepts.md) and the cache of live coroutines.  Saga code runs before the transaction, never in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from time import monotonic
+from typing import Any
+
+from orchestrator.codec import Json, dumps
+from orchestrator.errors import DriftError, describe_exception
+from orchestrator.machine.fold import RunInfo
+from orchestrator.machine.journal import (
+    Arrival,
+    Asked,
+    AttemptEnded,
+    Late,
+    LateSuccess,
+    Parked,
+    RollbackBegan,
+    Settled,
+    Work,
+    decode_arrival,
+    decode_entry,
+    encode,
+)
+from orchestrator.machine.states import TERMINAL, RunState
+from orchestrator.machine.turn import CodeError, Execution, Script, Turn
+from orchestrator.store import runs, turns
+from orchestrator.store.connection import Connection
+from orchestrator.store.turns import Commit, Loaded, RunRow, Taken
+
+logger = logging.getLogger(__name__)
+_TRIES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who holds work: an incarnation and a child of it."""
+
+    incarnation: int
+    child: int
+
+
+AfterCommit = Callable[[Connection], list[Taken]]
+
+
+class Clock:
+    """The database's time, carried on between statements by this process's monotonic clock."""
+
+    def __init__(self) -> None:
+        self._at = datetime.now(UTC)
+        self._since = monotonic()
+
+    def __call__(self) -> datetime:
+        return self._at + timedelta(seconds=monotonic() - self._since)
+
+    def set(self, now: datetime) -> datetime:
+        """Take over the database's time."""
+        self._at, self._since = now, monotonic()
+        return now
+
+
+@dataclass(slots=True)
+class Scope:
+    """What this process may begin: its queues and the targets registered here."""
+
+    queues: Collection[str]
+    targets: Collection[str]
+    may_begin: Callable[[], bool] = lambda: True
+
+
+class Advancer:
+    """Computes turns and commits them; one per child, never shared between threads."""
+
+    def __init__(
+        self,
+        script_of: Callable[[str, int], Script | None],
+        scope: Scope,
+        identity: Identity,
+        ring: Callable[[Connection, str, int], None],
+        cache_runs: int = 1000,
+    ) -> None:
+        self._script_of = script_of
+        self._scope = scope
+        self.identity = identity
+        self._ring = ring
+        self._cache_runs = cache_runs
+        self._cache: OrderedDict[str, Execution] = OrderedDict()
+        self.clock = Clock()
+
+    # -- what happens to a run -----------------------------------------------------------------------------------------
+    def start_turn(self, connection: Connection, taken: Taken) -> list[Taken]:
+        """Take the turn that a run owes; returns the work that was begun by it."""
+        assert taken.run is not None
+        self.clock.set(taken.now)
+        if taken.run.position == 0 and taken.run_id not in self._cache:
+            loaded = Loaded(taken.run, taken.now, [], [])
+            found = self._attempt(connection, loaded, None, holds_turn=True)
+            if found is not None:
+                return found
+        return self._advance(connection, taken.run_id, holds_turn=True)
+
+    def record(self, connection: Connection, taken: Taken, outcome: AttemptEnded) -> list[Taken]:
+        """Record what came of an attempt, with its turn if possible; returns the work that was begun by it."""
+        loaded = self._known(connection, taken.run_id)
+        if loaded is not None:
+            found = self._attempt(connection, loaded, outcome, done=taken)
+            if found is not None:
+                return found
+        if not self._leave(connection, taken, outcome, drivable=loaded is not None):
+            return []
+        return self._advance(connection, taken.run_id)
+
+    def record_within(self, connection: Connection, taken: Taken, outcome: AttemptEnded) -> AfterCommit | None:
+        """Record an outcome in the caller's open transaction; does not commit.
+
+        Returns what is to be called after the commit with the child's own connection, or None if the fence was lost: then the caller rolls back.
+        """
+        loaded = self._known(connection, taken.run_id)
+        if loaded is not None:
+            execution, turn = self._compute(connection, loaded, outcome)
+            if execution is not None:
+                begun = self._begin_next(execution.info, turn, loaded.now)
+                consumed = [id for id, _ in loaded.arrivals]
+                committed = self._write(connection, execution, turn, begun, consumed, taken, holds_turn=False)
+                if committed.written:
+                    return lambda after: self._after(after, execution, turn, begun, committed.owed)
+                execution.discard()
+        assert taken.fence is not None
+        if not turns.arrive(connection, taken.run_id, taken.key, taken.fence, encode(outcome)):
+            return None
+        if loaded is None:
+            turns.owe_turn(connection, taken.run_id)
+        return lambda after: self._advance(after, taken.run_id)
+
+    def _leave(self, connection: Connection, taken: Taken, outcome: AttemptEnded, drivable: bool) -> bool:
+        """Leave the outcome as an arrival; a success that the fence refuses is left as a late effect.
+
+        Returns whether the outcome was accepted.
+        """
+        assert taken.fence is not None
+        queue = None
+        with connection.transaction():
+            accepted = turns.arrive(connection, taken.run_id, taken.key, taken.fence, encode(outcome))
+            if accepted and not drivable:
+                queue = turns.owe_turn(connection, taken.run_id)
+        if accepted:
+            if queue:
+                self._ring(connection, queue, 1)
+            return True
+        logger.warning("run %s step %s: attempt %s has lost its fence, its outcome is refused", taken.run_id, taken.key,
+                       taken.attempt)  # fmt: skip
+        if outcome.verdict == "succeeded" and not (taken.call or {}).get("n"):
+            late = LateSuccess(taken.key, taken.role, taken.attempt, outcome.result, outcome.worker)
+            with connection.transaction():
+                queue = turns.leave_arrival(connection, taken.run_id, encode(late))
+            if queue:
+                self._ring(connection, queue, 1)
+        return False
+
+    def function_of(self, connection: Connection, taken: Taken) -> Callable[[], Any] | None:
+        """Return the function of a ``saga.once`` that was begun here."""
+        loaded = self._known(connection, taken.run_id)
+        execution = self._execution(loaded) if loaded else None
+        return execution.function_of(taken.key) if execution else None
+
+    def discard(self) -> None:
+        """Drop every live coroutine."""
+        while self._cache:
+            self._cache.popitem()[1].discard()
+
+    # -- turns ---------------------------------------------------------------------------------------------------------
+    def _advance(
+        self, connection: Connection, run_id: str, holds_turn: bool = False, may_begin: bool = True
+    ) -> list[Taken]:
+        """Take the run's arrivals, until there are none or another process has the run."""
+        for _ in range(_TRIES):
+            loaded = self._load(connection, run_id)
+            if loaded is None or not (loaded.arrivals or holds_turn):
+                return []
+            if loaded.run.finished and not loaded.arrivals:
+                turns.drop_turn(connection, run_id)
+                return []
+            if self._script_of(loaded.run.saga, loaded.run.version) is None:
+                return []
+            begun = self._attempt(connection, loaded, None, holds_turn=holds_turn, may_begin=may_begin)
+            if begun is not None:
+                return begun
+            if not holds_turn:
+                return []  # whoever moved the run looks again after its commit
+        logger.warning("run %s: others keep moving it; its turn is left to them", run_id)
+        return []
+
+    def _attempt(
+        self,
+        connection: Connection,
+        loaded: Loaded,
+        outcome: AttemptEnded | None,
+        *,
+        done: Taken | None = None,
+        holds_turn: bool = False,
+        may_begin: bool = True,
+    ) -> list[Taken] | None:
+        """Compute and commit one turn; returns the work begun, or None if it was not written."""
+        execution, turn = self._compute(connection, loaded, outcome)
+        if execution is None:
+            return None
+        begun = self._begin_next(execution.info, turn, loaded.now) if may_begin else []
+        consumed = [id for id, _ in loaded.arrivals]
+        try:
+            committed = self._write(connection, execution, turn, begun, consumed, done, holds_turn)
+        except BaseException:
+            self._forget(loaded.run.id)
+            execution.discard()
+            raise
+        if not committed.written:
+            self._forget(loaded.run.id)
+            execution.discard()
+            return None
+        return self._after(connection, execution, turn, begun, committed.owed)
+
+    def _after(
+        self, connection: Connection, execution: Execution, turn: Turn, begun: list[Taken], owed: bool
+    ) -> list[Taken]:
+        """After the commit: keep the coroutine, make correcting runs, ring, look again for arrivals."""
+        run_id = execution.info.id
+        if turn.state in TERMINAL:
+            execution.discard()
+            self._forget(run_id)
+        else:
+            self._remember(execution)
+        for late in turn.corrections:
+            self._correct(connection, execution, late)
+        self._ring_for(connection, execution.info, turn, begun)
+        others = execution.fold.in_flight > len(begun)
+        if owed or (others and turns.has_arrivals(connection, run_id)):
+            return begun + self._advance(connection, run_id, may_begin=not begun)
+        return begun
+
+    def _compute(
+        self, connection: Connection, loaded: Loaded, outcome: AttemptEnded | None
+    ) -> tuple[Execution | None, Turn]:
+        arrivals: list[Arrival] = [decode_arrival(arrival) for _, arrival in loaded.arrivals]
+        if outcome is not None:
+            arrivals.append(outcome)
+        execution = self._execution(loaded)
+        if execution is None:
+            return None, _NO_TURN
+        try:
+            return execution, execution.turn(arrivals, loaded.now)
+        except Exception as error:
+            self._forget(loaded.run.id)
+            execution.discard()
+            return self._park(connection, loaded.run.id, arrivals, error)
+
+    def _park(
+        self, connection: Connection, run_id: str, arrivals: Sequence[Arrival], error: Exception
+    ) -> tuple[Execution | None, Turn]:
+        """A turn that cannot be computed parks the run: what arrived is recorded, saga code is left alone."""
+        if isinstance(error, DriftError):
+            park = Parked("", "drift", str(error))
+        elif isinstance(error, CodeError):
+            why = f"the saga function raised {error.error.get('type')}: {error.error.get('message')}"
+            park = Parked("", "code", why, error.error)
+        else:
+            logger.exception("run %s: its turn could not be computed", run_id)
+            park = Parked("", "code", f"its turn could not be computed: {error!r:.500}", describe_exception(error))
+        again = self._load(connection, run_id)
+        execution = self._execution(again) if again else None
+        if execution is None or again is None:
+            return None, _NO_TURN
+        return execution, execution.turn(arrivals, again.now, park)
+
+    def _write(
+        self,
+        connection: Connection,
+        execution: Execution,
+        turn: Turn,
+        begun: list[Taken],
+        consumed: list[int],
+        done: Taken | None,
+        holds_turn: bool,
+    ) -> turns.Committed:
+        info = execution.info
+        fences = {taken.key: taken.fence for taken in begun}
+        rewake = turn.wake != execution.committed_wake and turn.wake is not None
+        commit = Commit(
+            run_id=info.id,
+            position=turn.position,
+            at=turn.at,
+            entries=[encode(entry) for entry in turn.entries],
+            incarnation=self.identity.incarnation,
+            child=self.identity.child,
+            state=turn.state,
+            target=info.target,
+            queue=info.queue,
+            priority=info.priority,
+            ended=turn.state in TERMINAL and not turn.was_ended,
+            done_key=done.key if done else None,
+            done_fence=done.fence if done else None,
+            holds_turn=holds_turn,
+            wake=turn.wake,
+            rewake=rewake,
+            work=[_work_row(info, work, fences.get(work.key)) for work in turn.work],
+            withdraw=turn.withdraw,
+            consumed=consumed,
+            summary=_summary(execution, turn),
+        )
+        execution.committed_wake = turn.wake
+        committed = turns.commit_turn(connection, commit)
+        self.clock.set(committed.now)
+        return committed
+
+    def _begin_next(self, info: RunInfo, turn: Turn, now: datetime) -> list[Taken]:
+        """Choose the work that this child goes on with: the first that is due and can run here."""
+        if turn.state in TERMINAL or not self._scope.may_begin():
+            return []
+        for work in turn.work:
+            target, queue = target_of(info, work), work.queue or info.queue
+            if (work.due is None or work.due <= now) and queue in self._scope.queues and target in self._scope.targets:
+                fence = new_fence()
+                deadline = now + timedelta(seconds=work.call["t"]) if "t" in work.call else None
+                return [
+                    Taken(info.id, work.key, work.role, target, queue, work.task, work.attempt + 1, work.call, fence,
+                          deadline, now)
+                ]  # fmt: skip
+        return []
+
+    def _ring_for(self, connection: Connection, info: RunInfo, turn: Turn, begun: list[Taken]) -> None:
+        waiting: dict[str, int] = {}
+        mine = {taken.key for taken in begun}
+        for work in turn.work:
+            if work.key not in mine and (work.due is None or work.due <= turn.at):
+                queue = work.queue or info.queue
+                waiting[queue] = waiting.get(queue, 0) + 1
+        for queue, rows in waiting.items():
+            self._ring(connection, queue, rows)
+
+    def _correct(self, connection: Connection, execution: Execution, late: Late) -> None:
+        """An effect that landed after its run had ended is undone by a linked run of its own."""
+        step = execution.fold.steps[late.key]
+        info = execution.info
+        run_id = f"{info.id}/late/{late.key}/{late.attempt}"
+        with connection.transaction():
+            new = runs.Start(
+                id=run_id, saga=info.saga, version=info.version, input=info.input, queue=info.queue,
+                priority=info.priority, parent=info.id,
+            )  # fmt: skip
+            if runs.start(connection, new):
+                turns.seed_journal(connection, run_id, self.clock(), _correction(step.asked, late))
+        self._ring(connection, info.queue, 1)
+
+    # -- executions ----------------------------------------------------------------------------------------------------
+    def _known(self, connection: Connection, run_id: str) -> Loaded | None:
+        """Return what the cache knows as a snapshot without arrivals, else load it; None if it cannot be driven here."""
+        cached = self._cache.get(run_id)
+        if cached is not None:
+            info = cached.info
+            row = RunRow(info.id, info.saga, info.version, info.queue, info.input, info.started, info.deadline,
+                         info.priority, cached.fold.position, False)  # fmt: skip
+            return Loaded(row, self.clock(), [], [])
+        loaded = self._load(connection, run_id)
+        if loaded is None or self._script_of(loaded.run.saga, loaded.run.version) is None:
+            return None
+        return loaded
+
+    def _load(self, connection: Connection, run_id: str) -> Loaded | None:
+        cached = self._cache.get(run_id)
+        loaded = turns.load(connection, run_id, cached.fold.position if cached else 0)
+        if loaded is not None:
+            self.clock.set(loaded.now)
+        return loaded
+
+    def _execution(self, loaded: Loaded) -> Execution | None:
+        """Return the execution of a run, caught up with what was loaded, out of the cache."""
+        run = loaded.run
+        execution = self._cache.pop(run.id, None)
+        if execution is None:
+            script = self._script_of(run.saga, run.version)
+            if script is None:
+                return None
+            info = RunInfo(
+                run.id, run.saga, run.version, run.input, run.started_at, run.queue, run.deadline_at, run.priority
+            )
+            execution = Execution(info, script)
+        missing = loaded.rows[execution.fold.position - loaded.since : run.position - loaded.since]
+        if missing:
+            execution.catch_up((at, [decode_entry(entry) for entry in entries]) for at, entries in missing)
+            execution.committed_summary = _signature(execution)
+        return execution
+
+    def _remember(self, execution: Execution) -> None:
+        self._cache[execution.info.id] = execution
+        self._cache.move_to_end(execution.info.id)
+        if len(self._cache) > self._cache_runs:
+            self._cache.popitem(last=False)[1].discard()
+
+    def _forget(self, run_id: str) -> None:
+        self._cache.pop(run_id, None)
+
+
+_NO_TURN = Turn(0, datetime.min.replace(tzinfo=UTC), [], [], [], [], RunState.PENDING, None, False)
+
+
+def new_fence() -> int:
+    """Return 64 random bits as Postgres' bigint; never a counter, so that no stale holder can guess it."""
+    return secrets.randbits(64) - (1 << 63)
+
+
+def target_of(info: RunInfo, work: Work) -> str:
+    """Return who can run `work`: the saga itself if it is local to the driving worker, else its task."""
+    return info.target if work.local or work.role == "once" else work.task
+
+
+def _work_row(info: RunInfo, work: Work, fence: int | None) -> Json:
+    return {
+        "key": work.key,
+        "role": work.role,
+        "target": target_of(info, work),
+        "queue": work.queue or info.queue,
+        "task": work.task,
+        "priority": work.priority or info.priority,
+        "due": work.due.isoformat() if work.due else None,
+        "attempt": work.attempt + (fence is not None),
+        "call": work.call,
+        "fence": fence,
+    }
+
+
+def _summary(execution: Execution, turn: Turn) -> dict[str, Any] | None:
+    """Return the columns that change seldom, if one of them changed."""
+    if turn.was_ended:
+        return None
+    fold = execution.fold
+    parked = [{"key": key, "role": entry.role, "why": entry.why} for key, entry in fold.parked_keys.items()]
+    if fold.parked is not None:
+        parked.insert(0, {"key": "", "role": fold.parked.role, "why": fold.parked.why})
+    changed = _signature(execution)
+    if turn.state not in TERMINAL and changed == execution.committed_summary:
+        return None
+    execution.committed_summary = changed
+    error = fold.raised or (fold.rollback.error if fold.rollback else None)
+    if fold.rollback is not None and fold.rollback.cause == "cancel":
+        error = None
+    return {
+        "output": dumps(fold.returned.output)
+        if fold.returned and fold.ended and fold.ended.state == "completed"
+        else None,
+        "error": dumps(error) if error else None,
+        "left": dumps(list(fold.ended.left)) if fold.ended else "[]",
+        "parked": dumps(parked),
+        "past_pivot": fold.past_pivot,
+    }
+
+
+def _signature(execution: Execution) -> tuple[Any, ...]:
+    """Return what decides whether the columns of `_summary` are up to date."""
+    fold = execution.fold
+    return (fold.parked, tuple(fold.parked_keys.values()), fold.past_pivot)
+
+
+def _correction(asked: Asked, late: Late) -> list[Json]:
+    """Return the journal that a correcting run begins with: the step, its late success, the decision to undo."""
+    return [
+        encode(asked),
+        encode(Settled(late.key, "succeeded", late.attempt, late.result)),
+        encode(RollbackBegan("late")),
+    ]

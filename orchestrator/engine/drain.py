@@ -1,0 +1,368 @@
+"""The loop of a worker's child: hold what is due, do it, commit outcome and next begin together, go on.
+
+Owns when a drain ends and what happens to a connection that breaks.  Must never import Celery: `Invoke` runs a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+from orchestrator.codec import Json, check, encode_any
+from orchestrator.engine.advance import Advancer, AfterCommit, Identity, Scope, new_fence
+from orchestrator.errors import PayloadError, Rejected, StoreUnavailableError, describe_exception
+from orchestrator.machine.journal import AttemptEnded
+from orchestrator.machine.policy import RetryPolicy
+from orchestrator.machine.turn import Script
+from orchestrator.settings import Settings
+from orchestrator.step import StepContext, StepStopped
+from orchestrator.store import liveness, runs, turns
+from orchestrator.store.connection import UNAVAILABLE, Connection, open_connection, unavailable
+from orchestrator.store.transaction import CommitUnknown
+from orchestrator.store.turns import Taken
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Invocation:
+    """What came of running a step's code: a result already encoded, or the error.
+
+    `pause` (seconds) is what Celery's own retry asked for; `harmless` says that no code ran, or that all it did was rolled
+    back.
+    """
+
+    result: Json = None
+    error: BaseException | None = None
+    pause: float | None = None
+    harmless: bool = False
+
+
+class LostFence(Exception):
+    """The transaction of a transactional step is to be rolled back: its attempt was taken away."""
+
+
+class StepRunner(Protocol):
+    """Runs the code of steps; the Celery layer provides it."""
+
+    worker: str
+
+    def invoke(self, taken: Taken, context: StepContext) -> Invocation:
+        """Run a step, undo or probe and encode its result."""
+        ...
+
+    def invoke_in_transaction(
+        self, taken: Taken, context: StepContext, settle: Callable[[Connection, Invocation], None]
+    ) -> Invocation:
+        """Run a transactional step; `settle` is called with the open transaction before it is committed."""
+        ...
+
+    def is_transactional(self, task: str) -> bool: ...
+    def non_retryable(self, task: str) -> RetryPolicy | None: ...
+    def finished(self, taken: Taken, outcome: AttemptEnded) -> None: ...
+
+
+@dataclass(slots=True)
+class Worker:
+    """What a drainer needs to know about the worker that it is part of."""
+
+    settings: Settings
+    scope: Scope
+    identity: Callable[[], Identity]
+    script_of: Callable[[str, int], Script | None]
+    runner: StepRunner
+    ring: Callable[[str, int], None]
+    stopping: Callable[[], bool]
+    busy: Callable[[], AbstractContextManager[Any]] | None = None
+
+
+class Drainer:
+    """Drains the queues of one worker in one child; keeps its connection and its coroutines between drains."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._settings = worker.settings
+        self._connection: Connection | None = None
+        self._advancer: Advancer | None = None
+        self._last_error_at = 0.0
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+    def drain(self) -> int:
+        """Work until nothing is due, or for about a second; returns how many steps were run.
+
+        Raises: StoreUnavailableError if the database cannot be reached; what was begun is reported before.
+        """
+        try:
+            return self._drain()
+        except UNAVAILABLE as error:
+            self._drop_connection()
+            raise unavailable(error) from error
+
+    def _drain(self) -> int:
+        self._enter()
+        connection, advancer = self._ready()
+        identity = advancer.identity
+        queues = list(self._worker.scope.queues)
+        until = time.monotonic() + self._settings.drain_seconds
+        done = 0
+        while True:
+            full = time.monotonic() >= until or done >= self._settings.drain_steps or self._worker.stopping()
+            taken = [] if full else self._take(connection, advancer)
+            if taken:
+                done += self._perform(taken)
+                connection, advancer = self._ready()
+                continue
+            liveness.leave(connection, identity.incarnation, identity.child)
+            if self._worker.stopping():
+                return done
+            if full:
+                self._ring_if_due(connection)
+                return done
+            # Look once more after the mark is gone: who added work before that saw the mark and did not ring.
+            taken = self._take(connection, advancer)
+            if not taken:
+                return done
+            liveness.enter(connection, identity.incarnation, identity.child, queues)
+            done += self._perform(taken)
+            connection, advancer = self._ready()
+
+    def _ring_if_due(self, connection: Connection) -> None:
+        for queue, rows in liveness.due(connection, self._settings.reservation).items():
+            if queue in self._worker.scope.queues:
+                self._ring(connection, queue, rows)
+
+    def _take(self, connection: Connection, advancer: Advancer) -> list[Taken]:
+        scope, identity = self._worker.scope, advancer.identity
+        taken = turns.take(
+            connection,
+            queues=list(scope.queues),
+            targets=list(scope.targets),
+            incarnation=identity.incarnation,
+            child=identity.child,
+            fence=new_fence(),
+            limit=_BATCH,
+            reservation=self._settings.reservation,
+        )
+        if len(taken) == _BATCH:
+            self._ring(connection, taken[-1].queue, len(taken))
+        return taken
+
+    def _perform(self, taken: list[Taken]) -> int:
+        """Do what is held, and what each of it begins in turn; returns the number of steps run."""
+        pending = deque(taken)
+        done = 0
+        while pending:
+            item = pending.popleft()
+            if item.role == "turn" and self._worker.stopping():
+                self._give_back([item, *pending])
+                return done
+            connection, advancer = self._ready()
+            if item.role == "turn":
+                begun = advancer.start_turn(connection, item)
+            else:
+                begun = self._run(item)
+                done += 1
+            pending.extendleft(reversed(begun))
+        return done
+
+    def _give_back(self, items: list[Taken]) -> None:
+        connection, advancer = self._ready()
+        reserved = [item.run_id for item in items if item.role == "turn"]
+        turns.give_back(connection, reserved, advancer.identity.incarnation, advancer.identity.child)
+
+    # -- one attempt ---------------------------------------------------------------------------------------------------
+    def _run(self, taken: Taken) -> list[Taken]:
+        runner = self._worker.runner
+        context = self._context(taken)
+        if taken.role in ("do", "undo") and runner.is_transactional(taken.task):
+            return self._run_in_transaction(taken, context)
+        if taken.role == "once":
+            connection, advancer = self._ready()
+            invocation = _run_once(advancer.function_of(connection, taken))
+        else:
+            invocation = runner.invoke(taken, context)
+        outcome = self._outcome(taken, invocation)
+        begun = self._record(taken, outcome)
+        runner.finished(taken, outcome)
+        return begun
+
+    def _run_in_transaction(self, taken: Taken, context: StepContext) -> list[Taken]:
+        after: list[AfterCommit] = []
+        reported: list[AttemptEnded] = []
+        _, advancer = self._ready()
+
+        def settle(connection: Connection, invocation: Invocation) -> None:
+            outcome = self._outcome(taken, invocation, harmless=True)
+            found = advancer.record_within(connection, taken, outcome)
+            if found is None:
+                raise LostFence
+            after.append(found)
+            reported.append(outcome)
+
+        try:
+            invocation = self._worker.runner.invoke_in_transaction(taken, context, settle)
+        except CommitUnknown as error:
+            # The outcome counts only if the commit did not happen; recording finds out.
+            outcome = self._outcome(taken, Invocation(error=error), harmless=True)
+            return self._record(taken, outcome, broken=True)
+        except LostFence:
+            logger.warning("run %s step %s: attempt %s has lost its fence, its transaction is rolled back", taken.run_id,
+                           taken.key, taken.attempt)  # fmt: skip
+            return []
+        if invocation.error is None and after:
+            self._worker.runner.finished(taken, reported[0])
+            return after[0](self._ready()[0])
+        outcome = self._outcome(taken, invocation, harmless=True)
+        begun = self._record(taken, outcome)
+        self._worker.runner.finished(taken, outcome)
+        return begun
+
+    def _context(self, taken: Taken) -> StepContext:
+        call = taken.call or {}
+        suffix = {"undo": ":undo", "probe": ":probe"}.get(taken.role, "")
+        if taken.role == "undo" and call.get("l"):
+            suffix += f":{call['l']}"
+        deadline = taken.deadline or taken.now + timedelta(seconds=call.get("t", 300))
+        key = f"{taken.run_id}:{taken.key}"
+        return StepContext(
+            run_id=taken.run_id,
+            key=taken.key,
+            attempt=taken.attempt,
+            idempotency_key=key if taken.role == "probe" else key + suffix,
+            deadline=deadline,
+            heartbeat_details=call.get("d"),
+            beat=lambda details: self._beat(taken, details),
+        )
+
+    def _beat(self, taken: Taken, details: Json) -> None:
+        assert taken.fence is not None
+        connection, _ = self._ready()
+        details = encode_any(details, f"the heartbeat details of {taken.task}")
+        taken.call["d"] = details
+        stop = turns.heartbeat(connection, taken.run_id, taken.key, taken.fence, details)
+        if stop is None:
+            raise StepStopped(
+                f"attempt {taken.attempt} of {taken.key} was given up: its lease or its heartbeat was missed"
+            )
+        if stop:
+            raise StepStopped(f"run {taken.run_id} does not want the result of {taken.key} any more")
+
+    def _outcome(self, taken: Taken, invocation: Invocation, harmless: bool = False) -> AttemptEnded:
+        began = taken.now.isoformat()
+        worker = self._worker.runner.worker
+        role = "do" if taken.role == "once" else taken.role
+        error = invocation.error
+        if error is None:
+            try:
+                check(invocation.result, what=f"the result of {taken.task}")
+                return AttemptEnded(taken.key, role, taken.attempt, "succeeded", invocation.result, None, worker, began)
+            except PayloadError as refused:
+                error = refused
+        described = describe_exception(error)
+        verdict = "failed" if harmless or invocation.harmless else "doubt"
+        if isinstance(error, Rejected) or self._refused(taken, described):
+            verdict = "rejected"
+        return AttemptEnded(
+            taken.key, role, taken.attempt, verdict, None, described, worker, began, pause=invocation.pause,
+            details=(taken.call or {}).get("d"),
+        )  # fmt: skip
+
+    def _refused(self, taken: Taken, described: dict[str, Any]) -> bool:
+        policy = self._worker.runner.non_retryable(taken.task)
+        names = set(described.get("mro") or ())
+        return bool(policy and policy.refuses(names)) or any(name in names for name in (taken.call or {}).get("x", ()))
+
+    # -- recording, whatever happens to the connection -------------------------------------------------------------------
+    def _record(self, taken: Taken, outcome: AttemptEnded, broken: bool = False) -> list[Taken]:
+        """Record an outcome; if the connection breaks, find out what became of it and go on."""
+        pause, until = 0.05, time.monotonic() + _PATIENCE
+        while True:
+            try:
+                connection, advancer = self._ready()
+                if broken:
+                    found = self._recover(connection, advancer, taken, outcome)
+                    if found is not None:
+                        return found
+                return advancer.record(connection, taken, outcome)
+            except (*UNAVAILABLE, StoreUnavailableError):
+                broken = True
+                self._drop_connection()
+                if time.monotonic() > until:
+                    raise
+                time.sleep(pause)
+                pause = min(pause * 2, 1.0)
+
+    def _recover(
+        self, connection: Connection, advancer: Advancer, taken: Taken, outcome: AttemptEnded
+    ) -> list[Taken] | None:
+        """After a connection was lost at a commit: None if the outcome can still be recorded, else what is to be done."""
+        assert taken.fence is not None
+        fence = new_fence()
+        if turns.refence(connection, taken.run_id, taken.key, taken.fence, fence):
+            taken.fence = fence
+            return None
+        if not turns.recorded(connection, taken.run_id, taken.key, taken.attempt, outcome.worker):
+            return None  # taken away meanwhile: recording it again reports a late effect
+        identity = advancer.identity
+        return [item for item in turns.held(connection, identity.incarnation, identity.child) if item.key != taken.key]
+
+    def _ready(self) -> tuple[Connection, Advancer]:
+        """Return connection and advancer of the present incarnation, opening what is missing."""
+        if self._connection is None or self._connection.closed:
+            self._drop_connection()
+            self._connection = open_connection(self._settings.dsn, name=f"child of {self._worker.runner.worker}")
+        if self._advancer is None:
+            identity = self._worker.identity()
+            if not liveness.enter(
+                self._connection, identity.incarnation, identity.child, list(self._worker.scope.queues)
+            ):
+                raise StoreUnavailableError("this worker was declared dead and is taking a new incarnation; try again")
+            self._advancer = Advancer(
+                self._worker.script_of, self._worker.scope, identity, self._ring, self._settings.cache_runs
+            )
+        return self._connection, self._advancer
+
+    def _ring(self, connection: Connection, queue: str, rows: int) -> None:
+        times = runs.rings_needed(connection, queue, rows)
+        if times:
+            self._worker.ring(queue, times)
+
+    def _drop_connection(self) -> None:
+        if self._advancer is not None:
+            self._advancer.discard()
+            self._advancer = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _enter(self) -> None:
+        """Mark that this child drains; if its incarnation was declared dead meanwhile, under the next one."""
+        connection, advancer = self._ready()
+        identity = advancer.identity
+        if not liveness.enter(connection, identity.incarnation, identity.child, list(self._worker.scope.queues)):
+            advancer.discard()
+            self._advancer = None
+            self._ready()
+
+    def close(self) -> None:
+        """Close the connection and drop the coroutines."""
+        self._drop_connection()
+
+
+_BATCH = 4
+_PATIENCE = 600.0
+
+
+def _run_once(function: Callable[[], Any] | None) -> Invocation:
+    if function is None:
+        return Invocation(error=LookupError("the saga does not ask for this any more"))
+    try:
+        return Invocation(function())
+    except Exception as error:
+        return Invocation(error=error)

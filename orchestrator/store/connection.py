@@ -1,0 +1,68 @@
+"""Connections to Postgres, and what their failures mean to a person.
+
+Owns how a connection is opened.  Must never be used across a fork: a connection knows its process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+
+from orchestrator.errors import StoreUnavailableError, UsageError
+
+Connection = psycopg.Connection[Any]
+UNAVAILABLE = (psycopg.OperationalError, psycopg.InterfaceError)
+
+
+def open_connection(dsn: str, *, name: str, prepare: bool = True) -> Connection:
+    """Open an autocommit connection that Postgres shows as `name`.
+
+    `prepare` off is for poolers without prepared statements.  Raises: StoreUnavailableError.
+    """
+    try:
+        connection = psycopg.connect(
+            dsn,
+            autocommit=True,
+            application_name=f"orchestrator {name}"[:63],
+            connect_timeout=5,
+            prepare_threshold=1 if prepare else None,
+            keepalives_idle=10,
+            keepalives_interval=5,
+            keepalives_count=3,
+        )
+    except psycopg.OperationalError as error:
+        raise unavailable(error) from None
+    connection.opened_in = os.getpid()  # type: ignore[attr-defined]
+    return connection
+
+
+def check_process(connection: Connection) -> None:
+    """Refuse a connection that was opened before a fork.  Raises: UsageError."""
+    opened_in = getattr(connection, "opened_in", None)
+    if opened_in is not None and opened_in != os.getpid():
+        raise UsageError(
+            f"a database connection opened in process {opened_in} was used in process {os.getpid()}: "
+            "it was opened before a fork; open connections after the fork"
+        )
+
+
+def unavailable(error: Exception) -> StoreUnavailableError:
+    """Return the error that tells a person what to do; the connection string never shows in it."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return StoreUnavailableError(
+        f"Postgres cannot be reached: {reason}. Nothing was recorded; "
+        "check that it runs and that ORCHESTRATOR_DATABASE_URL points to it, then try again."
+    )
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Turn connection failures inside the block into StoreUnavailableError."""
+    try:
+        yield
+    except UNAVAILABLE as error:
+        raise unavailable(error) from error

@@ -1,0 +1,136 @@
+"""Statements in a transaction that belongs to the caller: SQLAlchemy (sync or async), psycopg, or a Django alias.
+
+Owns the translation of one statement to the kinds of connection that people have.  Must never commit or roll back.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+from sqlalchemy import Connection, event, text
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.orm import Session, scoped_session
+
+from orchestrator.errors import SchemaError, UsageError
+
+_NAMED = re.compile(r"%\((\w+)\)s")
+_PENDING = "orchestrator_rings"
+
+
+@functools.lru_cache(maxsize=64)
+def _sqlalchemy(statement: str) -> Any:
+    return text(_NAMED.sub(r":\1", statement))
+
+
+def execute(transaction: Any, statement: str, values: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Run a statement in the caller's transaction and return its first row.
+
+    Raises: UsageError for something that is no connection; SchemaError if its database has no orchestrator schema.
+    """
+    try:
+        if isinstance(transaction, (Session, scoped_session)):
+            transaction = transaction.connection()
+        if isinstance(transaction, Connection):
+            row = transaction.execute(_sqlalchemy(statement), values).fetchone()
+            return tuple(row) if row else None
+        if isinstance(transaction, psycopg.Connection):
+            _refuse_autocommit(transaction)
+            return transaction.execute(statement, values).fetchone()
+        if isinstance(transaction, str):
+            return _django(transaction, statement, values)
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
+        raise _no_schema() from error
+    except ProgrammingError as error:
+        if getattr(error.orig, "sqlstate", getattr(error.orig, "pgcode", "")) in ("42P01", "3F000"):
+            raise _no_schema() from error
+        raise
+    raise _not_a_transaction(transaction)
+
+
+async def aexecute(transaction: Any, statement: str, values: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Run a statement in the caller's async transaction; sync ones are accepted as well.  Raises: as `execute`."""
+    try:
+        if _is_async(transaction, "AsyncSession"):
+            transaction = await transaction.connection()
+        if _is_async(transaction, "AsyncConnection"):
+            row = (await transaction.execute(_sqlalchemy(statement), values)).fetchone()
+            return tuple(row) if row else None
+        if isinstance(transaction, psycopg.AsyncConnection):
+            _refuse_autocommit(transaction)
+            return await (await transaction.execute(statement, values)).fetchone()
+    except psycopg.errors.UndefinedTable as error:
+        raise _no_schema() from error
+    except ProgrammingError as error:
+        if getattr(error.orig, "sqlstate", getattr(error.orig, "pgcode", "")) in ("42P01", "3F000"):
+            raise _no_schema() from error
+        raise
+    return execute(transaction, statement, values)
+
+
+def after_commit(transaction: Any, ring: Callable[[], None]) -> None:
+    """Call `ring` once the transaction's connection goes back to its pool, where SQLAlchemy can tell; else the pump rings.
+
+    After a rollback it is called as well, which costs one needless doorbell.
+    """
+    if _is_async(transaction, "AsyncSession") or _is_async(transaction, "AsyncConnection"):
+        transaction = getattr(transaction, "sync_session", None) or transaction.sync_connection
+    if isinstance(transaction, (Session, scoped_session)):
+        transaction = transaction.connection()
+    if isinstance(transaction, Connection) and transaction.connection.dbapi_connection is not None:
+        pool = transaction.engine.pool
+        if not event.contains(pool, "checkin", _checked_in):
+            event.listen(pool, "checkin", _checked_in)
+        transaction.connection.info.setdefault(_PENDING, []).append(ring)
+
+
+def _checked_in(dbapi_connection: Any, record: Any) -> None:
+    for ring in record.info.pop(_PENDING, ()):
+        ring()
+
+
+def _is_async(transaction: Any, name: str) -> bool:
+    """SQLAlchemy's asyncio part needs greenlet, so it is looked for only where the caller has imported it."""
+    module = sys.modules.get("sqlalchemy.ext.asyncio")
+    return module is not None and isinstance(transaction, getattr(module, name))
+
+
+def _django(alias: str, statement: str, values: dict[str, Any]) -> tuple[Any, ...] | None:
+    try:
+        from django.db import connections
+    except ImportError:
+        raise UsageError(f"transaction={alias!r} names a Django database, but Django is not installed") from None
+    connection = connections[alias]
+    if not connection.in_atomic_block:
+        raise UsageError(f"transaction={alias!r}: open `transaction.atomic(using={alias!r})` around the start")
+    with connection.cursor() as cursor:
+        cursor.execute(statement, values)
+        row = cursor.fetchone()
+    return tuple(row) if row else None
+
+
+def _refuse_autocommit(connection: Any) -> None:
+    if connection.autocommit and connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+        raise UsageError(
+            "transaction= got an autocommit connection outside of a transaction; open one around the start"
+        )
+
+
+def _no_schema() -> SchemaError:
+    return SchemaError(
+        "the database of transaction= has no orchestrator schema: a run can only join a transaction of the database that "
+        "holds the runs; migrate it with `celery -A <your app> saga migrate`, or start the run after your commit"
+    )
+
+
+def _not_a_transaction(transaction: Any) -> UsageError:
+    kind = type(transaction)
+    hint = " (await aapply_async(...) for an async one)" if kind.__name__.startswith("Async") else ""
+    return UsageError(
+        f"transaction= takes a SQLAlchemy Connection or Session, a psycopg Connection or a Django alias, "
+        f"not {kind.__module__}.{kind.__qualname__}{hint}"
+    )

@@ -1,0 +1,212 @@
+"""Who is alive, whose work is given back, what the pump finds.
+
+Statements for rules 2 and 6.  A worker start is an incarnation; declared dead it stays dead.  All pages are bounded and
+skip what others hold, so that any number of pumps can run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from orchestrator.codec import dumps
+from orchestrator.store.connection import Connection
+from orchestrator.store.turns import CLOCK, owe_turn
+
+_REGISTER = """
+INSERT INTO orchestrator.incarnations (node, host, pid, queues, targets, slots)
+VALUES (%(node)s, %(host)s, %(pid)s, %(queues)s, %(targets)s, %(slots)s) RETURNING id
+"""
+
+
+def register(
+    connection: Connection, *, node: str, host: str, pid: int, queues: Sequence[str], targets: Sequence[str], slots: int
+) -> int:
+    """Record the start of a worker; returns its incarnation."""
+    values = {"node": node, "host": host, "pid": pid, "queues": list(queues), "targets": list(targets), "slots": slots}
+    row = connection.execute(_REGISTER, values).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+_RENEW = f"""
+UPDATE orchestrator.incarnations SET beats = beats + 1, seen_at = {CLOCK}
+WHERE id = %(id)s AND dead_at IS NULL RETURNING beats
+"""
+
+
+def renew(connection: Connection, incarnation: int, now: datetime | None = None) -> bool:
+    """Renew the lease; False if the incarnation was declared dead."""
+    return connection.execute(_RENEW, {"id": incarnation, "now": now}).fetchone() is not None
+
+
+def alive(connection: Connection) -> list[tuple[int, int, str, str, int]]:
+    """Return the living incarnations as (id, beats, node, host, pid) (index incarnations_alive)."""
+    return connection.execute(
+        "SELECT id, beats, node, host, pid FROM orchestrator.incarnations WHERE dead_at IS NULL ORDER BY id"
+    ).fetchall()
+
+
+_DECLARE_DEAD = f"""
+UPDATE orchestrator.incarnations SET dead_at = {CLOCK}
+WHERE id = %(id)s AND dead_at IS NULL AND (%(beats)s::bigint IS NULL OR beats = %(beats)s) RETURNING id
+"""
+
+
+def declare_dead(
+    connection: Connection, incarnation: int, beats: int | None = None, now: datetime | None = None
+) -> bool:
+    """Declare an incarnation dead, for ever; with `beats`, only if it has not renewed since."""
+    values = {"id": incarnation, "beats": beats, "now": now}
+    return connection.execute(_DECLARE_DEAD, values).fetchone() is not None
+
+
+# A page of what dead incarnations hold (index work_begun).  Begun means in doubt: the row goes and an arrival comes.
+# `quiet` is empty when the process is known to be gone; otherwise an effect may land until the attempt's deadline.
+_LOST = """
+WITH lost AS (
+    SELECT run_id, key, role, attempt, fence, deadline_at, begun_at, (call ->> 'n') IS NOT NULL AS harmless FROM orchestrator.work
+    WHERE fence IS NOT NULL AND {which}
+    ORDER BY run_id, key LIMIT %(limit)s FOR UPDATE SKIP LOCKED
+), gone AS (
+    DELETE FROM orchestrator.work w USING lost
+    WHERE w.run_id = lost.run_id AND w.key = lost.key AND w.fence = lost.fence
+    RETURNING lost.*, w.details
+)
+INSERT INTO orchestrator.arrivals (run_id, arrival)
+SELECT run_id, json_strip_nulls(json_build_object(
+    'e', 'outcome', 'key', key, 'role', CASE role WHEN 'once' THEN 'do' ELSE role END, 'attempt', attempt,
+    'verdict', CASE WHEN harmless THEN 'failed' ELSE 'doubt' END, 'began', begun_at, 'details', details,
+    'quiet', CASE WHEN %(known_dead)s OR harmless THEN '' ELSE to_char(deadline_at AT TIME ZONE 'UTC',
+        'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"') END,
+    'error', %(error)s::json))
+FROM gone RETURNING run_id
+"""
+_OF_DEAD = (
+    "incarnation IN (SELECT id FROM orchestrator.incarnations WHERE id = %(incarnation)s AND dead_at IS NOT NULL)"
+)
+_OF_ANY_DEAD = """incarnation NOT IN (SELECT id FROM orchestrator.incarnations WHERE dead_at IS NULL)"""
+_OF_CHILD = "incarnation = %(incarnation)s AND child = %(child)s"
+_EXPIRED = f"expires_at < {CLOCK}"
+
+LOST = {"type": "WorkerLost", "message": "the worker process that ran this attempt is gone"}
+LEASE_LOST = {"type": "LeaseLost", "message": "the worker that ran this attempt stopped renewing its lease"}
+EXPIRED = {
+    "type": "AttemptExpired",
+    "message": "the attempt missed its heartbeat, or overran its start-to-close timeout",
+}
+
+
+def _give_back(connection: Connection, which: str, values: dict[str, Any]) -> list[str]:
+    """Turn lost attempts into arrivals and make their runs' turns due; returns the queues to ring, one per run."""
+    with connection.transaction():
+        rows = connection.execute(_LOST.format(which=which), values).fetchall()
+        queues = [owe_turn(connection, run_id, values.get("now")) for run_id in sorted({row[0] for row in rows})]
+    return [queue for queue in queues if queue]
+
+
+def give_back_dead(connection: Connection, limit: int = 500, now: datetime | None = None) -> list[str]:
+    """Give back a page of what incarnations that are declared dead had begun."""
+    values = {"limit": limit, "known_dead": False, "error": dumps(LEASE_LOST), "now": now}
+    return _give_back(connection, _OF_ANY_DEAD, values)
+
+
+def give_back_gone(
+    connection: Connection, incarnation: int, limit: int = 500, now: datetime | None = None
+) -> list[str]:
+    """Give back a page of what one dead incarnation had begun, whose processes are known to be gone."""
+    values = {"limit": limit, "known_dead": True, "error": dumps(LOST), "incarnation": incarnation, "now": now}
+    return _give_back(connection, _OF_DEAD, values)
+
+
+def give_back_child(connection: Connection, incarnation: int, child: int, now: datetime | None = None) -> list[str]:
+    """Give back what one pool child had begun, whose process is known to be gone."""
+    values = {
+        "limit": 500,
+        "known_dead": True,
+        "error": dumps(LOST),
+        "incarnation": incarnation,
+        "child": child,
+        "now": now,
+    }
+    queues = _give_back(connection, _OF_CHILD, values)
+    leave(connection, incarnation, child)
+    return queues
+
+
+def give_back_expired(connection: Connection, limit: int = 500, now: datetime | None = None) -> list[str]:
+    """Give back a page of attempts that missed a heartbeat or overran their time, in whatever process they hang."""
+    values = {"limit": limit, "known_dead": False, "error": dumps(EXPIRED), "now": now}
+    return _give_back(connection, _EXPIRED, values)
+
+
+# Due rows that nobody has begun, per queue (index work_due, from its head); at most a page of each queue is counted.
+_DUE = f"""
+SELECT q.queue, (SELECT count(*) FROM (SELECT FROM generate_series(0, 9) AS level CROSS JOIN LATERAL (
+        SELECT FROM orchestrator.work
+        WHERE fence IS NULL AND queue = q.queue AND priority = level AND due_at <= {CLOCK}
+          AND (reserved_at IS NULL OR reserved_at < {CLOCK} - %(reservation)s::interval)
+        LIMIT %(limit)s) AS w LIMIT %(limit)s) AS page)
+FROM (SELECT DISTINCT unnest(queues) AS queue FROM orchestrator.incarnations WHERE dead_at IS NULL) AS q
+"""
+
+
+def due(
+    connection: Connection, reservation: timedelta, limit: int = 100, now: datetime | None = None
+) -> dict[str, int]:
+    """Return how many rows are due and not begun, for every queue that a living worker serves; counts up to `limit`."""
+    rows = connection.execute(_DUE, {"reservation": reservation, "limit": limit, "now": now}).fetchall()
+    return {queue: count for queue, count in rows if count}
+
+
+# Arrivals older than a moment whose run has no turn row: both their author and the turn before them missed them.
+_FORGOTTEN = f"""
+SELECT DISTINCT run_id FROM (
+    SELECT run_id FROM orchestrator.arrivals a
+    WHERE at < {CLOCK} - interval '1 second'
+      AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.run_id = a.run_id AND w.key = '')
+    ORDER BY id LIMIT %(limit)s
+) AS page ORDER BY run_id
+"""
+
+
+def wake_forgotten(connection: Connection, limit: int = 500, now: datetime | None = None) -> list[str]:
+    """Make the turns of runs with unread arrivals due; returns the queues to ring."""
+    rows = connection.execute(_FORGOTTEN, {"limit": limit, "now": now}).fetchall()
+    queues = [owe_turn(connection, run_id, now) for (run_id,) in rows]
+    return [queue for queue in queues if queue]
+
+
+_ENTER = """
+INSERT INTO orchestrator.drainers (incarnation, child, queues)
+SELECT id, %(child)s, %(queues)s FROM orchestrator.incarnations WHERE id = %(incarnation)s AND dead_at IS NULL
+ON CONFLICT (incarnation, child) DO UPDATE SET queues = EXCLUDED.queues RETURNING incarnation
+"""
+
+
+def enter(connection: Connection, incarnation: int, child: int, queues: Sequence[str]) -> bool:
+    """Mark that a child drains these queues; False if its incarnation was declared dead."""
+    values = {"incarnation": incarnation, "child": child, "queues": list(queues)}
+    return connection.execute(_ENTER, values).fetchone() is not None
+
+
+def leave(connection: Connection, incarnation: int, child: int) -> None:
+    """Take the mark back."""
+    connection.execute(
+        "DELETE FROM orchestrator.drainers WHERE incarnation = %(incarnation)s AND child = %(child)s",
+        {"incarnation": incarnation, "child": child},
+    )
+
+
+def sweep(connection: Connection, keep: timedelta = timedelta(hours=1), now: datetime | None = None) -> None:
+    """Delete marks of dead incarnations, and dead incarnations that hold nothing any more."""
+    connection.execute(
+        """DELETE FROM orchestrator.drainers d
+           WHERE NOT EXISTS (SELECT FROM orchestrator.incarnations i WHERE i.id = d.incarnation AND i.dead_at IS NULL)"""
+    )
+    connection.execute(
+        f"""DELETE FROM orchestrator.incarnations i WHERE dead_at < {CLOCK} - %(keep)s::interval
+            AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.incarnation = i.id AND w.fence IS NOT NULL)""",
+        {"keep": keep, "now": now},
+    )

@@ -1,0 +1,63 @@
+"""Connections of a client process: few, shared by its threads, never across a fork.
+
+Owns the pool of a process.  Must never hold one while nobody uses it for longer than the pool does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import QueuePool
+
+from orchestrator.errors import StoreUnavailableError
+from orchestrator.store.connection import UNAVAILABLE, Connection, open_connection, unavailable
+
+
+class ClientPool:
+    """A pool of autocommit connections, opened on first use and made anew after a fork."""
+
+    def __init__(self, dsn: str, size: int) -> None:
+        self._dsn = dsn
+        self._size = max(1, size)
+        self._pool: QueuePool | None = None
+        self._owner = 0
+        self._abandoned: list[QueuePool] = []  # a parent's sockets must not be closed by its child
+
+    def _current(self) -> QueuePool:
+        if self._pool is None or self._owner != os.getpid():
+            if self._pool is not None:
+                self._abandoned.append(self._pool)
+            self._pool = QueuePool(
+                lambda: open_connection(self._dsn, name="client"),  # type: ignore[arg-type,return-value]
+                pool_size=self._size, max_overflow=0, timeout=10, reset_on_return=None,
+            )  # fmt: skip
+            self._owner = os.getpid()
+        return self._pool
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """Lend a connection; one that breaks is dropped.  Raises: StoreUnavailableError."""
+        try:
+            fairy: Any = self._current().connect()
+        except PoolTimeout:
+            raise StoreUnavailableError(
+                f"all {self._size} database connections of this process were in use for 10 s; raise "
+                "ORCHESTRATOR_MAX_CONNECTIONS or start fewer threads"
+            ) from None
+        try:
+            yield fairy.driver_connection
+        except UNAVAILABLE as error:
+            fairy.invalidate()
+            raise unavailable(error) from error
+        finally:
+            fairy.close()
+
+    def close(self) -> None:
+        """Close what is idle."""
+        if self._pool is not None and self._owner == os.getpid():
+            self._pool.dispose()
+            self._pool = None

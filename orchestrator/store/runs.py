@@ -1,0 +1,195 @@
+"""Starting runs and reading them.
+
+Statements here work on any kind of connection that a caller may hold, since a start can join the caller's transaction;
+they never commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Select, select
+
+from orchestrator.codec import Json, dumps
+from orchestrator.store import tables
+from orchestrator.store.connection import Connection
+from orchestrator.store.turns import CLOCK
+
+# One row for the run and one for its first turn, or nothing at all if the id is taken (primary key of runs).  CAST, not
+# "::", so that any driver can run it in a caller's transaction.
+_AT = """greatest(coalesce(CAST(%(now)s AS timestamptz), orchestrator.now()) + make_interval(secs => %(delay)s),
+        CAST(%(eta)s AS timestamptz))"""
+START = f"""
+WITH run AS (
+    INSERT INTO orchestrator.runs (id, saga, version, input, queue, priority, root_id, parent_id, started_at, deadline_at)
+    VALUES (%(id)s, %(saga)s, %(version)s, CAST(%(input)s AS jsonb), %(queue)s, %(priority)s, %(id)s, %(parent)s,
+        {_AT}, {_AT} + make_interval(secs => %(deadline)s))
+    ON CONFLICT (id) DO NOTHING RETURNING id, started_at
+)
+INSERT INTO orchestrator.work (run_id, key, role, target, queue, priority, due_at)
+SELECT id, '', 'turn', %(target)s, %(queue)s, %(priority)s, started_at FROM run
+RETURNING run_id
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """A run to be started: `delay` and `deadline` in seconds, `eta` an aware instant."""
+
+    id: str
+    saga: str
+    version: int
+    input: Json
+    queue: str
+    priority: int = 0
+    delay: float = 0.0
+    eta: datetime | None = None
+    deadline: float | None = None
+    parent: str | None = None
+
+    def values(self, now: datetime | None = None) -> dict[str, Any]:
+        """Return the parameters of `START`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "input": dumps(self.input), "target": f"{self.saga}@{self.version}", "now": now}
+
+
+def start(connection: Connection, new: Start, now: datetime | None = None) -> bool:
+    """Insert a run and its first turn; False if the id is taken."""
+    return connection.execute(START, new.values(now)).fetchone() is not None
+
+
+IDENTITY = "SELECT saga, version, input FROM orchestrator.runs WHERE id = %(id)s"
+
+
+def identity(connection: Connection, run_id: str) -> tuple[str, int, Json] | None:
+    """Return saga, version and input of a run."""
+    return connection.execute(IDENTITY, {"id": run_id}).fetchone()
+
+
+_OUTCOME = """
+SELECT id, state, output, error, left_effects, saga, version, past_pivot, parked, published
+FROM orchestrator.runs WHERE id = ANY(%(ids)s)
+"""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a run stands."""
+
+    id: str
+    state: str
+    output: Json
+    error: dict[str, Json] | None
+    left: list[Json]
+    saga: str
+    version: int
+    past_pivot: bool
+    parked: list[Json]
+    published: Json
+
+
+def outcomes(connection: Connection, run_ids: Sequence[str]) -> dict[str, Outcome]:
+    """Return how runs stand, by id (primary key)."""
+    rows = connection.execute(_OUTCOME, {"ids": list(run_ids)}).fetchall()
+    return {row[0]: Outcome(*row) for row in rows}
+
+
+_RINGS = """
+SELECT (SELECT count(*) FROM orchestrator.drainers d JOIN orchestrator.incarnations i ON i.id = d.incarnation
+        WHERE i.dead_at IS NULL AND %(queue)s = ANY(d.queues)),
+       (SELECT coalesce(sum(slots), 0) FROM orchestrator.incarnations WHERE dead_at IS NULL AND %(queue)s = ANY(queues))
+"""
+
+
+def rings_needed(connection: Connection, queue: str, rows: int) -> int:
+    """Return how many doorbells help: one for each new row, as long as there are slots that do not drain.
+
+    To be read after the commit that added the rows, so that a drainer that leaves meanwhile looks again and sees them.
+    """
+    found = connection.execute(_RINGS, {"queue": queue}).fetchone()
+    assert found is not None
+    active, slots = int(found[0]), int(found[1])
+    return max(0, min(rows, slots - active))
+
+
+def listing(
+    *, states: Sequence[str] = (), saga: str = "", parent: str = "", limit: int = 50, before: datetime | None = None
+) -> Select[Any]:
+    """Return the query of ``saga list``: the newest runs first (index runs_by_start)."""
+    runs = tables.runs
+    query = select(runs).order_by(runs.c.started_at.desc(), runs.c.id).limit(limit)
+    if states:
+        query = query.where(runs.c.state.in_(states))
+    if saga:
+        query = query.where(runs.c.saga == saga)
+    if parent:
+        query = query.where(runs.c.parent_id == parent)
+    if before is not None:
+        query = query.where(runs.c.started_at < before)
+    return query
+
+
+_RUN = """
+SELECT id, saga, version, state, input, output, error, left_effects, parked, published, tags, parent_id, root_id, queue,
+    priority, position, past_pivot, started_at, deadline_at, finished_at FROM orchestrator.runs WHERE id = %(id)s
+"""
+RUN_COLUMNS = tuple(column.name for column in tables.runs.columns)
+
+
+def run(connection: Connection, run_id: str) -> dict[str, Any] | None:
+    """Return the whole row of a run."""
+    row = connection.execute(_RUN, {"id": run_id}).fetchone()
+    return dict(zip(RUN_COLUMNS, row, strict=True)) if row else None
+
+
+_HISTORY = "SELECT seq, at, entries FROM orchestrator.journal WHERE run_id = %(id)s ORDER BY seq"
+
+
+def history(connection: Connection, run_id: str) -> list[tuple[int, datetime, list[Json]]]:
+    """Return the journal of a run: (seq, instant, entries) per committed turn."""
+    return connection.execute(_HISTORY, {"id": run_id}).fetchall()
+
+
+_OUTSTANDING = f"""
+SELECT w.key, w.role, w.target, w.queue, w.task, w.attempt, w.due_at, w.reserved_at, w.fence IS NOT NULL, w.begun_at,
+    w.deadline_at, w.expires_at, w.stop, i.node, i.dead_at IS NOT NULL,
+    EXISTS (SELECT FROM orchestrator.incarnations a WHERE a.dead_at IS NULL AND w.queue = ANY(a.queues)),
+    EXISTS (SELECT FROM orchestrator.incarnations a
+            WHERE a.dead_at IS NULL AND w.queue = ANY(a.queues) AND w.target = ANY(a.targets)),
+    {CLOCK}
+FROM orchestrator.work w LEFT JOIN orchestrator.incarnations i ON i.id = w.incarnation
+WHERE w.run_id = %(id)s ORDER BY w.due_at, w.key
+"""
+
+
+@dataclass(slots=True)
+class Outstanding:
+    """A row of work of a run, and whether somebody is there to take it."""
+
+    key: str
+    role: str
+    target: str
+    queue: str
+    task: str
+    attempt: int
+    due_at: datetime
+    reserved_at: datetime | None
+    begun: bool
+    begun_at: datetime | None
+    deadline_at: datetime | None
+    expires_at: datetime | None
+    stop: bool
+    node: str | None
+    node_dead: bool | None
+    queue_served: bool
+    target_served: bool
+    now: datetime
+
+
+def outstanding(connection: Connection, run_id: str, now: datetime | None = None) -> list[Outstanding]:
+    """Return what is due of a run (primary key of work), for ``explain``."""
+    rows = connection.execute(_OUTSTANDING, {"id": run_id, "now": now}).fetchall()
+    return [Outstanding(*row) for row in rows]

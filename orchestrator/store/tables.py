@@ -1,0 +1,125 @@
+"""The schema as SQLAlchemy tables, for reading with filters and for comparing with the migrations.
+
+Owns nothing at run time: hot statements are in `runs`, `turns` and `liveness`.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    ARRAY,
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+SCHEMA = "orchestrator"
+metadata = MetaData(schema=SCHEMA)
+_instant = DateTime(timezone=True)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("saga", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("input", JSONB, nullable=False),
+    Column("output", JSONB),
+    Column("error", JSONB),
+    Column("left_effects", JSONB, nullable=False),
+    Column("parked", JSONB, nullable=False),
+    Column("published", JSONB),
+    Column("tags", JSONB, nullable=False),
+    Column("parent_id", Text),
+    Column("root_id", Text, nullable=False),
+    Column("queue", Text, nullable=False),
+    Column("priority", SmallInteger, nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("past_pivot", Boolean, nullable=False),
+    Column("started_at", _instant, nullable=False),
+    Column("deadline_at", _instant),
+    Column("finished_at", _instant),
+    Index("runs_by_start", "started_at"),
+)
+
+journal = Table(
+    "journal",
+    metadata,
+    Column("run_id", Text, primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("at", _instant, nullable=False),
+    Column("entries", JSON, nullable=False),
+)
+
+arrivals = Table(
+    "arrivals",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("run_id", Text, nullable=False),
+    Column("at", _instant, nullable=False),
+    Column("arrival", JSON, nullable=False),
+    Index("arrivals_by_run", "run_id", "id"),
+)
+
+work = Table(
+    "work",
+    metadata,
+    Column("run_id", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("role", Text, nullable=False),
+    Column("target", Text, nullable=False),
+    Column("queue", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("priority", SmallInteger, nullable=False),
+    Column("due_at", _instant, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("call", JSON),
+    Column("reserved_at", _instant),
+    Column("fence", BigInteger),
+    Column("incarnation", BigInteger),
+    Column("child", Integer),
+    Column("begun_at", _instant),
+    Column("deadline_at", _instant),
+    Column("expires_at", _instant),
+    Column("details", JSON),
+    Column("stop", Boolean, nullable=False),
+    Index("work_due", "queue", text("priority DESC"), "due_at", postgresql_where=text("fence IS NULL")),
+    Index("work_begun", "incarnation", postgresql_where=text("fence IS NOT NULL")),
+)
+
+incarnations = Table(
+    "incarnations",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("node", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("queues", ARRAY(Text), nullable=False),
+    Column("targets", ARRAY(Text), nullable=False),
+    Column("slots", Integer, nullable=False),
+    Column("beats", BigInteger, nullable=False),
+    Column("started_at", _instant, nullable=False),
+    Column("seen_at", _instant, nullable=False),
+    Column("dead_at", _instant),
+    Index("incarnations_alive", "id", postgresql_where=text("dead_at IS NULL")),
+)
+
+drainers = Table(
+    "drainers",
+    metadata,
+    Column("incarnation", BigInteger, primary_key=True, autoincrement=False),
+    Column("child", Integer, primary_key=True, autoincrement=False),
+    Column("queues", ARRAY(Text), nullable=False),
+    prefixes=["UNLOGGED"],
+)

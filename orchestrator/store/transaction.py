@@ -1,0 +1,122 @@
+"""The transaction of a transactional step: business rows and the step's completion commit together.
+
+Owns the connection that user code is handed, and takes from it what would end the transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.orm import Session
+
+from orchestrator.errors import UsageError
+from orchestrator.store.connection import Connection as Psycopg
+
+T = TypeVar("T")
+
+
+class CommitUnknown(Exception):
+    """The connection was lost at COMMIT: nobody knows yet whether it happened."""
+
+
+class TransactionFailed(Exception):
+    """The transaction was rolled back for a reason that shows only when it ends; `reason` says which."""
+
+    def __init__(self, reason: BaseException) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class Transactions:
+    """Opens the transactions of one process; at most one connection per thread that uses it."""
+
+    def __init__(self, sqlalchemy_url: str) -> None:
+        self._engine: Engine = create_engine(sqlalchemy_url, pool_size=1, max_overflow=20, pool_pre_ping=True)
+
+    def run(
+        self, wants_session: bool, timeout: timedelta, work: Callable[[Any], T], settle: Callable[[Psycopg, T], bool]
+    ) -> T:
+        """Call `work` with a connection (or Session) under a savepoint, then `settle`, then commit.
+
+        `settle` gets the driver's connection and what `work` returned, and says whether to commit.
+        Raises: CommitUnknown, TransactionFailed; whatever `settle` raises, after a rollback.
+        """
+        with self._engine.connect() as connection:
+            outer = connection.begin()
+            milliseconds = str(int(timeout.total_seconds() * 1000))
+            connection.execute(_IDLE_TIMEOUT, {"timeout": milliseconds})
+            inner = connection.begin_nested()
+            handed: Any = (
+                Session(bind=connection, join_transaction_mode="create_savepoint") if wants_session else connection
+            )
+            with _without_endings(handed):
+                value = work(handed)
+            try:
+                if wants_session:
+                    handed.flush()
+                    handed.expunge_all()
+                inner.commit()
+                if not settle(_driver(connection), value):
+                    outer.rollback()
+                    return value
+            except OperationalError as error:
+                raise TransactionFailed(error) from error
+            except DBAPIError as error:
+                outer.rollback()
+                raise TransactionFailed(error) from error
+            try:
+                outer.commit()
+            except OperationalError as error:
+                if _is_serialization(error):
+                    raise TransactionFailed(error) from error
+                raise CommitUnknown(str(error)) from error
+            except DBAPIError as error:
+                raise TransactionFailed(error) from error
+            return value
+
+    def dispose(self) -> None:
+        """Close what is idle."""
+        self._engine.dispose()
+
+
+_IDLE_TIMEOUT = text("SELECT set_config('idle_in_transaction_session_timeout', :timeout, true)")
+
+
+def _driver(connection: Connection) -> Psycopg:
+    return connection.connection.driver_connection  # type: ignore[return-value]
+
+
+def _is_serialization(error: OperationalError) -> bool:
+    return getattr(error.orig, "sqlstate", "") in ("40001", "40P01")
+
+
+class _without_endings:  # noqa: N801 - a context manager reads like a function
+    """For as long as user code runs, commit, rollback and close on its connection raise."""
+
+    _NAMES = ("commit", "rollback", "close")
+
+    def __init__(self, handed: Any) -> None:
+        self._handed = handed
+
+    def __enter__(self) -> None:
+        for name in self._NAMES:
+            setattr(self._handed, name, _refusal(name))
+
+    def __exit__(self, *exc: object) -> None:
+        for name in self._NAMES:
+            self._handed.__dict__.pop(name, None)
+
+
+def _refusal(name: str) -> Callable[..., None]:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise UsageError(
+            f"{name}() on the connection of a transactional step: its transaction belongs to the saga and commits with the "
+            "step's completion; raise an exception to roll back, or use begin_nested() for a part"
+        )
+
+    return refuse

@@ -1,0 +1,240 @@
+"""A run from its start to its end in one process, in virtual time.
+
+Owns what workers, pump and database do together in production, shrunk to a heap of events. Must never
+decide: every turn is the machine's. Steps that are due at once begin all before the first of them ends, as on
+a cluster with room for all.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from orchestrator.codec import Json, describe_exception, dumps, loads
+from orchestrator.errors import DriftError, UsageError
+from orchestrator.machine.fold import Fold, RunInfo
+from orchestrator.machine.journal import (
+    Arrival,
+    AttemptEnded,
+    Entry,
+    Parked,
+    Withdrawn,
+    Work,
+    decode_entry,
+    encode,
+)
+from orchestrator.machine.states import TERMINAL, RunState
+from orchestrator.machine.turn import CodeError, Execution, Turn
+from orchestrator.saga import Saga
+from orchestrator.step import StepContext
+from orchestrator.testing.stubs import Attempt, Call, Cast
+
+MAX_EVENTS: Final = 100_000
+
+Row = tuple[datetime, list[Json]]
+
+
+class Rehearsal:
+    """A run that is driven until it ends, is parked, or waits for something that nobody will send."""
+
+    def __init__(self, saga: Saga[Any, Any], info: RunInfo, cast: Cast, *, replays: bool) -> None:
+        self.saga = saga
+        self.info = info
+        self.rows: list[Row] = []
+        self.calls: list[Call] = []
+        self.now = info.started
+        self._cast = cast
+        self._replays = replays
+        self._execution = self._loaded()
+        self._events: list[tuple[datetime, int, Work | Arrival]] = []
+        self._event_count = 0
+        self._wake: datetime | None = info.started
+
+    @property
+    def fold(self) -> Fold:
+        """The run as its journal tells it."""
+        return self._execution.fold
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The journal, decoded."""
+        return [decode_entry(_object(form)) for _, forms in self.rows for form in forms]
+
+    def send(self, arrival: Arrival, at: datetime | None = None) -> None:
+        """Have something arrive at `at` (default: now)."""
+        self._plan(at or self.now, arrival)
+
+    def play(self) -> None:
+        """Let time pass.  Raises: UsageError if the run makes no end."""
+        for _ in range(MAX_EVENTS):
+            due = self._next_due()
+            if due is None:
+                return
+            self.now = max(self.now, due)
+            self._happen()
+        raise UsageError(
+            f"saga {self.saga.name} has not ended after {MAX_EVENTS:,} events, at {self.now}; does it loop for ever?"
+        )
+
+    # -- events --------------------------------------------------------------------------------------------
+    def _plan(self, at: datetime, event: Work | Arrival) -> None:
+        self._event_count += 1
+        heapq.heappush(self._events, (at, self._event_count, event))
+
+    def _next_due(self) -> datetime | None:
+        if self.fold.state in TERMINAL:
+            return None
+        wake = self._wake
+        if self.fold.state is RunState.PARKED and wake == self.info.deadline:
+            wake = None  # whoever mends a parked run is assumed to be in time
+        return min(filter(None, (wake, self._events[0][0] if self._events else None)), default=None)
+
+    def _happen(self) -> None:
+        if not self._events or self._events[0][0] > self.now:
+            self._turn([])
+            return
+        _, _, event = heapq.heappop(self._events)
+        if isinstance(event, Work):
+            self._begin(event)
+        else:
+            self._turn([event])
+
+    def _begin(self, work: Work) -> None:
+        details: list[Json] = []
+        context = StepContext(
+            run_id=self.info.id,
+            key=work.key,
+            attempt=work.attempt + 1,
+            idempotency_key=_idempotency_key(self.info.id, work),
+            deadline=self.now + timedelta(seconds=work.call.get("t", 0)),
+            heartbeat_details=work.call.get("d"),
+            beat=details.append,
+        )
+        once = self._execution.function_of(work.key) if work.role == "once" else None
+        attempt = self._cast.play(work, context, once)
+        self.calls.append(attempt.call)
+        self._plan(self.now + attempt.duration, self._report(work, attempt, details))
+
+    def _report(self, work: Work, attempt: Attempt, details: list[Json]) -> AttemptEnded:
+        return AttemptEnded(
+            work.key,
+            "do" if work.role == "once" else work.role,
+            work.attempt + 1,
+            attempt.verdict,
+            attempt.result,
+            attempt.error,
+            worker="testing",
+            began=self.now.isoformat(),
+            details=details[-1] if details else None,
+        )
+
+    # -- turns ---------------------------------------------------------------------------------------------
+    def _turn(self, arrivals: list[Arrival]) -> None:
+        if self._replays:
+            self._execution.discard()
+            self._execution = self._loaded()
+        try:
+            turn = self._execution.turn(arrivals, self.now)
+        except (DriftError, CodeError) as error:
+            self._execution.discard()
+            self._execution = self._loaded()
+            turn = self._execution.turn(arrivals, self.now, _park(error))
+        self._commit(turn)
+
+    def _commit(self, turn: Turn) -> None:
+        self.rows.append((turn.at, [loads(dumps(encode(entry))) for entry in turn.entries]))
+        self._wake = turn.wake
+        for work in turn.work:
+            self._plan(max(work.due or self.now, self.now), work)
+        for key in turn.withdraw:
+            self._withdraw(key)
+
+    def _withdraw(self, key: str) -> None:
+        """Take back what has not begun; what has begun ends by itself."""
+        kept = [event for event in self._events if not _is_forward_work(event[2], key)]
+        if len(kept) < len(self._events):
+            self._events = kept
+            heapq.heapify(self._events)
+            self._plan(self.now, Withdrawn(key))
+
+    def _loaded(self) -> Execution:
+        execution = Execution(self.info, self.saga.script())
+        execution.catch_up((at, [decode_entry(_object(form)) for form in forms]) for at, forms in self.rows)
+        return execution
+
+    # -- recorded ------------------------------------------------------------------------------------------
+    def history(self) -> dict[str, Json]:
+        """Return the run with its whole journal as JSON."""
+        deadline = self.info.deadline
+        return {
+            "saga": self.info.saga,
+            "version": self.info.version,
+            "id": self.info.id,
+            "input": self.info.input,
+            "started": self.info.started.isoformat(),
+            "deadline": deadline.isoformat() if deadline else None,
+            "journal": [[at.isoformat(), forms] for at, forms in self.rows],
+        }
+
+
+def replay(saga: Saga[Any, Any], history: Mapping[str, Any]) -> None:
+    """Replay a recorded run, ``TestRun.history``, with today's code; returns if every prefix of it fits.
+
+    Raises: DriftError if the code asks for something else than it did when the run was recorded.
+    """
+    deadline = history["deadline"]
+    info = RunInfo(
+        id=history["id"],
+        saga=history["saga"],
+        version=history["version"],
+        input=history["input"],
+        started=datetime.fromisoformat(history["started"]),
+        queue="",
+        deadline=datetime.fromisoformat(deadline) if deadline else None,
+    )
+    rows = [(datetime.fromisoformat(at), [decode_entry(form) for form in forms]) for at, forms in history["journal"]]
+    for length in range(1, len(rows) + 1):
+        _replay_prefix(saga, info, rows[:length])
+
+
+def _replay_prefix(saga: Saga[Any, Any], info: RunInfo, rows: list[tuple[datetime, list[Entry]]]) -> None:
+    execution = Execution(info, saga.script())
+    execution.catch_up(rows)
+    if not execution.fold.wants_code:
+        return
+    try:
+        turn = execution.turn([], rows[-1][0])
+    finally:
+        execution.discard()
+    if turn.entries:
+        asked = ", ".join(str(encode(entry)) for entry in turn.entries[:3])
+        raise DriftError(
+            f"replaying the first {len(rows)} journal rows of run {info.id} of {info.saga} version "
+            f"{info.version} gives more than was recorded: {asked:.500}. "
+            "Put the change behind saga.version(...)."
+        )
+
+
+def _park(error: DriftError | CodeError) -> Parked:
+    if isinstance(error, DriftError):
+        return Parked("", "drift", str(error), describe_exception(error))
+    return Parked("", "code", f"the saga function itself is wrong: {error}", error.error)
+
+
+def _is_forward_work(event: Work | Arrival, key: str) -> bool:
+    return isinstance(event, Work) and event.key == key and event.role in ("do", "once")
+
+
+def _idempotency_key(run_id: str, work: Work) -> str:
+    key = f"{run_id}:{work.key}"
+    if work.role != "undo":
+        return key
+    late = work.call.get("l")
+    return f"{key}:undo:{late}" if late else f"{key}:undo"
+
+
+def _object(form: Json) -> dict[str, Any]:
+    assert isinstance(form, dict)
+    return dict(form)

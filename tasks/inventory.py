@@ -1,0 +1,34 @@
+"""Owns taking goods for an order, next to its undo; the shelves themselves are the warehouse's matter."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from orchestrator import RetryPolicy, step
+from tasks import warehouse
+
+RETRY = RetryPolicy(initial_interval=timedelta(milliseconds=200), maximum_attempts=3)
+
+
+class Pick(BaseModel):
+    """Ask for goods, once per reference."""
+
+    model_config = ConfigDict(frozen=True)
+
+    reference: str
+    sku: str
+    quantity: PositiveInt
+
+
+@step
+def restock(pick: Pick) -> None:
+    """Return goods that were picked, or may have been; a pick that comes late will be refused."""
+    warehouse.put_back(pick.reference)
+
+
+@step(compensate=restock, retry=RETRY, start_to_close_timeout=timedelta(seconds=10))
+def deduct(pick: Pick) -> None:
+    """Take goods from the shelf. Raises: OutOfStock, a rejection; TimeoutError if nobody knows."""
+    warehouse.pick(pick.reference, pick.sku, pick.quantity)

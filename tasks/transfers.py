@@ -1,0 +1,75 @@
+"""Owns the two moves of a transfer between customers, each next to its undo; must never touch a balance.
+
+Money travels over the house's transit account: the debit puts it there, the credit takes it from there. All
+four steps are transactional: their postings and the step's completion commit together, so each takes effect
+exactly once.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from sqlalchemy import Connection
+
+from orchestrator import RetryPolicy, step
+from tasks import ledger
+from tasks.ledger import House, InsufficientFunds, Posting
+from tasks.money import Money
+
+RETRY = RetryPolicy(
+    initial_interval=timedelta(milliseconds=200),
+    maximum_attempts=4,
+    non_retryable_error_types=(InsufficientFunds,),
+)
+
+
+class Transfer(BaseModel):
+    """Ask to move money from one customer to another."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    source: str
+    target: str
+    money: Money
+
+    @field_validator("money")
+    @classmethod
+    def _positive(cls, money: Money) -> Money:
+        if money.amount <= 0:
+            raise ValueError("a transfer moves a positive amount")
+        return money
+
+    @model_validator(mode="after")
+    def _between_two(self) -> Self:
+        if self.source == self.target:
+            raise ValueError("a transfer needs two accounts")
+        return self
+
+
+@step(transactional=True)
+def undo_debit(conn: Connection, transfer: Transfer) -> None:
+    """Give the source its money back, if it was taken."""
+    ledger.reverse(conn, "debit", transfer.id)
+
+
+@step(transactional=True, compensate=undo_debit, retry=RETRY)
+def debit(conn: Connection, transfer: Transfer) -> Posting:
+    """Take the money from the source. Raises: InsufficientFunds, a rejection: nothing to give back."""
+    transit = House.TRANSIT.account(transfer.money.currency)
+    return ledger.post(conn, "debit", transfer.id, transfer.source, transit, transfer.money)
+
+
+@step(transactional=True)
+def undo_credit(conn: Connection, transfer: Transfer) -> None:
+    """Take the money back from the target, if it was given; parks the run if the target has spent it."""
+    ledger.reverse(conn, "credit", transfer.id)
+
+
+@step(transactional=True, compensate=undo_credit, retry=RETRY)
+def credit(conn: Connection, transfer: Transfer) -> Posting:
+    """Give the money to the target."""
+    transit = House.TRANSIT.account(transfer.money.currency)
+    return ledger.post(conn, "credit", transfer.id, transit, transfer.target, transfer.money)

@@ -1,0 +1,311 @@
+"""Random sagas in a random world: any tree of asyncio constructs, any outcome, any timing, lying about nothing.
+
+The world keeps what really happened at the provider, apart from the machine, so that a law can compare both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+from hypothesis import strategies as st
+
+from orchestrator import saga
+from orchestrator.errors import StepFailed
+from orchestrator.machine.fold import RunInfo
+from orchestrator.machine.journal import AttemptEnded, Cancel, Json, LateSuccess, Operate, Work
+from orchestrator.machine.states import TERMINAL, RunState
+from orchestrator.machine.turn import Turn
+from orchestrator.testing.rehearsal import Rehearsal
+from orchestrator.testing.stubs import Call, Cast
+from tests.machine import steps
+from tests.machine.stage import T0
+
+STEPS = {
+    step.__name__: step
+    for step in (steps.look, steps.charge, steps.reserve, steps.wire, steps.careful, steps.mail, steps.tell)
+} | {"settle": steps.settle, "capture": steps.capture}
+UNDOABLE = {"charge", "reserve", "wire", "careful"}
+
+Program = list[Any]
+
+
+# -- programs ------------------------------------------------------------------------------------------------------
+@saga.define(name="tests.chaos")
+async def chaos(program: Any) -> Any:
+    return await _perform(program)
+
+
+async def _perform(program: Program) -> Any:
+    kind, *parts = program
+    return await _KINDS[kind](*parts)
+
+
+async def _step(name: str, n: int) -> Any:
+    return await saga.step(STEPS[name], n)
+
+
+async def _sequence(programs: list[Program]) -> Any:
+    return [await _perform(program) for program in programs]
+
+
+async def _gather(programs: list[Program]) -> Any:
+    return await asyncio.gather(*map(_perform, programs))
+
+
+async def _group(programs: list[Program]) -> Any:
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_perform(program)) for program in programs]
+    except BaseExceptionGroup as error:
+        raise error.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _tolerant(program: Program) -> Any:
+    try:
+        return await _perform(program)
+    except StepFailed as error:
+        return error.outcome
+
+
+async def _sleep(seconds: int) -> None:
+    await saga.sleep(timedelta(seconds=seconds))
+
+
+async def _timeout(seconds: int, program: Program) -> Any:
+    try:
+        async with asyncio.timeout(seconds):
+            return await _perform(program)
+    except TimeoutError:
+        return "timeout"
+
+
+async def _wait_for(seconds: int, program: Program) -> Any:
+    try:
+        return await asyncio.wait_for(_perform(program), seconds)
+    except TimeoutError:
+        return "timeout"
+
+
+async def _first(programs: list[Program]) -> Any:
+    done, pending = await saga.wait([_perform(p) for p in programs], return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    return [task.result() for task in done]
+
+
+async def _background(name: str, n: int, seconds: int) -> None:
+    saga.step(STEPS[name], n)
+    await asyncio.sleep(seconds)
+
+
+async def _fickle(name: str, n: int, seconds: int) -> None:
+    request = saga.step(STEPS[name], n)
+    await asyncio.sleep(seconds)
+    request.cancel()
+
+
+async def _fail() -> None:
+    raise ValueError("the saga's own")
+
+
+_KINDS: dict[str, Callable[..., Any]] = {
+    "step": _step,
+    "sequence": _sequence,
+    "gather": _gather,
+    "group": _group,
+    "tolerant": _tolerant,
+    "sleep": _sleep,
+    "timeout": _timeout,
+    "wait_for": _wait_for,
+    "first": _first,
+    "background": _background,
+    "fickle": _fickle,
+    "fail": _fail,
+}
+
+_seconds = st.integers(0, 12)
+_names = st.sampled_from(sorted(STEPS))
+_leaf = st.one_of(
+    st.tuples(st.just("step"), _names, st.integers(0, 3)),
+    st.tuples(st.just("step"), st.sampled_from(sorted(UNDOABLE)), st.integers(0, 3)),
+    st.tuples(st.just("sleep"), _seconds),
+    st.tuples(st.just("background"), _names, st.integers(0, 3), _seconds),
+    st.tuples(st.just("fickle"), _names, st.integers(0, 3), _seconds),
+    st.just(("fail",)),
+)
+
+
+def _branches(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    several = st.lists(inner, min_size=1, max_size=4)
+    return st.one_of(
+        st.tuples(st.just("sequence"), several),
+        st.tuples(st.sampled_from(["gather", "group", "first"]), several),
+        st.tuples(st.just("tolerant"), inner),
+        st.tuples(st.sampled_from(["timeout", "wait_for"]), _seconds, inner),
+    )
+
+
+programs: st.SearchStrategy[Program] = st.recursive(_leaf, _branches, max_leaves=12).map(
+    lambda program: ["sequence", [program]]
+)
+
+
+# -- the world -----------------------------------------------------------------------------------------------------
+class World(Rehearsal):
+    """Plays a run with outcomes and delays that depend on nothing but a seed, the key, the role and the attempt.
+
+    `effects` holds the keys whose effect is there now; `attempted`, `undone` what was done about them.
+    """
+
+    def __init__(self, program: Program, seed: int, *, replays: bool, deadline_s: int | None = None) -> None:
+        encoded = chaos.codec.encode_call((program,), {})
+        deadline = None if deadline_s is None else T0 + timedelta(seconds=deadline_s)
+        info = RunInfo("chaos", chaos.name, 1, encoded, T0, "", deadline)
+        super().__init__(chaos, info, Cast({}), replays=replays)
+        self._seed = seed
+        self.effects: set[str] = set()
+        self.undone: list[str] = []
+        self.corrections: list[str] = []
+        self.turns: list[Turn] = []
+        self._landings: list[tuple[datetime, str]] = []
+
+    def _chance(self, *what: object) -> int:
+        return hashlib.sha256(repr((self._seed, *what)).encode()).digest()[0]
+
+    # -- time: work begins late, effects land late, reports come in bunches ------------------------------------------
+    def _plan(self, at: datetime, event: Any) -> None:
+        if isinstance(event, Work):
+            at += timedelta(seconds=self._chance("begin", event.key, event.role, event.attempt) % 4)
+        super()._plan(at, event)
+
+    def _happen(self) -> None:
+        self._land()
+        arrivals: list[Any] = []
+        while self._events and self._events[0][0] <= self.now and not isinstance(self._events[0][2], Work):
+            arrivals.append(self._events[0][2])
+            self._events[:1] = []
+            self._events.sort(key=lambda event: event[:2])
+        if arrivals or not self._events or self._events[0][0] > self.now:
+            self._turn(arrivals)
+        else:
+            work = self._events[0][2]
+            assert isinstance(work, Work)
+            self._events[:1] = []
+            self._events.sort(key=lambda event: event[:2])
+            self._begin(work)
+
+    def _commit(self, turn: Turn) -> None:
+        super()._commit(turn)
+        self.turns.append(turn)
+        for work in turn.work:
+            assert self._outstanding(work.key) == 1, f"{work.key} has two pieces of work at a time"
+        self.corrections += [late.key for late in turn.corrections]
+
+    def _outstanding(self, key: str) -> int:
+        events = (event for _, _, event in self._events if isinstance(event, Work | AttemptEnded))
+        return sum(event.key == key for event in events)
+
+    def _land(self) -> None:
+        self.effects |= {key for at, key in self._landings if at <= self.now}
+        self._landings = [(at, key) for at, key in self._landings if at > self.now]
+
+    # -- outcomes ----------------------------------------------------------------------------------------------------
+    def _begin(self, work: Work) -> None:
+        name = work.task.rsplit(".", 1)[-1]
+        self.calls.append(Call(name, work.role, (), None, {}, None, work.key, work.attempt + 1))
+        report = {"do": self._do, "undo": self._undo, "probe": self._probe}[work.role]
+        took = timedelta(seconds=self._chance("took", work.key, work.role, work.attempt) % 5)
+        super()._plan(self.now + took, report(work, name, took))
+
+    def _do(self, work: Work, name: str, took: timedelta) -> AttemptEnded:
+        chance = self._chance("do", work.key, work.attempt)
+        if chance < 140:
+            self.effects.add(work.key)
+            return self._ended(work, "succeeded", work.call["a"]["n"] if name == "look" else name)
+        if chance < 170:
+            return self._ended(work, "rejected")
+        if chance < 190:
+            return self._ended(work, "failed")
+        if chance < 215:
+            self.effects.add(work.key)
+            return self._ended(work, "doubt")
+        if chance < 235:
+            return self._ended(work, "doubt")
+        return self._lost(work, name, took, within=chance < 246)
+
+    def _lost(self, work: Work, name: str, took: timedelta, *, within: bool) -> AttemptEnded:
+        """The worker is lost; its effect lands before its deadline, or after, and is then reported late."""
+        quiet = self.now + took + timedelta(seconds=20)
+        landing = quiet - timedelta(seconds=5) if within else quiet + timedelta(seconds=30)
+        self._landings.append((landing, work.key))
+        result = work.call["a"]["n"] if name == "look" else name
+        super()._plan(landing, LateSuccess(work.key, "do", work.attempt + 1, result))
+        return self._ended(work, "doubt", quiet=quiet.isoformat())
+
+    def _undo(self, work: Work, name: str, took: timedelta) -> AttemptEnded:
+        chance = self._chance("undo", work.key, work.attempt)
+        if chance >= 60:
+            self.effects.discard(work.key)
+            self.undone.append(work.key)
+        return self._ended(
+            work, "succeeded" if chance >= 90 else "rejected" if chance < 20 else "doubt"
+        )
+
+    def _probe(self, work: Work, name: str, took: timedelta) -> AttemptEnded:
+        if self._chance("probe", work.key, work.attempt) < 60:
+            return self._ended(work, "doubt")
+        step = self.fold.steps[work.key].asked.task.rsplit(".", 1)[-1]
+        return self._ended(work, "succeeded", step if work.key in self.effects else None)
+
+    def _ended(self, work: Work, verdict: str, result: Json = None, quiet: str = "") -> AttemptEnded:
+        error = None if verdict == "succeeded" else {"type": "Trouble", "message": verdict}
+        return AttemptEnded(
+            work.key, work.role, work.attempt + 1, verdict, result, error, quiet=quiet
+        )
+
+    # -- operators, who always tell the truth ------------------------------------------------------------------------
+    def play_out(self) -> None:
+        """Play to the end: whatever parks is mended, and what lands after the end lands."""
+        for _ in range(200):
+            self.play()
+            if self.fold.state in TERMINAL:
+                self._play_late_arrivals()
+                return
+            assert self.fold.state is RunState.PARKED, f"stuck: {self.fold.state}"
+            self._operate()
+        raise AssertionError("operators cannot bring this run to an end")
+
+    def _operate(self) -> None:
+        fold = self.fold
+        for key in sorted(fold.parked_keys):
+            if fold.steps[key].parked != "do":
+                self.send(Operate("retry", key, "ann"))
+            elif self._chance("operator", key, fold.steps[key].attempts) < 100:
+                self.send(Operate("retry", key, "ann"))
+            elif key in self.effects:
+                result = fold.steps[key].asked.task.rsplit(".", 1)[-1]
+                self.send(Operate("resolve", key, "ann", "looked it up", result))
+            else:
+                self.send(Operate("resolve", key, "ann", "looked it up", None, True))
+        if fold.parked is not None:
+            self.send(Operate("resolve", "", "ann", "as good as done", []))
+
+    def _play_late_arrivals(self) -> None:
+        while self._events:
+            at, _, event = self._events.pop(0)
+            self._events.sort(key=lambda other: other[:2])
+            self.now = max(self.now, at)
+            self._land()
+            if isinstance(event, LateSuccess):
+                self._turn([event])
+
+
+def cancel_at(world: World, seconds: int | None) -> None:
+    if seconds is not None:
+        world.send(Cancel("ann", "chaos"), T0 + timedelta(seconds=seconds))
+

@@ -1,0 +1,194 @@
+"""Laws that hold for every saga, every outcome and every timing."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any
+
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from orchestrator.machine.fold import Fold
+from orchestrator.machine.journal import decode_entry, encode
+from orchestrator.machine.states import Backward, Forward
+from orchestrator.testing import replay
+from tests.machine.chaos import UNDOABLE, Program, World, cancel_at, chaos, programs
+
+runs = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+moments = st.none() | st.integers(0, 60)
+seeds = st.integers(0, 10_000)
+
+
+def _played(
+    program: Program, seed: int, cancel: int | None, deadline: int | None, replays: bool = True
+) -> World:
+    world = World(program, seed, replays=replays, deadline_s=deadline)
+    cancel_at(world, cancel)
+    world.play_out()
+    return world
+
+
+def _name(world: World, key: str) -> str:
+    return world.fold.steps[key].asked.task.rsplit(".", 1)[-1]
+
+
+@runs
+@given(programs, seeds, moments, moments)
+def test_when_a_run_has_ended_no_effect_is_there_that_nobody_answers_for(
+    program: Program, seed: int, cancel: int | None, deadline: int | None
+) -> None:
+    world = _played(program, seed, cancel, deadline)
+    ended = world.fold.ended
+    assert ended is not None
+    left = {item["key"] for item in ended.left}
+    for key in world.effects:
+        if _name(world, key) not in UNDOABLE or key in left or key in world.corrections:
+            continue
+        step = world.fold.steps[key]
+        kept = ended.state == "completed" and step.forward is Forward.SUCCEEDED and not step.abandoned
+        assert kept, f"{key} is {step.forward}, its undo {step.backward}, in a run that is {ended.state}"
+
+
+@runs
+@given(programs, seeds, moments, moments)
+def test_what_the_saga_counts_as_done_is_really_there(
+    program: Program, seed: int, cancel: int | None, deadline: int | None
+) -> None:
+    world = _played(program, seed, cancel, deadline)
+    for key, step in world.fold.steps.items():
+        if step.forward is Forward.SUCCEEDED and step.backward is Backward.NONE:
+            assert key in world.effects
+
+
+@runs
+@given(programs, seeds, moments, moments)
+def test_what_certainly_had_no_effect_is_never_undone_unless_it_lands_late(
+    program: Program, seed: int, cancel: int | None, deadline: int | None
+) -> None:
+    world = _played(program, seed, cancel, deadline)
+    late = {entry.key for entry in world.entries if entry.tag == "late"}
+    for key in world.undone:
+        assert world.fold.steps[key].forward in (Forward.SUCCEEDED, Forward.UNKNOWN) or key in late
+
+
+@runs
+@given(programs, seeds, moments, moments)
+def test_after_the_point_of_no_return_nothing_is_rolled_back(
+    program: Program, seed: int, cancel: int | None, deadline: int | None
+) -> None:
+    world = _played(program, seed, cancel, deadline)
+    tags = [(entry.tag, getattr(entry, "key", "")) for entry in world.entries]
+    settled = [
+        index
+        for index, entry in enumerate(world.entries)
+        if entry.tag == "settled"
+        and getattr(entry, "outcome", "") == "succeeded"
+        and world.fold.steps[getattr(entry, "key", "")].is_pivot
+    ]
+    if settled and "rollback" in [tag for tag, _ in tags]:
+        assert [tag for tag, _ in tags].index("rollback") < settled[0]
+
+
+@runs
+@given(programs, seeds, moments, moments)
+def test_rolling_back_undoes_the_youngest_first(
+    program: Program, seed: int, cancel: int | None, deadline: int | None
+) -> None:
+    world = _played(program, seed, cancel, deadline)
+    entries = world.entries
+    began = next((i for i, entry in enumerate(entries) if entry.tag == "rollback"), len(entries))
+    undone = [e for e in entries[began:] if e.tag == "undoing" and not getattr(e, "late", 0)]
+    in_doubt = {e.key for e in undone if _before_settled(entries, e)}  # type: ignore[union-attr]
+    order = [world.fold.steps[e.key].order for e in undone if e.key not in in_doubt]  # type: ignore[union-attr]
+    assert order == sorted(order, reverse=True)
+
+
+def _before_settled(entries: list[Any], undo: Any) -> bool:
+    position = next(i for i, entry in enumerate(entries) if entry is undo)
+    return not any(e.tag == "settled" and e.key == undo.key for e in entries[:position])
+
+
+@runs
+@given(programs, seeds, moments, moments)
+def test_replaying_any_prefix_of_any_journal_asks_for_nothing_twice(
+    program: Program, seed: int, cancel: int | None, deadline: int | None
+) -> None:
+    replay(chaos, _played(program, seed, cancel, deadline).history())
+
+
+@runs
+@given(programs, seeds, moments, moments)
+def test_catching_up_equals_replaying(
+    program: Program, seed: int, cancel: int | None, deadline: int | None
+) -> None:
+    replayed = _played(program, seed, cancel, deadline)
+    live = _played(program, seed, cancel, deadline, replays=False)
+    assert _without_tracebacks(live.rows) == _without_tracebacks(replayed.rows)
+    assert live.calls == replayed.calls
+
+
+@runs
+@given(programs, seeds, moments, moments)
+def test_folding_the_journal_gives_the_live_state(
+    program: Program, seed: int, cancel: int | None, deadline: int | None
+) -> None:
+    world = _played(program, seed, cancel, deadline, replays=False)
+    again = Fold(world.info)
+    for at, forms in world.rows:
+        again.apply_row(at, [decode_entry(form) for form in forms])  # type: ignore[arg-type]
+    assert _snapshot(again) == _snapshot(world.fold)
+
+
+@runs
+@given(programs, seeds, moments, moments)
+def test_nothing_is_scheduled_and_taken_back_in_one_turn(
+    program: Program, seed: int, cancel: int | None, deadline: int | None
+) -> None:
+    for turn in _played(program, seed, cancel, deadline).turns:
+        assert not {work.key for work in turn.work} & set(turn.withdraw)
+
+
+@runs
+@given(programs, seeds, moments, moments)
+def test_no_attempt_is_made_twice_and_no_key_has_two_pieces_of_work(
+    program: Program, seed: int, cancel: int | None, deadline: int | None
+) -> None:
+    world = _played(program, seed, cancel, deadline)
+    attempts = [(call.key, call.role, call.attempt) for call in world.calls]
+    assert len(attempts) == len(set(attempts))
+
+
+@runs
+@given(programs, seeds, moments)
+@example(["sequence", [["sleep", 1]]], 0, None)
+def test_the_journal_never_goes_back_in_time(program: Program, seed: int, cancel: int | None) -> None:
+    instants: list[datetime] = [at for at, _ in _played(program, seed, cancel, None).rows]
+    assert instants == sorted(instants)
+
+
+@runs
+@given(programs, seeds, moments, moments)
+def test_every_entry_survives_its_json_form(
+    program: Program, seed: int, cancel: int | None, deadline: int | None
+) -> None:
+    for _, forms in _played(program, seed, cancel, deadline).rows:
+        again = [encode(decode_entry(form)) for form in forms]  # type: ignore[arg-type]
+        assert json.loads(json.dumps(again)) == forms
+
+
+def _without_tracebacks(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_tracebacks(item) for key, item in value.items() if key != "traceback"}
+    if isinstance(value, list | tuple):
+        return [_without_tracebacks(item) for item in value]
+    return value
+
+
+def _snapshot(fold: Fold) -> dict[str, Any]:
+    state = {name: value for name, value in vars(fold).items() if not name.startswith("_")}
+    state["steps"] = {
+        key: {name: getattr(step, name) for name in step.__slots__} for key, step in fold.steps.items()
+    }
+    state["abandoned_effects"] = list(fold.abandoned_effects)
+    return _without_tracebacks(state)  # type: ignore[no-any-return]

@@ -1,0 +1,235 @@
+"""The point of no return: awaited by everything, never guessed, and after it only forward."""
+
+from __future__ import annotations
+
+import asyncio
+
+from orchestrator import saga
+from orchestrator.errors import StepFailed
+from orchestrator.machine.journal import Cancel, LateSuccess, Operate
+from tests.machine.stage import Stage
+from tests.machine.steps import capture, charge, look, reserve, settle, tell
+
+
+@saga.define
+async def paying(n: int) -> str:
+    await saga.step(charge, n)
+    settled = await saga.step(settle, n)
+    await saga.step(tell, n)
+    return settled
+
+
+@saga.define
+async def capturing(n: int) -> str:
+    await saga.step(charge, n)
+    return await saga.step(capture, n)
+
+
+@saga.define
+async def settles_and_raises(n: int) -> None:
+    await saga.step(settle, n)
+    raise ValueError("after all")
+
+
+def _before_the_pivot() -> Stage:
+    stage = Stage(paying, 1, deadline_s=60)
+    stage.turn()
+    stage.succeed("charge", "c")
+    return stage
+
+
+def _after_the_pivot() -> Stage:
+    stage = _before_the_pivot()
+    stage.succeed("settle", "s")
+    return stage
+
+
+def test_before_the_pivot_cancelling_undoes() -> None:
+    stage = Stage(paying, 1)
+    stage.turn()
+    stage.begin("charge")
+    stage.turn(Cancel())
+    stage.succeed("charge", "c")
+    stage.succeed("refund")
+    assert stage.state == "cancelled"
+
+
+def test_cancelling_waits_for_a_pivot_in_flight_and_is_refused_when_it_succeeds() -> None:
+    stage = _before_the_pivot()
+    stage.begin("settle")
+    stage.turn(Cancel())
+    assert (stage.state, stage.due) == ("running", [("settle", "do")])
+    stage.succeed("settle", "s")
+    assert "cancel refused" in stage.tags()
+    stage.succeed("tell", "t")
+    assert stage.state == "completed"
+
+
+def test_cancelling_waits_for_a_pivot_in_flight_and_undoes_when_it_is_rejected() -> None:
+    stage = _before_the_pivot()
+    stage.begin("settle")
+    stage.turn(Cancel())
+    stage.reject("settle")
+    assert stage.due == [("refund", "undo")]
+    stage.succeed("refund")
+    assert stage.state == "cancelled"
+
+
+def test_after_the_pivot_cancelling_is_refused_on_record() -> None:
+    stage = _after_the_pivot()
+    stage.turn(Cancel("ann"))
+    assert (stage.state, stage.tags()[-2:]) == ("running", ["cancel", "cancel refused"])
+
+
+def test_after_the_pivot_the_deadline_only_alarms() -> None:
+    stage = _after_the_pivot()
+    stage.turn(at_s=61)
+    assert (stage.state, stage.tags()[-2:]) == ("running", ["deadline", "cancel refused"])
+    stage.succeed("tell", "t")
+    assert stage.state == "completed"
+
+
+def test_a_failing_sibling_waits_for_the_pivot() -> None:
+    @saga.define(name="pivot beside")
+    async def pivot_beside(n: int) -> None:
+        await asyncio.gather(saga.step(settle, n), saga.step(charge, n))
+
+    stage = Stage(pivot_beside, 1)
+    stage.turn()
+    stage.begin("settle")
+    stage.reject("charge")
+    assert (stage.state, stage.due) == ("running", [("settle", "do")])
+    stage.reject("settle")
+    assert stage.state == "failed"
+
+
+def test_raising_after_the_pivot_parks_instead_of_undoing() -> None:
+    stage = Stage(settles_and_raises, 1)
+    stage.turn()
+    stage.succeed("settle", "s")
+    parked = stage.execution.fold.parked
+    assert stage.state == "parked"
+    assert parked and parked.role == "pivot"
+
+
+def test_a_run_parked_after_the_pivot_goes_on_with_mended_code() -> None:
+    stage = Stage(settles_and_raises, 1)
+    stage.turn()
+    stage.succeed("settle", "s")
+
+    @saga.define(name=settles_and_raises.name)
+    async def mended(n: int) -> None:
+        await saga.step(settle, n)
+
+    stage.reload(mended)
+    stage.turn(Operate("retry", by="ann"))
+    assert stage.state == "completed"
+
+
+def test_a_run_parked_after_the_pivot_can_be_resolved_with_an_output() -> None:
+    stage = Stage(settles_and_raises, 1)
+    stage.turn()
+    stage.succeed("settle", "s")
+    stage.turn(Operate("resolve", by="ann", value="by hand"))
+    fold = stage.execution.fold
+    assert (stage.state, fold.returned and fold.returned.output) == ("completed", "by hand")
+
+
+def test_an_unknown_pivot_without_a_probe_parks_and_nothing_is_guessed() -> None:
+    stage = _before_the_pivot()
+    stage.doubt_until_given_up("settle")
+    assert (stage.state, stage.due) == ("parked", [])
+
+
+def test_cancelling_waits_for_a_parked_pivot() -> None:
+    stage = _before_the_pivot()
+    key = stage.key("settle")
+    stage.doubt_until_given_up("settle")
+    stage.turn(Cancel())
+    assert (stage.state, stage.due) == ("parked", [])
+    stage.turn(Operate("resolve", key, "ann", "asked the bank", no_effect=True))
+    assert (stage.state, stage.due) == ("compensating", [("refund", "undo")])
+
+
+def test_an_unknown_pivot_with_a_probe_is_asked_for() -> None:
+    stage = Stage(capturing, 1)
+    stage.turn()
+    stage.succeed("charge", "c")
+    stage.doubt_until_given_up("capture")
+    assert stage.due == [("find_capture", "probe")]
+    stage.succeed("find_capture", "k")
+    assert stage.state == "completed"
+
+
+def test_a_pivot_that_its_probe_does_not_find_is_rejected_and_the_run_undone() -> None:
+    stage = Stage(capturing, 1)
+    stage.turn()
+    stage.succeed("charge", "c")
+    stage.doubt_until_given_up("capture")
+    stage.succeed("find_capture", None)
+    assert (stage.state, stage.due) == ("compensating", [("refund", "undo")])
+
+
+def test_a_pivot_whose_attempts_certainly_had_no_effect_is_rejected() -> None:
+    stage = _before_the_pivot()
+    stage.turn(stage.end("settle", "failed"))
+    stage.turn(stage.end("settle", "failed"))
+    assert stage.due == [("refund", "undo")]
+
+
+def test_after_the_pivot_a_step_that_keeps_failing_parks() -> None:
+    stage = _after_the_pivot()
+    stage.doubt_until_given_up("tell")
+    assert (stage.state, stage.due) == ("parked", [])
+
+
+def test_after_the_pivot_a_rejected_retriable_step_parks() -> None:
+    stage = _after_the_pivot()
+    key = stage.key("tell")
+    stage.reject("tell")
+    assert stage.state == "parked"
+    stage.turn(Operate("retry", key, "ann"))
+    stage.succeed("tell", "t")
+    assert stage.state == "completed"
+
+
+def test_after_the_pivot_a_look_may_fail_and_be_caught() -> None:
+    @saga.define(name="settles and looks")
+    async def settles_and_looks(n: int) -> str:
+        await saga.step(settle, n)
+        try:
+            return str(await saga.step(look, n))
+        except StepFailed as error:
+            return error.outcome
+
+    stage = Stage(settles_and_looks, 1)
+    stage.turn()
+    stage.succeed("settle", "s")
+    stage.doubt_until_given_up("look")
+    assert stage.state == "completed"
+
+
+def test_after_the_pivot_an_abandoned_effect_is_still_undone() -> None:
+    @saga.define(name="settles and hurries")
+    async def settles_and_hurries(n: int) -> None:
+        await saga.step(settle, n)
+        try:
+            await asyncio.wait_for(saga.step(reserve, n), 5)
+        except TimeoutError:
+            pass
+
+    stage = Stage(settles_and_hurries, 1)
+    stage.turn()
+    stage.succeed("settle", "s")
+    stage.begin("reserve")
+    stage.turn(at_s=5)
+    stage.succeed("reserve", "h")
+    assert stage.due == [("release", "undo")]
+    stage.succeed("release")
+    assert stage.state == "completed"
+
+
+def test_a_late_report_of_a_pivot_that_was_decided_is_on_record() -> None:
+    stage = _after_the_pivot()
+    stage.turn(LateSuccess("tests.machine.steps.settle#0", "do", 1, "s"))
+    assert (stage.state, stage.tags()[-1]) == ("running", "late")
