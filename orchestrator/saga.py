@@ -130,7 +130,7 @@ class Saga(Generic[P, R]):
         """Return this saga as the machine runs it."""
         return Script(self._main, self.options.on_code_error == "park")
 
-    async def _main(self, encoded: Json) -> Json:
+    async def _main(self, encoded: Any) -> Json:
         try:
             args, kwargs = self.codec.decode_call(encoded)
         except PayloadError as error:
@@ -437,18 +437,22 @@ async def wait(
     loop = asyncio.get_running_loop()
     waiter = loop.create_future()
 
+    def release() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
     def look(_: object) -> None:
         done = [future for future in futures if future.done()]
         failed = any(not f.cancelled() and f.exception() is not None for f in done)
         enough = {asyncio.FIRST_COMPLETED: bool(done), asyncio.FIRST_EXCEPTION: failed}.get(return_when, False)
-        if (enough or len(done) == len(futures)) and not waiter.done():
-            waiter.set_result(None)
+        if enough or len(done) == len(futures):
+            release()
 
     look(None)
     for future in futures:
         future.add_done_callback(look)
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-    timer = None if seconds is None else loop.call_later(seconds, lambda: waiter.done() or waiter.set_result(None))
+    timer = None if seconds is None else loop.call_later(seconds, release)
     try:
         await waiter
     finally:

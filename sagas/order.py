@@ -39,15 +39,11 @@ class OrderReceipt(BaseModel):
 @saga.define(version=1, deadline=timedelta(hours=1))
 async def order(request: Order) -> OrderReceipt:
     """Charge the card and take the goods from the shelf; if there are none, the charge is refunded."""
-    charge = await saga.step(
-        payments.charge, Bill(reference=request.id, card=request.card, money=request.total)
-    )
+    charge = await saga.step(payments.charge, Bill(reference=request.id, card=request.card, money=request.total))
     await saga.step(inventory.deduct, Pick(reference=request.id, sku=request.sku, quantity=request.quantity))
     try:
         subject = f"Your order {request.id} is on its way"
-        await saga.step(
-            notifications.send, Mail(reference=request.id, recipient=request.email, subject=subject)
-        )
+        await saga.step(notifications.send, Mail(reference=request.id, recipient=request.email, subject=subject))
         confirmed = True
     except StepFailed:  # nobody returns the goods because of a mail
         confirmed = False

@@ -23,9 +23,7 @@ def ledger_url() -> str:
     """Return the ledger's database URL: LEDGER_DATABASE_URL, else ORCHESTRATOR_DATABASE_URL."""
     url = os.environ.get("LEDGER_DATABASE_URL") or os.environ.get("ORCHESTRATOR_DATABASE_URL")
     if not url:
-        raise RuntimeError(
-            "No database: set LEDGER_DATABASE_URL or ORCHESTRATOR_DATABASE_URL (postgresql://...)."
-        )
+        raise RuntimeError("No database: set LEDGER_DATABASE_URL or ORCHESTRATOR_DATABASE_URL (postgresql://...).")
     return url
 
 

@@ -89,16 +89,11 @@ def charge(key: str, card: str, money: Money) -> Charge:
             "currency": money.currency,
             "amount": money.amount,
         }
-        new = (
-            conn.scalar(insert(charges).values(row).on_conflict_do_nothing().returning(charges.c.key))
-            is not None
-        )
+        new = conn.scalar(insert(charges).values(row).on_conflict_do_nothing().returning(charges.c.key)) is not None
         found = _find(conn, key)
     if new:
         effects.record("charge", key)
-    time.sleep(
-        float(os.environ.get("PROVIDER_LATENCY_SECONDS", "0"))
-    )  # charged already, and nobody knows yet
+    time.sleep(float(os.environ.get("PROVIDER_LATENCY_SECONDS", "0")))  # charged already, and nobody knows yet
     if found != Charge(id=key, money=money):
         raise ChargeRefused(f"The key {key} was refunded before, or names another amount.")
     if card == TIMEOUT_AFTER_CHARGE:
@@ -131,7 +126,5 @@ def find(key: str) -> Charge | None:
 
 
 def _find(conn: Connection, key: str) -> Charge | None:
-    row = conn.execute(
-        select(charges).where(charges.c.key == key, charges.c.state == "charged")
-    ).one_or_none()
+    row = conn.execute(select(charges).where(charges.c.key == key, charges.c.state == "charged")).one_or_none()
     return None if row is None else Charge(id=key, money=Money(currency=row.currency, amount=row.amount))

@@ -85,9 +85,7 @@ def receive(sku: str, quantity: int) -> None:
     """Put new goods on the shelf."""
     with outside_engine().begin() as conn:
         row = insert(stock).values(sku=sku, on_hand=quantity)
-        conn.execute(
-            row.on_conflict_do_update(index_elements=["sku"], set_={"on_hand": stock.c.on_hand + quantity})
-        )
+        conn.execute(row.on_conflict_do_update(index_elements=["sku"], set_={"on_hand": stock.c.on_hand + quantity}))
 
 
 def on_hand() -> int:

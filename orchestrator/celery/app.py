@@ -9,8 +9,6 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from time import monotonic
 from typing import Any
@@ -19,12 +17,12 @@ from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
 
 from orchestrator import saga as sagas
-from orchestrator.celery import guard, runner, worker
+from orchestrator.celery import events, guard, runner, worker
 from orchestrator.celery.doorbell import DRAIN, Bell, connection_options
 from orchestrator.client import Client, SagaResult
 from orchestrator.engine.advance import Scope
 from orchestrator.engine.drain import Drainer, Worker
-from orchestrator.errors import OrchestratorError, StoreUnavailableError, UnknownSagaError
+from orchestrator.errors import OrchestratorError, StoreUnavailableError, UsageError
 from orchestrator.machine.turn import Script
 from orchestrator.saga import Saga
 from orchestrator.settings import Settings
@@ -33,6 +31,7 @@ from orchestrator.step import registry as step_registry
 from orchestrator.store.transaction import Transactions
 
 logger = logging.getLogger(__name__)
+_events_lock = threading.Lock()
 
 
 class Orchestrator:
@@ -47,11 +46,13 @@ class Orchestrator:
         self._overrides = {"database_url": database_url, **settings}
         self._local = threading.local()
         self._warned_at = 0.0
+        self._step_events: events.StepEvents | None = None
         app.orchestrator = self
         guard.install(app)
         set_router(self._route)
         step_type = type("WorkerStep", (worker.CompanionStep,), {"orchestrator": self, "__module__": __name__})
         app.steps["worker"].add(step_type)
+        app.steps["consumer"].add(events.ShareEvents)
         self._register_drain()
         step_registry.listen(self._bind_step)
         sagas.registry.listen(self._bind_saga)
@@ -70,7 +71,10 @@ class Orchestrator:
     @functools.cached_property
     def client(self) -> Client:
         """The client that starts and asks for runs."""
-        return Client(self.settings, lambda queue, times: self.bell.ring(queue, times) and None, self._default_queue)
+        return Client(self.settings, self._ring, self._default_queue)
+
+    def _ring(self, queue: str, times: int) -> None:
+        self.bell.ring(queue, times)
 
     def _default_queue(self) -> str:
         return str(self.app.conf.task_default_queue)
@@ -103,8 +107,6 @@ class Orchestrator:
 
     def _refuse_eager(self, saga: Saga[Any, Any]) -> None:
         if self.app.conf.task_always_eager:
-            from orchestrator.errors import UsageError
-
             raise UsageError(
                 f"task_always_eager is set, but a saga is durable and runs in workers; test {saga.name} with "
                 "orchestrator.testing.run(...)"
@@ -168,6 +170,14 @@ class Orchestrator:
                 logger.warning("%s", error)
             time.sleep(0.2)
 
+    def _events(self, node: str) -> events.StepEvents:
+        """Return the events of this process; its drainers share them."""
+        with _events_lock:
+            if self._step_events is None:
+                options, show = connection_options(self.app), self.settings.show_payloads
+                self._step_events = events.StepEvents(self.app, node, options, show)
+            return self._step_events
+
     def _new_drainer(self) -> Drainer:
         bond = worker.Bond()
         targets = {name for name in self.app.tasks if not name.startswith("celery.")}
@@ -179,8 +189,8 @@ class Orchestrator:
                 scope=scope,
                 identity=bond.identity,
                 script_of=script_of,
-                runner=runner.Runner(self.app, bond.node, self.settings.sqlalchemy_url, _nobody),
-                ring=lambda queue, times: self.bell.ring(queue, times) and None,
+                runner=runner.Runner(self.app, bond.node, self.settings.sqlalchemy_url, self._events(bond.node)),
+                ring=self._ring,
                 stopping=worker.stopping,
             )
         )
@@ -203,10 +213,6 @@ def script_of(name: str, version: int) -> Script | None:
     """Return the script of a saga registered in this process."""
     saga = sagas.registry.sagas.get((name, version))
     return saga.script() if saga else None
-
-
-def _nobody(*_: Any) -> None:
-    """Nobody observes."""
 
 
 class _DrainTask:
@@ -254,7 +260,3 @@ class _SagaTask:
     def delay(self, *args: Any, **kwargs: Any) -> SagaResult:
         """Start a run directly in Postgres."""
         return self.apply_async(args, kwargs)
-
-
-Observer = Callable[..., None]
-__all__ = ["Orchestrator", "UnknownSagaError", "script_of", "suppress"]

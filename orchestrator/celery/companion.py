@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -135,7 +136,7 @@ class Companion:
 
     def _renew(self) -> None:
         assert self._incarnation is not None
-        if self._main_ended_at is None and not liveness.renew(self._connect(), self._incarnation):
+        if not liveness.renew(self._connect(), self._incarnation):
             logger.warning(
                 "worker %s was declared dead while it lives; it goes on as a new incarnation", self._config.node
             )
@@ -144,7 +145,23 @@ class Companion:
                 self._tell(connection)
 
     def _run_pump(self) -> None:
+        self._end_stuck_children()
         self._pump.run_once(self._connect())
+
+    def _end_stuck_children(self) -> None:
+        """A pool child that overran its time or its heartbeat is replaced: the pool starts another one."""
+        assert self._incarnation is not None
+        for child in liveness.expired_children(self._connect(), self._incarnation):
+            if (
+                child != self._config.pid
+                and _is_process(child)
+                and any(child in c.ids for c in self._children.values())
+            ):
+                logger.warning(
+                    "pool child %s of %s hangs in a step past its time and is replaced", child, self._config.node
+                )
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
 
     def _give_back_gone(self) -> None:
         while self._gone:
@@ -204,8 +221,7 @@ class Companion:
 
     def _end_life(self) -> None:
         """Main is gone: what its children had begun is given back, at once if they are gone too."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._config.socket)
+        shutil.rmtree(os.path.dirname(self._config.socket), ignore_errors=True)
         self._retry_at = 0.0
 
         def end() -> None:
@@ -219,6 +235,15 @@ class Companion:
             self._pump.run_once(connection)
 
         self._safely(end)
+
+
+def _is_process(number: int) -> bool:
+    """Tell a process from a thread, which cannot be ended alone."""
+    try:
+        with open(f"/proc/{number}/status", encoding="ascii", errors="replace") as file:
+            return f"\nTgid:\t{number}\n" in file.read()
+    except OSError:
+        return False
 
 
 def main() -> int:

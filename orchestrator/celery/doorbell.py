@@ -16,12 +16,13 @@ from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any
 
-from kombu import Connection, Producer
+from kombu.connection import Connection
+from kombu.messaging import Producer
 
 logger = logging.getLogger(__name__)
 
 DRAIN = "orchestrator.drain"
-_BODY = ([], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})
+_BODY: Any = ([], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})
 _REST_AFTER_FAILURE_S = 1.0
 _TIMEOUTS = {"socket_connect_timeout": 1.0, "socket_timeout": 2.0, "connect_timeout": 1.0, "max_retries": 1,
              "interval_start": 0, "interval_step": 0.1, "interval_max": 0.1}  # fmt: skip

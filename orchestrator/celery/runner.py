@@ -19,6 +19,7 @@ from celery import Celery, states
 from celery.app.trace import build_tracer
 from celery.exceptions import Reject, Retry
 
+from orchestrator.celery.events import Attempt, StepEvents, task_id
 from orchestrator.codec import FunctionCodec
 from orchestrator.engine.drain import Invocation
 from orchestrator.errors import PayloadError, Rejected
@@ -42,11 +43,12 @@ _limit: ContextVar[float] = ContextVar("orchestrator_limit", default=0.0)
 class Runner:
     """Runs steps in this process; see `orchestrator.engine.drain.StepRunner`."""
 
-    def __init__(self, app: Celery, worker: str, sqlalchemy_url: str, observe: Callable[..., None]) -> None:
+    def __init__(self, app: Celery, worker: str, sqlalchemy_url: str, events: StepEvents) -> None:
         self.worker = worker
         self._app = app
         self._url = sqlalchemy_url
-        self._observe = observe
+        self._events = events
+        self._attempt: Attempt | None = None  # the one whose outcome is not committed yet
         self._tracers: dict[str, Callable[..., Any]] = {}
         self._transactions: Transactions | None = None
 
@@ -104,8 +106,10 @@ class Runner:
         return declared.options.retry if declared else None
 
     def finished(self, taken: Taken, outcome: AttemptEnded) -> None:
-        """Tell observers, after the commit."""
-        self._observe(taken, outcome)
+        """Send the task's events, after the commit."""
+        attempt, self._attempt = self._attempt, None
+        if taken.role != "once":
+            self._events.finish(attempt, taken, outcome)
 
     def _traced(
         self, task: Any, taken: Taken, context: StepContext, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -115,13 +119,15 @@ class Runner:
             tracer = build_tracer(taken.task, task, loader=self._app.loader, hostname=self.worker, app=self._app)
             self._tracers[taken.task] = tracer
         request = {
-            "id": f"{taken.run_id}:{taken.key}", "root_id": taken.run_id, "retries": taken.attempt - 1,
+            "id": task_id(taken), "root_id": taken.run_id, "retries": taken.attempt - 1,
             "hostname": self.worker, "ignore_result": True, "is_eager": True,  # so that retry() raises and sends nothing
             "delivery_info": {"routing_key": taken.queue, "exchange": "", "redelivered": taken.attempt > 1},
+            **self._events.representations,
         }  # fmt: skip
         invoked, current = _invoked.set(True), current_step.set(context)
         seconds = (context.deadline - taken.now).total_seconds()
         limit = _limit.set(seconds)
+        attempt = self._attempt = self._events.begin(taken)
         try:
             guard = contextlib.nullcontext() if isinstance(task, steps_base()) else time_limit(seconds)
             with guard:
@@ -131,6 +137,8 @@ class Runner:
                 raise
             return Invocation(error=error)
         finally:
+            if attempt is not None:
+                self._events.leave(attempt)
             _invoked.reset(invoked)
             current_step.reset(current)
             _limit.reset(limit)
@@ -243,14 +251,14 @@ def _translate(taken: Taken, traced: Any) -> Invocation:
             return Invocation(_codec_of(taken).encode_result(traced.retval))
         except PayloadError as error:
             return Invocation(error=error)
-    error = info.retval
-    if info.state == states.RETRY and isinstance(error, Retry):
-        return Invocation(error=error.exc or error, pause=_seconds(error.when))
+    raised = info.retval
+    if info.state == states.RETRY and isinstance(raised, Retry):
+        return Invocation(error=raised.exc or raised, pause=_seconds(raised.when))
     if info.state == states.IGNORED:
         return Invocation(None)
-    if isinstance(error, Reject):
-        return Invocation(error=Rejected(str(error.reason or "the task raised Reject")))
-    return Invocation(error=error if isinstance(error, BaseException) else RuntimeError(str(error)))
+    if isinstance(raised, Reject):
+        return Invocation(error=Rejected(str(raised.reason or "the task raised Reject")))
+    return Invocation(error=raised if isinstance(raised, BaseException) else RuntimeError(str(raised)))
 
 
 def _seconds(when: Any) -> float | None:

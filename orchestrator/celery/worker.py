@@ -26,6 +26,7 @@ from celery import bootsteps, signals
 from orchestrator import saga as sagas
 from orchestrator.celery.companion import Config
 from orchestrator.celery.doorbell import connection_options
+from orchestrator.celery.events import quiet_logs
 from orchestrator.engine.advance import Identity
 from orchestrator.errors import OrchestratorError, StoreUnavailableError
 
@@ -55,6 +56,7 @@ class CompanionStep(bootsteps.StartStopStep):
     def create(self, worker: Any) -> None:
         """Start the companion; what it cannot live with ends the worker with one sentence."""
         _stop[0] = 0
+        quiet_logs(self.orchestrator.settings.show_payloads)
         self._folder = tempfile.mkdtemp(prefix="orchestrator-")
         self._config = self._configure(worker)
         os.environ[_VARIABLE] = json.dumps(
@@ -137,14 +139,8 @@ class CompanionStep(bootsteps.StartStopStep):
         """Nothing: the companion was started before the pool."""
 
     def stop(self, worker: Any) -> None:
-        """Let the companion end this life: nothing of this worker is running any more."""
+        """Stop watching; the companion ends this life when the process has ended, with whatever children it had."""
         self._watching = False
-        process, self._process = self._process, None
-        if process is not None and process.stdin is not None:
-            process.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5.0)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     terminate = stop
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any
 
-from orchestrator.codec import Json, dumps
+from orchestrator.codec import Json
 from orchestrator.errors import DriftError, describe_exception
 from orchestrator.machine.fold import RunInfo
 from orchestrator.machine.journal import (
@@ -47,6 +47,14 @@ class Identity:
 
     incarnation: int
     child: int
+
+
+@dataclass(slots=True)
+class Begun:
+    """The work that a turn begins in the child that commits it."""
+
+    work: Work
+    taken: Taken
 
 
 AfterCommit = Callable[[Connection], list[Taken]]
@@ -128,11 +136,11 @@ class Advancer:
         if loaded is not None:
             execution, turn = self._compute(connection, loaded, outcome)
             if execution is not None:
-                begun = self._begin_next(execution.info, turn, loaded.now)
+                first = self._begin_next(execution.info, turn, loaded.now)
                 consumed = [id for id, _ in loaded.arrivals]
-                committed = self._write(connection, execution, turn, begun, consumed, taken, holds_turn=False)
+                committed = self._write(connection, execution, turn, first, consumed, taken, holds_turn=False)
                 if committed.written:
-                    return lambda after: self._after(after, execution, turn, begun, committed.owed)
+                    return lambda after: self._after(after, execution, turn, first, committed.owed)
                 execution.discard()
         assert taken.fence is not None
         if not turns.arrive(connection, taken.run_id, taken.key, taken.fence, encode(outcome)):
@@ -187,7 +195,7 @@ class Advancer:
             if loaded is None or not (loaded.arrivals or holds_turn):
                 return []
             if loaded.run.finished and not loaded.arrivals:
-                turns.drop_turn(connection, run_id)
+                turns.ignore(connection, run_id, [])
                 return []
             if self._script_of(loaded.run.saga, loaded.run.version) is None:
                 return []
@@ -213,10 +221,13 @@ class Advancer:
         execution, turn = self._compute(connection, loaded, outcome)
         if execution is None:
             return None
-        begun = self._begin_next(execution.info, turn, loaded.now) if may_begin else []
+        first = self._begin_next(execution.info, turn, loaded.now) if may_begin else None
         consumed = [id for id, _ in loaded.arrivals]
+        if turn.was_ended and not turn.entries:
+            turns.ignore(connection, loaded.run.id, consumed)
+            return []
         try:
-            committed = self._write(connection, execution, turn, begun, consumed, done, holds_turn)
+            committed = self._write(connection, execution, turn, first, consumed, done, holds_turn)
         except BaseException:
             self._forget(loaded.run.id)
             execution.discard()
@@ -225,10 +236,10 @@ class Advancer:
             self._forget(loaded.run.id)
             execution.discard()
             return None
-        return self._after(connection, execution, turn, begun, committed.owed)
+        return self._after(connection, execution, turn, first, committed.owed)
 
     def _after(
-        self, connection: Connection, execution: Execution, turn: Turn, begun: list[Taken], owed: bool
+        self, connection: Connection, execution: Execution, turn: Turn, first: Begun | None, owed: bool
     ) -> list[Taken]:
         """After the commit: keep the coroutine, make correcting runs, ring, look again for arrivals."""
         run_id = execution.info.id
@@ -239,7 +250,8 @@ class Advancer:
             self._remember(execution)
         for late in turn.corrections:
             self._correct(connection, execution, late)
-        self._ring_for(connection, execution.info, turn, begun)
+        self._ring_for(connection, execution.info, turn, first)
+        begun = [first.taken] if first else []
         others = execution.fold.in_flight > len(begun)
         if owed or (others and turns.has_arrivals(connection, run_id)):
             return begun + self._advance(connection, run_id, may_begin=not begun)
@@ -284,14 +296,12 @@ class Advancer:
         connection: Connection,
         execution: Execution,
         turn: Turn,
-        begun: list[Taken],
+        first: Begun | None,
         consumed: list[int],
         done: Taken | None,
         holds_turn: bool,
     ) -> turns.Committed:
         info = execution.info
-        fences = {taken.key: taken.fence for taken in begun}
-        rewake = turn.wake != execution.committed_wake and turn.wake is not None
         commit = Commit(
             run_id=info.id,
             position=turn.position,
@@ -306,39 +316,42 @@ class Advancer:
             ended=turn.state in TERMINAL and not turn.was_ended,
             done_key=done.key if done else None,
             done_fence=done.fence if done else None,
+            shared=done is None or execution.fold.in_flight > (first is not None),
             holds_turn=holds_turn,
             wake=turn.wake,
-            rewake=rewake,
-            work=[_work_row(info, work, fences.get(work.key)) for work in turn.work],
+            rewake=turn.wake is not None and turn.wake != execution.committed_wake,
+            next=_work_row(info, first.work, begun=True) if first else None,
+            next_fence=first.taken.fence if first else None,
+            work=[_work_row(info, work) for work in turn.work if first is None or work is not first.work],
             withdraw=turn.withdraw,
             consumed=consumed,
             summary=_summary(execution, turn),
         )
         execution.committed_wake = turn.wake
         committed = turns.commit_turn(connection, commit)
-        self.clock.set(committed.now)
+        if committed.now is not None:
+            self.clock.set(committed.now)
         return committed
 
-    def _begin_next(self, info: RunInfo, turn: Turn, now: datetime) -> list[Taken]:
+    def _begin_next(self, info: RunInfo, turn: Turn, now: datetime) -> Begun | None:
         """Choose the work that this child goes on with: the first that is due and can run here."""
         if turn.state in TERMINAL or not self._scope.may_begin():
-            return []
+            return None
         for work in turn.work:
             target, queue = target_of(info, work), work.queue or info.queue
             if (work.due is None or work.due <= now) and queue in self._scope.queues and target in self._scope.targets:
-                fence = new_fence()
                 deadline = now + timedelta(seconds=work.call["t"]) if "t" in work.call else None
-                return [
-                    Taken(info.id, work.key, work.role, target, queue, work.task, work.attempt + 1, work.call, fence,
-                          deadline, now)
-                ]  # fmt: skip
-        return []
+                taken = Taken(
+                    info.id, work.key, work.role, target, queue, work.task, work.attempt + 1, work.call, new_fence(), deadline,
+                    now,
+                )  # fmt: skip
+                return Begun(work, taken)
+        return None
 
-    def _ring_for(self, connection: Connection, info: RunInfo, turn: Turn, begun: list[Taken]) -> None:
+    def _ring_for(self, connection: Connection, info: RunInfo, turn: Turn, first: Begun | None) -> None:
         waiting: dict[str, int] = {}
-        mine = {taken.key for taken in begun}
         for work in turn.work:
-            if work.key not in mine and (work.due is None or work.due <= turn.at):
+            if (first is None or work is not first.work) and (work.due is None or work.due <= turn.at):
                 queue = work.queue or info.queue
                 waiting[queue] = waiting.get(queue, 0) + 1
         for queue, rows in waiting.items():
@@ -420,7 +433,7 @@ def target_of(info: RunInfo, work: Work) -> str:
     return info.target if work.local or work.role == "once" else work.task
 
 
-def _work_row(info: RunInfo, work: Work, fence: int | None) -> Json:
+def _work_row(info: RunInfo, work: Work, *, begun: bool = False) -> Json:
     return {
         "key": work.key,
         "role": work.role,
@@ -429,9 +442,8 @@ def _work_row(info: RunInfo, work: Work, fence: int | None) -> Json:
         "task": work.task,
         "priority": work.priority or info.priority,
         "due": work.due.isoformat() if work.due else None,
-        "attempt": work.attempt + (fence is not None),
+        "attempt": work.attempt + begun,
         "call": work.call,
-        "fence": fence,
     }
 
 
@@ -440,7 +452,7 @@ def _summary(execution: Execution, turn: Turn) -> dict[str, Any] | None:
     if turn.was_ended:
         return None
     fold = execution.fold
-    parked = [{"key": key, "role": entry.role, "why": entry.why} for key, entry in fold.parked_keys.items()]
+    parked: list[Any] = [{"key": key, "role": entry.role, "why": entry.why} for key, entry in fold.parked_keys.items()]
     if fold.parked is not None:
         parked.insert(0, {"key": "", "role": fold.parked.role, "why": fold.parked.why})
     changed = _signature(execution)
@@ -451,12 +463,10 @@ def _summary(execution: Execution, turn: Turn) -> dict[str, Any] | None:
     if fold.rollback is not None and fold.rollback.cause == "cancel":
         error = None
     return {
-        "output": dumps(fold.returned.output)
-        if fold.returned and fold.ended and fold.ended.state == "completed"
-        else None,
-        "error": dumps(error) if error else None,
-        "left": dumps(list(fold.ended.left)) if fold.ended else "[]",
-        "parked": dumps(parked),
+        "output": fold.returned.output if fold.returned and fold.ended and fold.ended.state == "completed" else None,
+        "error": error,
+        "left_effects": list(fold.ended.left) if fold.ended else [],
+        "parked": parked,
         "past_pivot": fold.past_pivot,
     }
 

@@ -90,7 +90,7 @@ class Drainer:
         self._settings = worker.settings
         self._connection: Connection | None = None
         self._advancer: Advancer | None = None
-        self._last_error_at = 0.0
+        self._reconnected = False
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def drain(self) -> int:
@@ -103,6 +103,9 @@ class Drainer:
         except UNAVAILABLE as error:
             self._drop_connection()
             raise unavailable(error) from error
+        except BaseException:
+            self._drop_connection()  # what is still begun is given back when the next drain connects
+            raise
 
     def _drain(self) -> int:
         self._enter()
@@ -317,6 +320,7 @@ class Drainer:
         if self._connection is None or self._connection.closed:
             self._drop_connection()
             self._connection = open_connection(self._settings.dsn, name=f"child of {self._worker.runner.worker}")
+            self._reconnected = True
         if self._advancer is None:
             identity = self._worker.identity()
             if not liveness.enter(
@@ -345,6 +349,11 @@ class Drainer:
         """Mark that this child drains; if its incarnation was declared dead meanwhile, under the next one."""
         connection, advancer = self._ready()
         identity = advancer.identity
+        if self._reconnected:
+            # Begun for this child and run by nobody: the answer to a `take` was lost, or a drain ended in an error.
+            for queue in liveness.give_back_child(connection, identity.incarnation, identity.child):
+                self._ring(connection, queue, 1)
+            self._reconnected = False
         if not liveness.enter(connection, identity.incarnation, identity.child, list(self._worker.scope.queues)):
             advancer.discard()
             self._advancer = None

@@ -85,7 +85,7 @@ class SagaCode:
     """One live execution of a saga function, at some position of its journal."""
 
     def __init__(self, main: Callable[[], Coroutine[Any, Any, Json]], fold: Fold) -> None:
-        self.loop = SagaLoop()
+        self.loop: Any = SagaLoop()  # type: ignore[abstract]
         self.loop.code = self  # type: ignore[attr-defined]
         self.fold = fold
         self._main = main
@@ -184,9 +184,9 @@ class SagaCode:
             coroutine: Any = task.get_coro()
             with contextlib.suppress(BaseException), self.loop.running():
                 coroutine.close()
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            task._log_destroy_pending = False
         for future in self._futures.values():
-            future._log_traceback = False  # type: ignore[attr-defined]
+            future._log_traceback = False
 
     # -- called by saga code -----------------------------------------------------------------------------------------------
     @property

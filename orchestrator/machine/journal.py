@@ -368,8 +368,8 @@ class Work:
     priority: int = 0
 
 
-_ENTRIES: Final[dict[str, type]] = {cls.tag: cls for cls in Entry.__args__}  # type: ignore[attr-defined]
-_ARRIVALS: Final[dict[str, type]] = {cls.tag: cls for cls in Arrival.__args__}  # type: ignore[attr-defined]
+_ENTRIES: Final[dict[str, type]] = {cls.tag: cls for cls in Entry.__args__}
+_ARRIVALS: Final[dict[str, type]] = {cls.tag: cls for cls in Arrival.__args__}
 _SHAPES: dict[type, list[tuple[str, Any]]] = {
     cls: [(f.name, f.default) for f in fields(cls)] for cls in (*_ENTRIES.values(), *_ARRIVALS.values(), Undo)
 }

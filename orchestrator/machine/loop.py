@@ -63,9 +63,9 @@ class SagaLoop(asyncio.AbstractEventLoop):
         with self.running():
             while self._ready:
                 handle = self._ready.popleft()
-                if not handle._cancelled:  # type: ignore[attr-defined]
+                if not handle._cancelled:
                     with contextlib.suppress(SystemExit):  # its task keeps it as its exception
-                        handle._run()  # type: ignore[attr-defined]
+                        handle._run()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -140,7 +140,7 @@ class SagaLoop(asyncio.AbstractEventLoop):
         if not isinstance(parent, SagaTask):
             branch = Branch()
         elif _called_by_wait_for(sys._getframe(1)):
-            branch = parent.branch  # Python 3.12 mostly awaits in place, so that 3.11 must give the same keys
+            branch = parent.branch
         else:
             branch = parent.branch.child()
         self._task_count += 1
@@ -175,6 +175,21 @@ def _called_by_wait_for(frame: FrameType | None) -> bool:
     while frame is not None and frame.f_code in _ENSURE_FUTURE:
         frame = frame.f_back
     return frame is not None and frame.f_code is _WAIT_FOR
+
+
+_stock_wait_for = asyncio.wait_for
+
+
+async def _wait_for(fut: Any, timeout: float | None) -> Any:
+    """Python 3.12's: it awaits in place, where 3.11's makes a task that starts and ends a little later."""
+    if not inside_saga() or (timeout is not None and timeout <= 0):
+        return await _stock_wait_for(fut, timeout)
+    async with asyncio.timeout(timeout):
+        return await fut
+
+
+if sys.version_info < (3, 12):  # a journal recorded on one Python has to replay on the others
+    asyncio.wait_for = asyncio.tasks.wait_for = _wait_for
 
 
 def _refusal(name: str, instead: str) -> Callable[..., Any]:

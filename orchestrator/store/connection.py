@@ -33,6 +33,7 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True) -> Connection:
             keepalives_idle=10,
             keepalives_interval=5,
             keepalives_count=3,
+            options="-c plan_cache_mode=force_generic_plan -c timezone=UTC",
         )
     except psycopg.OperationalError as error:
         raise unavailable(error) from None

@@ -63,6 +63,7 @@ def declare_dead(
 
 
 # A page of what dead incarnations hold (index work_begun).  Begun means in doubt: the row goes and an arrival comes.
+# Whose process is gone the first time is tried again without a pause: most likely it was a deploy, not the step.
 # `quiet` is empty when the process is known to be gone; otherwise an effect may land until the attempt's deadline.
 _LOST = """
 WITH lost AS (
@@ -77,6 +78,7 @@ WITH lost AS (
 INSERT INTO orchestrator.arrivals (run_id, arrival)
 SELECT run_id, json_strip_nulls(json_build_object(
     'e', 'outcome', 'key', key, 'role', CASE role WHEN 'once' THEN 'do' ELSE role END, 'attempt', attempt,
+    'pause', CASE WHEN %(known_dead)s AND attempt = 1 THEN 0 END,
     'verdict', CASE WHEN harmless THEN 'failed' ELSE 'doubt' END, 'began', begun_at, 'details', details,
     'quiet', CASE WHEN %(known_dead)s OR harmless THEN '' ELSE to_char(deadline_at AT TIME ZONE 'UTC',
         'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"') END,
@@ -88,11 +90,15 @@ _OF_DEAD = (
 )
 _OF_ANY_DEAD = """incarnation NOT IN (SELECT id FROM orchestrator.incarnations WHERE dead_at IS NULL)"""
 _OF_CHILD = "incarnation = %(incarnation)s AND child = %(child)s"
-_EXPIRED = f"expires_at < {CLOCK}"
+# The worker's own companion comes first: it can end the process, and then nothing of the attempt can come late.
+_EXPIRED = f"expires_at < {CLOCK} - interval '2 seconds'"
 
-LOST = {"type": "WorkerLost", "message": "the worker process that ran this attempt is gone"}
-LEASE_LOST = {"type": "LeaseLost", "message": "the worker that ran this attempt stopped renewing its lease"}
-EXPIRED = {
+LOST: dict[str, Any] = {"type": "WorkerLost", "message": "the worker process that ran this attempt is gone"}
+LEASE_LOST: dict[str, Any] = {
+    "type": "LeaseLost",
+    "message": "the worker that ran this attempt stopped renewing its lease",
+}
+EXPIRED: dict[str, Any] = {
     "type": "AttemptExpired",
     "message": "the attempt missed its heartbeat, or overran its start-to-close timeout",
 }
@@ -139,6 +145,18 @@ def give_back_expired(connection: Connection, limit: int = 500, now: datetime | 
     """Give back a page of attempts that missed a heartbeat or overran their time, in whatever process they hang."""
     values = {"limit": limit, "known_dead": False, "error": dumps(EXPIRED), "now": now}
     return _give_back(connection, _EXPIRED, values)
+
+
+_EXPIRED_CHILDREN = f"""
+SELECT DISTINCT child FROM orchestrator.work
+WHERE fence IS NOT NULL AND incarnation = %(incarnation)s AND expires_at < {CLOCK}
+"""
+
+
+def expired_children(connection: Connection, incarnation: int, now: datetime | None = None) -> list[int]:
+    """Return the children of an incarnation that hang in an attempt (index work_begun)."""
+    rows = connection.execute(_EXPIRED_CHILDREN, {"incarnation": incarnation, "now": now}).fetchall()
+    return [row[0] for row in rows]
 
 
 # Due rows that nobody has begun, per queue (index work_due, from its head); at most a page of each queue is counted.

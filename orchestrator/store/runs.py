@@ -6,12 +6,14 @@ they never commit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Select, select
+from sqlalchemy.dialects import postgresql
 
 from orchestrator.codec import Json, dumps
 from orchestrator.store import tables
@@ -193,3 +195,65 @@ def outstanding(connection: Connection, run_id: str, now: datetime | None = None
     """Return what is due of a run (primary key of work), for ``explain``."""
     rows = connection.execute(_OUTSTANDING, {"id": run_id, "now": now}).fetchall()
     return [Outstanding(*row) for row in rows]
+
+
+_DIALECT = postgresql.psycopg.dialect()
+
+
+def listed(connection: Connection, query: Select[Any]) -> list[dict[str, Any]]:
+    """Return the rows of a query over tables of this schema, such as `listing`."""
+    compiled = query.compile(dialect=_DIALECT, compile_kwargs={"render_postcompile": True})
+    cursor = connection.execute(str(compiled), compiled.params)
+    names = [column.name for column in cursor.description or ()]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+_INBOX = f"SELECT count(*), min(at), {CLOCK} FROM orchestrator.arrivals WHERE run_id = %(id)s"
+
+
+@dataclass(slots=True)
+class Inbox:
+    """How many arrivals of a run no turn has taken yet, since when, and the database's time."""
+
+    unread: int
+    since: datetime | None
+    now: datetime
+
+
+def inbox(connection: Connection, run_id: str, now: datetime | None = None) -> Inbox:
+    """Return what waits to be read by a run's next turn (index arrivals_by_run)."""
+    row = connection.execute(_INBOX, {"id": run_id, "now": now}).fetchone()
+    assert row is not None
+    return Inbox(*row)
+
+
+_SERVING = """
+SELECT i.node, i.queues, i.targets, i.slots, i.seen_at,
+    (SELECT count(*) FROM orchestrator.drainers d WHERE d.incarnation = i.id)
+FROM orchestrator.incarnations i WHERE i.dead_at IS NULL ORDER BY i.node, i.id
+"""
+
+
+@dataclass(slots=True)
+class Serving:
+    """A worker that nobody declared dead: what it takes, when its lease was last renewed, how many children drain."""
+
+    node: str
+    queues: list[str]
+    targets: list[str]
+    slots: int
+    seen_at: datetime
+    draining: int
+
+
+def serving(connection: Connection) -> list[Serving]:
+    """Return the living workers (index incarnations_alive); one whose machine died may be among them for a while."""
+    return [Serving(*row) for row in connection.execute(_SERVING).fetchall()]
+
+
+@contextlib.contextmanager
+def snapshot(connection: Connection) -> Iterator[None]:
+    """Let all reads inside the block see the database as it was at the first of them."""
+    with connection.transaction():
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        yield

@@ -6,50 +6,21 @@ Lock order everywhere: the run's row, then work rows, then the rest.  Must never
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
+
+import psycopg
 
 from orchestrator.codec import Json, dumps
 from orchestrator.store.connection import Connection
 
 CLOCK = "coalesce(%(now)s::timestamptz, orchestrator.now())"
 
-# Index work_due, once per queue and priority, so that what sleeps is never looked at.  Rows that somebody else holds are
-# skipped (SKIP LOCKED).  A turn is only reserved; any other work is begun: its attempt is counted and its fence set.
-# Only the first row may be begun, since a row that is begun and not run would burn an attempt if the process died.
-_TAKE = f"""
-WITH found AS (
-    SELECT w.run_id, w.key, w.role, row_number() OVER () AS n
-    FROM generate_series(9, 0, -1) AS level
-    CROSS JOIN LATERAL unnest(%(queues)s::text[]) AS served (queue)
-    CROSS JOIN LATERAL (
-        SELECT run_id, key, role FROM orchestrator.work
-        WHERE fence IS NULL AND queue = served.queue AND priority = level AND due_at <= {CLOCK}
-          AND (reserved_at IS NULL OR reserved_at < {CLOCK} - %(reservation)s::interval)
-          AND target = ANY(%(targets)s)
-        ORDER BY due_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
-    ) AS w
-    LIMIT %(limit)s
-), picked AS (
-    SELECT * FROM found WHERE n = 1 OR (role = 'turn' AND NOT EXISTS (SELECT FROM found WHERE n = 1 AND role <> 'turn'))
-), taken AS (
-    UPDATE orchestrator.work w SET
-        reserved_at = {CLOCK}, incarnation = %(incarnation)s, child = %(child)s,
-        fence = CASE WHEN w.role <> 'turn' THEN %(fence)s::bigint END,
-        attempt = w.attempt + (w.role <> 'turn')::int,
-        begun_at = CASE WHEN w.role <> 'turn' THEN {CLOCK} END,
-        deadline_at = {CLOCK} + make_interval(secs => (w.call ->> 't')::float8),
-        expires_at = {CLOCK} + make_interval(secs => least((w.call ->> 't')::float8 + 5, (w.call ->> 'h')::float8))
-    FROM picked WHERE w.run_id = picked.run_id AND w.key = picked.key
-    RETURNING w.*
-)
-SELECT t.run_id, t.key, t.role, t.target, t.queue, t.task, t.attempt, t.call, t.fence, t.deadline_at, {CLOCK},
-       r.saga, r.version, r.queue, r.input, r.started_at, r.deadline_at, r.priority, r.position,
-       r.finished_at IS NOT NULL
-FROM taken t LEFT JOIN orchestrator.runs r ON t.role = 'turn' AND r.id = t.run_id
-"""
+# The body is the function take_1 of migration 0001: a statement per priority and queue, each over index work_due.
+_TAKE = "SELECT * FROM orchestrator.take_1(%s, %s, %s, %s, %s, %s, %s, %s)"
 
 
 @dataclass(slots=True)
@@ -63,7 +34,7 @@ class Taken:
     queue: str
     task: str
     attempt: int
-    call: Json
+    call: Any
     fence: int | None
     deadline: datetime | None
     now: datetime
@@ -89,8 +60,8 @@ class RunRow:
 def take(
     connection: Connection,
     *,
-    queues: Sequence[str],
-    targets: Sequence[str],
+    queues: list[str],
+    targets: list[str],
     incarnation: int,
     child: int,
     fence: int,
@@ -99,13 +70,8 @@ def take(
     now: datetime | None = None,
 ) -> list[Taken]:
     """Hold up to `limit` due turns, or begin one step; highest priority first, then the longest due."""
-    rows = connection.execute(
-        _TAKE,
-        {
-            "queues": list(queues), "targets": list(targets), "incarnation": incarnation, "child": child, "fence": fence,
-            "limit": limit, "reservation": reservation, "now": now,
-        },
-    ).fetchall()  # fmt: skip
+    values = (queues, targets, incarnation, child, fence, limit, reservation, now)
+    rows = connection.execute(_TAKE, values).fetchall()
     return [_taken(row) for row in rows]
 
 
@@ -122,8 +88,8 @@ class Loaded:
 
     run: RunRow
     now: datetime
-    rows: list[tuple[datetime, Json]]
-    arrivals: list[tuple[int, Json]]
+    rows: list[tuple[datetime, Any]]
+    arrivals: list[tuple[int, Any]]
     since: int = 0
 
 
@@ -159,9 +125,10 @@ def load(connection: Connection, run_id: str, position: int = 0, now: datetime |
 class Commit:
     """A turn as it is written.
 
-    `done_key` and `done_fence` name the attempt whose outcome this turn records, if it records one.  `holds_turn` says
-    that the run's turn row is reserved by this child; `wake` is when the run wants its next turn by itself, and is
-    written only if `rewake` or `holds_turn`.  `work` rows with a fence are begun by this child.
+    `done_key` and `done_fence` name the attempt whose outcome this turn records, if it records one.  `next` is the work
+    that this child begins with `next_fence`; `work` is what others may take.  `holds_turn` says that the run's turn row is
+    reserved by this child; `wake` is when the run wants its next turn by itself, and is written only if `rewake` or
+    `holds_turn`.  `shared` says that others may be committing turns of this run now, so that its row is not waited for.
     """
 
     run_id: str
@@ -177,13 +144,34 @@ class Commit:
     ended: bool = False
     done_key: str | None = None
     done_fence: int | None = None
+    shared: bool = True
     holds_turn: bool = False
     wake: datetime | None = None
     rewake: bool = False
-    work: list[Json] | None = None
+    next: Json = None
+    next_fence: int | None = None
+    work: Sequence[Json] = ()
     withdraw: Sequence[str] = ()
     consumed: Sequence[int] = ()
-    summary: dict[str, Any] | None = None
+    summary: dict[str, Json] | None = None
+
+    def rarer(self) -> dict[str, Json] | None:
+        """Return what most turns do not need, as the function takes it."""
+        more: dict[str, Any] = {}
+        if self.summary is not None:
+            more["summary"] = {**self.summary, "ended": self.ended}
+        if self.ended:
+            more["ended"] = True
+        if self.holds_turn:
+            more["holds"] = True
+        if self.wake is not None and (self.rewake or self.holds_turn):
+            more |= {
+                "wake": self.wake.isoformat(), "target": self.target, "queue": self.queue, "priority": self.priority,
+            }  # fmt: skip
+        for name in ("work", "withdraw", "consumed"):
+            if values := getattr(self, name):
+                more[name] = list(values)
+        return more or None
 
 
 @dataclass(slots=True)
@@ -192,100 +180,33 @@ class Committed:
 
     written: bool
     owed: bool
-    now: datetime
+    now: datetime | None
 
 
-# Locks the run's row without waiting (SKIP LOCKED) if its position is the expected one, then deletes the attempt's row if
-# its fence is the expected one; everything else happens only if both did.  The order of the rest follows from its
-# dependencies on `ok`: work (primary key), journal (append), arrivals (primary key).
-_COMMIT = f"""
-WITH run AS (
-    SELECT id FROM orchestrator.runs
-    WHERE id = %(run_id)s AND position = %(position)s FOR UPDATE SKIP LOCKED
-), done AS (
-    DELETE FROM orchestrator.work
-    WHERE run_id = %(run_id)s AND key = %(done_key)s AND fence = %(done_fence)s AND EXISTS (SELECT FROM run)
-    RETURNING 1
-), ok AS (
-    SELECT FROM run WHERE %(done_key)s::text IS NULL OR EXISTS (SELECT FROM done)
-), moved AS (
-    UPDATE orchestrator.runs SET position = position + 1, state = %(state)s
-    WHERE id = %(run_id)s AND NOT %(summarize)s AND EXISTS (SELECT FROM ok)
-), summed AS (
-    UPDATE orchestrator.runs SET position = position + 1, state = %(state)s, output = %(output)s::jsonb,
-        error = %(error)s::jsonb, left_effects = %(left)s::jsonb, parked = %(parked)s::jsonb,
-        past_pivot = %(past_pivot)s, finished_at = CASE WHEN %(ended)s THEN {CLOCK} END
-    WHERE id = %(run_id)s AND %(summarize)s AND EXISTS (SELECT FROM ok)
-), wrote AS (
-    INSERT INTO orchestrator.journal (run_id, seq, at, entries)
-    SELECT %(run_id)s, %(position)s, %(at)s, %(entries)s::json WHERE EXISTS (SELECT FROM ok)
-), gone AS (
-    DELETE FROM orchestrator.work
-    WHERE run_id = %(run_id)s AND key = ANY(%(withdraw)s::text[]) AND fence IS NULL AND EXISTS (SELECT FROM ok)
-    RETURNING key
-), withdrawn AS (
-    INSERT INTO orchestrator.arrivals (run_id, arrival)
-    SELECT %(run_id)s, json_build_object('e', 'withdrawn', 'key', key) FROM gone
-), told AS (
-    UPDATE orchestrator.work SET stop = true
-    WHERE run_id = %(run_id)s AND key = ANY(%(withdraw)s::text[]) AND key NOT IN (SELECT key FROM gone)
-      AND EXISTS (SELECT FROM ok)
-), slept AS (
-    DELETE FROM orchestrator.work
-    WHERE run_id = %(run_id)s AND key = '' AND incarnation = %(incarnation)s AND child = %(child)s
-      AND reserved_at IS NOT NULL AND %(holds)s AND %(wake)s::timestamptz IS NULL AND EXISTS (SELECT FROM ok)
-), woken AS (
-    INSERT INTO orchestrator.work AS w (run_id, key, role, target, queue, priority, due_at)
-    SELECT %(run_id)s, '', 'turn', %(target)s, %(queue)s, %(priority)s, %(wake)s
-    WHERE %(wake)s::timestamptz IS NOT NULL AND %(rewake)s AND EXISTS (SELECT FROM ok)
-    ON CONFLICT (run_id, key) DO UPDATE SET
-        due_at = CASE WHEN %(holds)s AND w.reserved_at IS NOT NULL AND w.incarnation = %(incarnation)s
-                      AND w.child = %(child)s THEN EXCLUDED.due_at ELSE least(w.due_at, EXCLUDED.due_at) END,
-        reserved_at = NULL, incarnation = NULL, child = NULL
-), cleared AS (
-    DELETE FROM orchestrator.work
-    WHERE run_id = %(run_id)s AND %(ended)s AND key IS DISTINCT FROM %(done_key)s::text
-      AND (key <> '' OR NOT %(holds)s) AND EXISTS (SELECT FROM ok)
-), added AS (
-    INSERT INTO orchestrator.work (run_id, key, role, target, queue, task, priority, due_at, attempt, call, fence,
-        reserved_at, incarnation, child, begun_at, deadline_at, expires_at)
-    SELECT %(run_id)s, w.key, w.role, w.target, w.queue, w.task, w.priority, coalesce(w.due, {CLOCK}), w.attempt, w.call,
-        w.fence, b.at, b.incarnation, b.child, b.at,
-        b.at + make_interval(secs => (w.call ->> 't')::float8),
-        b.at + make_interval(secs => least((w.call ->> 't')::float8 + 5, (w.call ->> 'h')::float8))
-    FROM json_to_recordset(%(work)s::json) AS w (key text, role text, target text, queue text, task text,
-        priority smallint, due timestamptz, attempt int, call json, fence bigint)
-    LEFT JOIN (SELECT {CLOCK} AS at, %(incarnation)s::bigint AS incarnation, %(child)s::int AS child) AS b
-        ON w.fence IS NOT NULL
-    WHERE EXISTS (SELECT FROM ok)
-), consumed AS (
-    DELETE FROM orchestrator.arrivals WHERE id = ANY(%(consumed)s::bigint[]) AND EXISTS (SELECT FROM ok)
-)
-SELECT EXISTS (SELECT FROM ok),
-    EXISTS (SELECT FROM gone) OR EXISTS (SELECT FROM orchestrator.arrivals
-        WHERE run_id = %(run_id)s AND NOT id = ANY(%(consumed)s::bigint[])),
-    {CLOCK}
-"""
+# The body is the function commit_turn_1 of migration 0001.  Lock order: the run's row by its position, the attempt's row
+# by its fence (primary key), then journal, other work of the run, arrivals (primary keys).
+_COMMIT = "SELECT * FROM orchestrator.commit_turn_1(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
+_FENCE_LOST = "OR001"
 
 
 def commit_turn(connection: Connection, commit: Commit, now: datetime | None = None) -> Committed:
     """Write a turn if the run is still at its position and the attempt still has its fence; else write nothing.
 
-    Does not commit by itself: with autocommit the statement is the transaction.
+    Does not commit by itself: with autocommit the statement is the transaction, inside the caller's it is a savepoint.
     """
-    summary = commit.summary
-    values = {
-        "run_id": commit.run_id, "position": commit.position, "at": commit.at, "entries": dumps(commit.entries),
-        "incarnation": commit.incarnation, "child": commit.child, "state": commit.state, "target": commit.target,
-        "queue": commit.queue, "priority": commit.priority, "ended": commit.ended, "done_key": commit.done_key,
-        "done_fence": commit.done_fence, "holds": commit.holds_turn, "wake": commit.wake,
-        "rewake": commit.rewake or commit.holds_turn, "work": dumps(commit.work or []),
-        "withdraw": list(commit.withdraw), "consumed": list(commit.consumed), "now": now,
-        "summarize": summary is not None, "output": None, "error": None, "left": "[]", "parked": "[]", "past_pivot": False,
-    }  # fmt: skip
-    if summary is not None:
-        values.update(summary)
-    row = connection.execute(_COMMIT, values).fetchone()
+    more = commit.rarer()
+    values = (
+        commit.run_id, commit.position, commit.at, dumps(commit.entries), commit.state, commit.incarnation, commit.child,
+        commit.done_key, commit.done_fence, commit.shared, None if commit.next is None else dumps(commit.next),
+        commit.next_fence, None if more is None else dumps(more), now,
+    )  # fmt: skip
+    try:
+        with contextlib.nullcontext() if connection.autocommit else connection.transaction():
+            row = connection.execute(_COMMIT, values).fetchone()
+    except psycopg.Error as error:
+        if error.sqlstate != _FENCE_LOST:
+            raise
+        return Committed(False, False, None)
     assert row is not None
     return Committed(*row)
 
@@ -360,12 +281,16 @@ def heartbeat(
     return None if row is None else bool(row[0])
 
 
-_DROP_TURN = "DELETE FROM orchestrator.work WHERE run_id = %(run_id)s AND key = '' AND role = 'turn'"
+# Primary keys of work and arrivals.
+_IGNORE = """
+WITH dropped AS (DELETE FROM orchestrator.work WHERE run_id = %(run_id)s AND key = '' AND role = 'turn')
+DELETE FROM orchestrator.arrivals WHERE run_id = %(run_id)s AND id = ANY(%(ids)s::bigint[])
+"""
 
 
-def drop_turn(connection: Connection, run_id: str) -> None:
-    """Delete the turn row of a run that has ended."""
-    connection.execute(_DROP_TURN, {"run_id": run_id})
+def ignore(connection: Connection, run_id: str, ids: Sequence[int]) -> None:
+    """Delete the turn row of a run that has ended, and arrivals that came too late to matter."""
+    connection.execute(_IGNORE, {"run_id": run_id, "ids": list(ids)})
 
 
 _SEED = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from sqlalchemy import Engine, text
 
+from orchestrator import OrchestratorError
 from sagas.demo import promises, report, stage, workload
 from sagas.demo.feed import Feed
 from sagas.demo.report import Outage
@@ -30,9 +32,7 @@ LONGEST_SECONDS = 45.0
 def main() -> int:
     """Set the stage, let the runs run, judge them."""
     parser = argparse.ArgumentParser(prog="python -m sagas.demo", description=__doc__)
-    parser.add_argument(
-        "--data-dir", type=Path, default=Path(".dev/demo"), help="servers, logs; thrown away each time"
-    )
+    parser.add_argument("--data-dir", type=Path, default=Path(".dev/demo"), help="servers, logs; thrown away each time")
     data_dir = parser.parse_args().data_dir
     console = Console(highlight=False)
     console.print("\n[bold]Durable sagas on Celery and Postgres[/]")
@@ -41,43 +41,16 @@ def main() -> int:
         "time out after their effect, and the worker is killed in the middle. Each must end completed\n"
         "or undone, never in between.[/]\n"
     )
-    on = _open(console, data_dir)
     try:
-        return 0 if _perform(console, on) else 1
-    except WorkerDiedError as error:
+        with stage.opened(data_dir, functools.partial(_tell, console)) as on:
+            return 0 if _perform(console, on) else 1
+    except (WorkerDiedError, OrchestratorError) as error:
         console.print(f"\n[bold red]The demonstration ends here.[/] {escape(str(error))}\n")
         return 1
-    finally:
-        on.clear()
 
 
-def _open(console: Console, data_dir: Path) -> Stage:
-    began = time.monotonic()
-    servers = stage.start_servers(data_dir)
-    console.print(
-        f"  [green]✓[/]  Postgres and Valkey are up [dim]({time.monotonic() - began:.1f} s, {data_dir}/)[/]"
-    )
-    try:
-        began = time.monotonic()
-        engine = stage.set_up(servers)
-    except BaseException:
-        servers.stop()
-        raise
-    accounts = f"{len(workload.OPENING)} currencies, {len(workload.NAMES) * len(workload.OPENING)} customers"
-    console.print(
-        f"  [green]✓[/]  Schemas migrated, books open [dim]({time.monotonic() - began:.1f} s, {accounts})[/]"
-    )
-    on = Stage(servers, engine, stage.Worker(data_dir / "worker.log"), data_dir / "effects.log")
-    try:
-        began = time.monotonic()
-        on.worker.start()
-        on.worker.wait_until_ready()
-    except BaseException:
-        on.clear()
-        raise
-    log = f"{time.monotonic() - began:.1f} s, log: {data_dir}/worker.log"
-    console.print(f"  [green]✓[/]  Worker started, 2 processes [dim]({log})[/]\n")
-    return on
+def _tell(console: Console, what: str, details: str) -> None:
+    console.print(f"  [green]✓[/]  {what} [dim]({details})[/]")
 
 
 def _perform(console: Console, on: Stage) -> bool:
@@ -104,6 +77,7 @@ def _perform(console: Console, on: Stage) -> bool:
 
 def _let_them_run(console: Console, on: Stage, jobs: Sequence[Job]) -> tuple[bool, Outage]:
     """Start the jobs, kill the worker, start it again; return whether all ended, and the outage."""
+    console.print()
     feed = Feed(on.engine, jobs, workload.STARTS_PER_SECOND)
 
     def look_after() -> None:
@@ -112,14 +86,12 @@ def _let_them_run(console: Console, on: Stage, jobs: Sequence[Job]) -> tuple[boo
 
     with Watch(console, on.engine, len(jobs), look_after) as watch:
         feed.start()
-        watch.until(lambda tally: tally.ended >= KILL_AFTER_SHARE * len(jobs), LONGEST_SECONDS)
+        moved = watch.until(lambda tally: tally.ended >= KILL_AFTER_SHARE * len(jobs), LONGEST_SECONDS)
         killed_at = datetime.now(UTC)
         on.worker.kill()
         dead_since = time.monotonic()
         left = Tally.read(on.engine)
-        watch.say(
-            "[red]✗[/]", f"The worker is killed with SIGKILL, {left.under_way} runs under way; starts go on"
-        )
+        watch.say("[red]✗[/]", f"The worker is killed with SIGKILL, {left.under_way} runs under way; starts go on")
         watch.until(lambda _: time.monotonic() - dead_since >= DOWN_SECONDS, LONGEST_SECONDS)
         on.worker.start()
         outage = Outage(killed_at, datetime.now(UTC))
@@ -129,7 +101,9 @@ def _let_them_run(console: Console, on: Stage, jobs: Sequence[Job]) -> tuple[boo
             watch.say("[green]✓[/]", "Every run has ended, or is parked as planned")
         else:
             watch.say("[red]✗[/]", f"{watch.tally.under_way} runs have not ended; giving up")
-    return ended, outage
+        if not moved:
+            watch.say("[red]✗[/]", f"In the first {LONGEST_SECONDS:.0f} s the runs hardly moved")
+    return moved and ended, outage
 
 
 def _over(tally: Tally, feed: Feed, jobs: Sequence[Job]) -> bool:
@@ -146,9 +120,7 @@ def _one(engine: Engine, jobs: Sequence[Job], twist: str, state: str) -> str | N
 
 
 def _stuck(engine: Engine) -> list[str]:
-    query = text(
-        "select id from orchestrator.runs where finished_at is null and state <> 'parked' order by id limit 3"
-    )
+    query = text("select id from orchestrator.runs where finished_at is null and state <> 'parked' order by id limit 3")
     with engine.connect() as conn:
         return list(conn.scalars(query))
 
@@ -158,9 +130,7 @@ def _close(console: Console, kept: bool, runs: int) -> None:
     if kept:
         console.print(f"[bold green]Every promise held[/], over {runs} runs and one killed worker.\n")
     else:
-        console.print(
-            "[bold red]A promise was broken.[/] The worker's log and the data directory are kept.\n"
-        )
+        console.print("[bold red]A promise was broken.[/] The worker's log and the data directory are kept.\n")
 
 
 if __name__ == "__main__":

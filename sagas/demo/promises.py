@@ -164,9 +164,7 @@ def note(conn: Connection, job: Job) -> None:
         "pieces": getattr(request, "quantity", None),
     }
     columns = ", ".join(row)
-    conn.execute(
-        text(f"insert into demo.jobs ({columns}) values ({', '.join(f':{name}' for name in row)})"), row
-    )
+    conn.execute(text(f"insert into demo.jobs ({columns}) values ({', '.join(f':{name}' for name in row)})"), row)
 
 
 def judge(engine: Engine, effect_log: Path) -> list[Verdict]:

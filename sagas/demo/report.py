@@ -158,9 +158,7 @@ def _table(*columns: str) -> Table:
 
 
 def _sums(conn: Connection, pattern: str) -> dict[str, Decimal]:
-    query = (
-        "select currency, sum(amount) as total from ledger.entries where account_id like :pattern group by 1"
-    )
+    query = "select currency, sum(amount) as total from ledger.entries where account_id like :pattern group by 1"
     return {row.currency: row.total for row in conn.execute(text(query), {"pattern": pattern})}
 
 

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from sqlalchemy import Engine
 
 from orchestrator import embedded, store
 from sagas.demo import workload
-from tasks.database import create_tables, ledger_engine
+from tasks.database import create_tables, ledger_engine, outside_engine
 
 PROVIDER_LATENCY_SECONDS = "0.02"
 
@@ -55,9 +57,7 @@ class Worker:
         code = self._process.poll() if self._process is not None else None
         if code is not None:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
-            raise WorkerDiedError(
-                f"The worker ended by itself with code {code}. The end of {self._log}:\n{tail}"
-            )
+            raise WorkerDiedError(f"The worker ended by itself with code {code}. The end of {self._log}:\n{tail}")
 
     def kill(self) -> None:
         """Send SIGKILL to the worker and everything it started."""
@@ -84,43 +84,68 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Hold what is up while the demo runs."""
+    """Hold what the demo works with while it runs."""
 
-    servers: embedded.Servers
     engine: Engine
     worker: Worker
     effect_log: Path
 
-    def clear(self) -> None:
-        """Stop worker and servers."""
-        self.worker.stop()
-        self.engine.dispose()
-        self.servers.stop()
+
+@contextmanager
+def opened(data_dir: Path, tell: Callable[[str, str], None]) -> Iterator[Stage]:
+    """Start everything on this directory, ``tell`` of each thing (what, details), and stop it all at the end.
+
+    Raises: EmbeddedError, WorkerDiedError.
+    """
+    with ExitStack() as stack:
+        watch = _Stopwatch()
+        servers = _start_servers(data_dir)
+        stack.callback(servers.stop)
+        tell("Postgres and Valkey are up", f"{watch.lap()}, {data_dir}/")
+        stack.callback(outside_engine().dispose)
+        engine = ledger_engine()
+        stack.callback(engine.dispose)
+        _set_up(servers, engine)
+        customers = len(workload.NAMES) * len(workload.OPENING)
+        tell("Schemas migrated, books open", f"{watch.lap()}, {customers} customers")
+        worker = Worker(data_dir / "worker.log")
+        stack.callback(worker.stop)
+        worker.start()
+        worker.wait_until_ready()
+        tell("Worker started, 2 processes", f"{watch.lap()}, log: {data_dir}/worker.log")
+        yield Stage(engine, worker, data_dir / "effects.log")
 
 
-def start_servers(data_dir: Path) -> embedded.Servers:
+class _Stopwatch:
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def lap(self) -> str:
+        now = time.monotonic()
+        took, self._since = now - self._since, now
+        return f"{took:.1f} s"
+
+
+def _start_servers(data_dir: Path) -> embedded.Servers:
     """Start a fresh Postgres and Valkey, and name them in the environment, where app and worker find them."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    for log in ("worker.log", "effects.log"):
-        (data_dir / log).unlink(missing_ok=True)
-    (data_dir / "effects.log").touch()
+    (data_dir / "worker.log").unlink(missing_ok=True)
+    effect_log = data_dir.resolve() / "effects.log"
+    effect_log.write_text("")
     servers = embedded.start(data_dir, fresh=True)
     os.environ |= {
         "ORCHESTRATOR_DATABASE_URL": servers.database_url,
         "LEDGER_DATABASE_URL": servers.database_url,
         "CELERY_BROKER_URL": servers.broker_url,
-        "EFFECT_LOG": str((data_dir / "effects.log").resolve()),
+        "EFFECT_LOG": str(effect_log),
         "PROVIDER_LATENCY_SECONDS": PROVIDER_LATENCY_SECONDS,
     }
     return servers
 
 
-def set_up(servers: embedded.Servers) -> Engine:
-    """Migrate the orchestrator's schema and open the books; return an engine for the demo's own reads."""
+def _set_up(servers: embedded.Servers, engine: Engine) -> None:
     store.migrate(servers.database_url)
-    engine = ledger_engine()
     create_tables(engine)
     with engine.begin() as conn:
         workload.open_books(conn)
     workload.fill_shelves()
-    return engine

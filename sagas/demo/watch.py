@@ -139,7 +139,5 @@ class Watch:
         for column in COLUMNS:
             table.add_column(column, justify="right", style=COLOURS[column], min_width=9)
         for saga in ("transfer", "order", "payment"):
-            table.add_row(
-                saga, *(f"{self.tally.of(*states, saga=saga) or '·'}" for states in COLUMNS.values())
-            )
+            table.add_row(saga, *(f"{self.tally.of(*states, saga=saga) or '·'}" for states in COLUMNS.values()))
         return table

@@ -119,9 +119,7 @@ def jobs(seed: int) -> list[Job]:
     return mixed
 
 
-def _jobs(
-    name: str, saga: Any, stories: tuple[Story, ...], make: Any, chance: random.Random
-) -> Iterator[Job]:
+def _jobs(name: str, saga: Any, stories: tuple[Story, ...], make: Any, chance: random.Random) -> Iterator[Job]:
     told = [story for story in stories for _ in range(story.share)]
     for number, story in enumerate(told, start=1):
         job_id = f"{name}-{number:03}"

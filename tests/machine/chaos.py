@@ -70,6 +70,8 @@ async def _tolerant(program: Program) -> Any:
         return await _perform(program)
     except StepFailed as error:
         return error.outcome
+    except ValueError:
+        return "the saga's own"
 
 
 async def _sleep(seconds: int) -> None:
@@ -252,9 +254,7 @@ class World(Rehearsal):
         if chance >= 60:
             self.effects.discard(work.key)
             self.undone.append(work.key)
-        return self._ended(
-            work, "succeeded" if chance >= 90 else "rejected" if chance < 20 else "doubt"
-        )
+        return self._ended(work, "succeeded" if chance >= 90 else "rejected" if chance < 20 else "doubt")
 
     def _probe(self, work: Work, name: str, took: timedelta) -> AttemptEnded:
         if self._chance("probe", work.key, work.attempt) < 60:
@@ -264,9 +264,7 @@ class World(Rehearsal):
 
     def _ended(self, work: Work, verdict: str, result: Json = None, quiet: str = "") -> AttemptEnded:
         error = None if verdict == "succeeded" else {"type": "Trouble", "message": verdict}
-        return AttemptEnded(
-            work.key, work.role, work.attempt + 1, verdict, result, error, quiet=quiet
-        )
+        return AttemptEnded(work.key, work.role, work.attempt + 1, verdict, result, error, quiet=quiet)
 
     # -- operators, who always tell the truth ------------------------------------------------------------------------
     def play_out(self) -> None:
@@ -283,9 +281,7 @@ class World(Rehearsal):
     def _operate(self) -> None:
         fold = self.fold
         for key in sorted(fold.parked_keys):
-            if fold.steps[key].parked != "do":
-                self.send(Operate("retry", key, "ann"))
-            elif self._chance("operator", key, fold.steps[key].attempts) < 100:
+            if fold.steps[key].parked != "do" or self._chance("operator", key, fold.steps[key].attempts) < 100:
                 self.send(Operate("retry", key, "ann"))
             elif key in self.effects:
                 result = fold.steps[key].asked.task.rsplit(".", 1)[-1]
@@ -308,4 +304,3 @@ class World(Rehearsal):
 def cancel_at(world: World, seconds: int | None) -> None:
     if seconds is not None:
         world.send(Cancel("ann", "chaos"), T0 + timedelta(seconds=seconds))
-

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from orchestrator.machine.fold import RunInfo
-from orchestrator.machine.journal import Arrival, AttemptEnded, Withdrawn, Work, decode_entry, encode
+from orchestrator.machine.journal import Arrival, AttemptEnded, Parked, Withdrawn, Work, decode_entry, encode
 from orchestrator.machine.turn import Execution, Turn
 from orchestrator.saga import Saga
 
@@ -31,11 +31,11 @@ class Stage:
         self.now = T0
 
     # -- time and turns -----------------------------------------------------------------------------------------
-    def turn(self, *arrivals: Arrival, at_s: float | None = None) -> Turn:
+    def turn(self, *arrivals: Arrival, at_s: float | None = None, park: Parked | None = None) -> Turn:
         """Take a turn; what was withdrawn and had not begun is reported in a further one."""
         if at_s is not None:
             self.now = T0 + timedelta(seconds=at_s)
-        turn = self.execution.turn(arrivals, self.now)
+        turn = self.execution.turn(arrivals, self.now, park)
         self.rows.append((turn.at, json.loads(json.dumps([encode(entry) for entry in turn.entries]))))
         self.work.update({work.key: work for work in turn.work})
         self.corrections += turn.corrections

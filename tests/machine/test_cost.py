@@ -91,9 +91,7 @@ def _calls(drive: Callable[[Stage], None], stage: Stage) -> int:
         (_catch_up, all_at_once),
     ],
 )
-def test_twice_the_steps_cost_twice_as_much(
-    drive: Callable[[Stage], None], shape: saga.Saga[Any, Any]
-) -> None:
+def test_twice_the_steps_cost_twice_as_much(drive: Callable[[Stage], None], shape: saga.Saga[Any, Any]) -> None:
     _calls(drive, Stage(shape, 5))  # whatever is built at first use is built
     short, long = (_calls(drive, Stage(shape, n)) for n in (60, 240))
     assert long < 4.4 * short

@@ -20,9 +20,7 @@ moments = st.none() | st.integers(0, 60)
 seeds = st.integers(0, 10_000)
 
 
-def _played(
-    program: Program, seed: int, cancel: int | None, deadline: int | None, replays: bool = True
-) -> World:
+def _played(program: Program, seed: int, cancel: int | None, deadline: int | None, replays: bool = True) -> World:
     world = World(program, seed, replays=replays, deadline_s=deadline)
     cancel_at(world, cancel)
     world.play_out()
@@ -119,9 +117,7 @@ def test_replaying_any_prefix_of_any_journal_asks_for_nothing_twice(
 
 @runs
 @given(programs, seeds, moments, moments)
-def test_catching_up_equals_replaying(
-    program: Program, seed: int, cancel: int | None, deadline: int | None
-) -> None:
+def test_catching_up_equals_replaying(program: Program, seed: int, cancel: int | None, deadline: int | None) -> None:
     replayed = _played(program, seed, cancel, deadline)
     live = _played(program, seed, cancel, deadline, replays=False)
     assert _without_tracebacks(live.rows) == _without_tracebacks(replayed.rows)
@@ -187,8 +183,6 @@ def _without_tracebacks(value: Any) -> Any:
 
 def _snapshot(fold: Fold) -> dict[str, Any]:
     state = {name: value for name, value in vars(fold).items() if not name.startswith("_")}
-    state["steps"] = {
-        key: {name: getattr(step, name) for name in step.__slots__} for key, step in fold.steps.items()
-    }
+    state["steps"] = {key: {name: getattr(step, name) for name in step.__slots__} for key, step in fold.steps.items()}
     state["abandoned_effects"] = list(fold.abandoned_effects)
     return _without_tracebacks(state)  # type: ignore[no-any-return]

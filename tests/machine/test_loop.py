@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
@@ -87,10 +88,8 @@ def test_wait_for_shares_its_parents_path_on_every_python(seconds: float | None)
         await saga.step(look, n)
 
     async def body() -> None:
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(one(0), seconds)
-        except TimeoutError:
-            pass
         await asyncio.gather(one(1))
 
     stage = _stage(body)

@@ -148,6 +148,14 @@ def test_a_parked_do_can_be_tried_again_while_the_run_rolls_back() -> None:
     assert stage.due == [("release", "undo")]
 
 
+def test_a_run_that_rolls_back_does_not_try_a_step_in_doubt_again_by_itself() -> None:
+    stage, key = _parked_at_careful()
+    stage.turn(Cancel("bob"))
+    stage.turn(Operate("retry", key, "ann"))
+    stage.doubt("careful")
+    assert (stage.state, stage.due) == ("parked", [])
+
+
 def test_a_run_is_parked_only_when_nothing_of_it_is_in_flight() -> None:
     @saga.define(name="careful beside")
     async def careful_beside(n: int) -> None:
@@ -214,9 +222,7 @@ def _parked_by_code() -> Stage:
     with pytest.raises(CodeError) as caught:
         stage.turn(outcome)
     stage.reload()
-    turn = stage.execution.turn([outcome], stage.now, Parked("", "code", "mistake", caught.value.error))
-    stage.rows.append((turn.at, [{"e": "settled", "key": outcome.key, "outcome": "succeeded", "attempt": 1,
-                                  "result": "c"}, {"e": "parked", "key": "", "role": "code", "why": "mistake"}]))  # fmt: skip
+    stage.turn(outcome, park=Parked("", "code", "mistake", caught.value.error))
     return stage
 
 

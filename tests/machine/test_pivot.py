@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from orchestrator import saga
 from orchestrator.errors import StepFailed
@@ -213,10 +214,8 @@ def test_after_the_pivot_an_abandoned_effect_is_still_undone() -> None:
     @saga.define(name="settles and hurries")
     async def settles_and_hurries(n: int) -> None:
         await saga.step(settle, n)
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(saga.step(reserve, n), 5)
-        except TimeoutError:
-            pass
 
     stage = Stage(settles_and_hurries, 1)
     stage.turn()

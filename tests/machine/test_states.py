@@ -46,9 +46,7 @@ UNLISTED = [
 
 
 @pytest.mark.parametrize(("move", "state", "event", "target"), LISTED)
-def test_every_listed_move_leads_where_the_table_says(
-    move: Move, state: Any, event: str, target: Any
-) -> None:
+def test_every_listed_move_leads_where_the_table_says(move: Move, state: Any, event: str, target: Any) -> None:
     assert move(state, event) is target
 
 

@@ -81,9 +81,7 @@ def test_an_account_out_of_use_takes_nothing(conn: Connection, status: str, erro
         ledger.post(conn, "gift", "g1", "ann", "bob", eur(1))
 
 
-@pytest.mark.parametrize(
-    ("target", "money"), [("nobody", eur(1)), ("bob", Money(currency="JPY", amount=Decimal(1)))]
-)
+@pytest.mark.parametrize(("target", "money"), [("nobody", eur(1)), ("bob", Money(currency="JPY", amount=Decimal(1)))])
 def test_an_account_must_exist_in_the_currency(conn: Connection, target: str, money: Money) -> None:
     with pytest.raises(AccountUnusable):
         ledger.post(conn, "gift", "g1", "ann", target, money)

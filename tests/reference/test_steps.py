@@ -250,9 +250,7 @@ def test_a_mail_is_sent_once(effect_log: Path) -> None:
     assert len(effect_log.read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("host", "error"), [("bounce.example", AddressRefused), ("down.example", ConnectionError)]
-)
+@pytest.mark.parametrize(("host", "error"), [("bounce.example", AddressRefused), ("down.example", ConnectionError)])
 def test_a_mail_that_cannot_be_sent(host: str, error: type[Exception]) -> None:
     with pytest.raises(error):
         notifications.send(Mail(reference="o1", recipient=f"ann@{host}", subject="Hello"))

@@ -107,9 +107,204 @@ SELECT j.run_id, j.seq, e.n, j.at, e.entry ->> 'e' AS kind, e.entry ->> 'key' AS
 FROM orchestrator.journal j CROSS JOIN LATERAL json_array_elements(j.entries) WITH ORDINALITY AS e (entry, n);
 """
 
+_TAKE = """
+CREATE FUNCTION orchestrator.take_1(
+    p_queues text[], p_targets text[], p_incarnation bigint, p_child integer, p_fence bigint, p_limit integer,
+    p_reservation interval, p_now timestamptz
+) RETURNS TABLE (
+    run_id text, key text, role text, target text, queue text, task text, attempt integer, call json, fence bigint,
+    deadline_at timestamptz, now timestamptz, saga text, version integer, run_queue text, input jsonb,
+    started_at timestamptz, run_deadline_at timestamptz, priority smallint, "position" integer, finished boolean
+) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    v_now constant timestamptz := coalesce(p_now, orchestrator.now());
+    v_seconds double precision;
+    v_queue text;
+    v_taken integer := 0;
+    w orchestrator.work;
+BEGIN
+    -- Index work_due, once per level of priority that can be there, so that what sleeps is never looked at.
+    FOR v_level IN REVERSE CASE WHEN EXISTS (
+        SELECT FROM orchestrator.work WHERE fence IS NULL AND queue = ANY (p_queues) AND priority > 0 AND due_at <= v_now
+    ) THEN 9 ELSE 0 END .. 0 LOOP
+        FOREACH v_queue IN ARRAY p_queues LOOP
+            -- Rows that somebody else holds are skipped, rows that nobody here can do as well.
+            FOR w IN
+                SELECT * FROM orchestrator.work
+                WHERE fence IS NULL AND queue = v_queue AND priority = v_level AND due_at <= v_now
+                  AND (reserved_at IS NULL OR reserved_at < v_now - p_reservation) AND target = ANY (p_targets)
+                ORDER BY due_at LIMIT p_limit - v_taken FOR UPDATE SKIP LOCKED
+            LOOP
+                IF w.role <> 'turn' THEN
+                    -- One that is begun and not run would burn an attempt if the process died: only the first may be.
+                    CONTINUE WHEN v_taken > 0;
+                    v_seconds := (w.call ->> 't')::double precision;
+                    UPDATE orchestrator.work SET
+                        reserved_at = v_now, begun_at = v_now, incarnation = p_incarnation, child = p_child,
+                        fence = p_fence, attempt = w.attempt + 1, deadline_at = v_now + make_interval(secs => v_seconds),
+                        expires_at = v_now + make_interval(
+                            secs => least(v_seconds + 5, (w.call ->> 'h')::double precision))
+                    WHERE run_id = w.run_id AND key = w.key;
+                    RETURN QUERY SELECT w.run_id, w.key, w.role, w.target, w.queue, w.task, w.attempt + 1, w.call, p_fence,
+                        v_now + make_interval(secs => v_seconds), v_now, NULL::text, NULL::integer, NULL::text,
+                        NULL::jsonb, NULL::timestamptz, NULL::timestamptz, NULL::smallint, NULL::integer, NULL::boolean;
+                    RETURN;
+                END IF;
+                v_taken := v_taken + 1;
+                UPDATE orchestrator.work SET reserved_at = v_now, incarnation = p_incarnation, child = p_child
+                WHERE run_id = w.run_id AND key = w.key;
+                RETURN QUERY SELECT w.run_id, w.key, w.role, w.target, w.queue, w.task, w.attempt, w.call, NULL::bigint,
+                    NULL::timestamptz, v_now, r.saga, r.version, r.queue, r.input, r.started_at, r.deadline_at, r.priority,
+                    r.position, r.finished_at IS NOT NULL
+                    FROM orchestrator.runs r WHERE r.id = w.run_id;
+            END LOOP;
+            EXIT WHEN v_taken >= p_limit;
+        END LOOP;
+        EXIT WHEN v_taken >= p_limit;
+    END LOOP;
+    -- A reservation that a crash of the server forgets is only taken again.
+    IF v_taken > 0 THEN
+        PERFORM set_config('synchronous_commit', 'off', true);
+    END IF;
+END $$
+"""
+
+_COMMIT_TURN = """
+CREATE FUNCTION orchestrator.commit_turn_1(
+    p_run text, p_position integer, p_at timestamptz, p_entries json, p_state text, p_incarnation bigint, p_child integer,
+    p_done_key text, p_done_fence bigint, p_shared boolean, p_next json, p_next_fence bigint, p_more json, p_now timestamptz,
+    OUT written boolean, OUT owed boolean, OUT now timestamptz
+) LANGUAGE plpgsql AS $$
+DECLARE
+    v_next record;
+    v_gone integer := 0;
+    v_seconds double precision;
+BEGIN
+    now := coalesce(p_now, orchestrator.now());
+    written := false;
+    owed := false;
+    -- 1. The run's row, by its position.  With other work of the run about, others may be committing: do not wait.
+    IF p_shared THEN
+        PERFORM FROM orchestrator.runs WHERE id = p_run AND position = p_position FOR NO KEY UPDATE SKIP LOCKED;
+        IF NOT FOUND THEN
+            RETURN;
+        END IF;
+    END IF;
+    IF p_more IS NULL OR p_more -> 'summary' IS NULL THEN
+        UPDATE orchestrator.runs SET position = p_position + 1, state = p_state WHERE id = p_run AND position = p_position;
+    ELSE
+        UPDATE orchestrator.runs SET position = p_position + 1, state = p_state,
+            output = s.output, error = s.error, left_effects = s.left_effects, parked = s.parked, past_pivot = s.past_pivot,
+            finished_at = CASE WHEN s.ended THEN commit_turn_1.now END
+        FROM json_to_record(p_more -> 'summary') AS s (
+            output jsonb, error jsonb, left_effects jsonb, parked jsonb, past_pivot boolean, ended boolean)
+        WHERE id = p_run AND position = p_position;
+    END IF;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    -- 2. The attempt's row, by its fence (primary key of work).  It becomes the next begun step, if there is one.
+    IF p_next IS NOT NULL THEN
+        SELECT * INTO v_next FROM json_to_record(p_next) AS n (
+            key text, role text, target text, queue text, task text, priority smallint, attempt integer, call json);
+        v_seconds := (v_next.call ->> 't')::double precision;
+    END IF;
+    IF p_done_key IS NULL THEN
+        IF p_next IS NOT NULL THEN
+            INSERT INTO orchestrator.work (run_id, key, role, target, queue, task, priority, due_at, attempt, call, fence,
+                reserved_at, incarnation, child, begun_at, deadline_at, expires_at)
+            VALUES (p_run, v_next.key, v_next.role, v_next.target, v_next.queue, v_next.task, v_next.priority, now,
+                v_next.attempt, v_next.call, p_next_fence, now, p_incarnation, p_child, now,
+                now + make_interval(secs => v_seconds),
+                now + make_interval(secs => least(v_seconds + 5, (v_next.call ->> 'h')::double precision)));
+        END IF;
+    ELSE
+        IF p_next IS NULL THEN
+            DELETE FROM orchestrator.work WHERE run_id = p_run AND key = p_done_key AND fence = p_done_fence;
+        ELSE
+            UPDATE orchestrator.work SET
+                key = v_next.key, role = v_next.role, target = v_next.target, queue = v_next.queue, task = v_next.task,
+                priority = v_next.priority, due_at = commit_turn_1.now, attempt = v_next.attempt, call = v_next.call,
+                fence = p_next_fence, reserved_at = commit_turn_1.now, incarnation = p_incarnation, child = p_child,
+                begun_at = commit_turn_1.now, deadline_at = commit_turn_1.now + make_interval(secs => v_seconds),
+                expires_at = commit_turn_1.now
+                    + make_interval(secs => least(v_seconds + 5, (v_next.call ->> 'h')::double precision)),
+                details = NULL, stop = false
+            WHERE run_id = p_run AND key = p_done_key AND fence = p_done_fence;
+        END IF;
+        IF NOT FOUND THEN
+            -- The fence is lost.  The position was moved above, so this takes it back with everything else.
+            RAISE EXCEPTION 'fence lost' USING ERRCODE = 'OR001';
+        END IF;
+    END IF;
+    -- 3. The journal.
+    INSERT INTO orchestrator.journal (run_id, seq, at, entries) VALUES (p_run, p_position, p_at, p_entries);
+    -- 4. What is rarer.
+    IF p_more IS NOT NULL THEN
+        v_gone := orchestrator.commit_more_1(p_run, p_more, p_incarnation, p_child, p_done_key, now);
+    END IF;
+    written := true;
+    owed := v_gone > 0 OR EXISTS (SELECT FROM orchestrator.arrivals WHERE run_id = p_run);
+END $$
+"""
+
+_COMMIT_MORE = """
+CREATE FUNCTION orchestrator.commit_more_1(
+    p_run text, p_more json, p_incarnation bigint, p_child integer, p_done_key text, p_now timestamptz
+) RETURNS integer LANGUAGE plpgsql AS $$
+DECLARE
+    v_gone integer := 0;
+    v_holds constant boolean := coalesce((p_more ->> 'holds')::boolean, false);
+    v_wake constant timestamptz := (p_more ->> 'wake')::timestamptz;
+    v_withdraw text[];
+    v_consumed bigint[];
+BEGIN
+    IF p_more -> 'withdraw' IS NOT NULL THEN
+        v_withdraw := ARRAY(SELECT json_array_elements_text(p_more -> 'withdraw'));
+        -- Only what no committed begin names may be withdrawn; whoever began it is told to stop.
+        WITH gone AS (
+            DELETE FROM orchestrator.work WHERE run_id = p_run AND key = ANY (v_withdraw) AND fence IS NULL RETURNING key
+        )
+        INSERT INTO orchestrator.arrivals (run_id, arrival)
+        SELECT p_run, json_build_object('e', 'withdrawn', 'key', key) FROM gone;
+        GET DIAGNOSTICS v_gone = ROW_COUNT;
+        UPDATE orchestrator.work SET stop = true WHERE run_id = p_run AND key = ANY (v_withdraw);
+    END IF;
+    IF (p_more ->> 'ended')::boolean THEN
+        DELETE FROM orchestrator.work WHERE run_id = p_run AND (key <> '' OR NOT v_holds);
+    END IF;
+    -- The turn row: whoever asked for a turn meanwhile has lifted the reservation, and then it stays due.
+    IF v_holds AND v_wake IS NULL THEN
+        DELETE FROM orchestrator.work
+        WHERE run_id = p_run AND key = '' AND reserved_at IS NOT NULL AND incarnation = p_incarnation AND child = p_child;
+    ELSIF v_wake IS NOT NULL THEN
+        INSERT INTO orchestrator.work AS w (run_id, key, role, target, queue, priority, due_at)
+        VALUES (p_run, '', 'turn', p_more ->> 'target', p_more ->> 'queue', (p_more ->> 'priority')::smallint, v_wake)
+        ON CONFLICT (run_id, key) DO UPDATE SET
+            due_at = CASE WHEN v_holds AND w.reserved_at IS NOT NULL AND w.incarnation = p_incarnation AND w.child = p_child
+                          THEN EXCLUDED.due_at ELSE least(w.due_at, EXCLUDED.due_at) END,
+            reserved_at = NULL, incarnation = NULL, child = NULL;
+    END IF;
+    IF p_more -> 'work' IS NOT NULL THEN
+        INSERT INTO orchestrator.work (run_id, key, role, target, queue, task, priority, due_at, attempt, call)
+        SELECT p_run, w.key, w.role, w.target, w.queue, w.task, w.priority, coalesce(w.due, p_now), w.attempt, w.call
+        FROM json_to_recordset(p_more -> 'work') AS w (key text, role text, target text, queue text, task text,
+            priority smallint, due timestamptz, attempt integer, call json);
+    END IF;
+    IF p_more -> 'consumed' IS NOT NULL THEN
+        v_consumed := ARRAY(SELECT json_array_elements_text(p_more -> 'consumed')::bigint);
+        DELETE FROM orchestrator.arrivals WHERE id = ANY (v_consumed);
+    END IF;
+    RETURN v_gone;
+END $$
+"""
+
 
 def upgrade() -> None:
     op.execute("SET LOCAL lock_timeout = '5s'")
     for statement in _STATEMENTS.split(";\n"):
         if statement.strip():
             op.execute(statement)
+    for function in (_TAKE, _COMMIT_MORE, _COMMIT_TURN):
+        op.execute(function)

@@ -1,0 +1,85 @@
+"""``history``: a run's journal as a timeline."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.cli import words
+from orchestrator.cli.command import Command, as_json, console, print_json, reading, run_argument, run_of
+from orchestrator.cli.timeline import Event, events, took
+from orchestrator.machine.journal import encode
+from orchestrator.machine.states import TERMINAL
+from orchestrator.store import runs
+
+_ROOM = 160  # characters of a value, unless --full
+
+
+@click.command(cls=Command)
+@run_argument
+@click.option("--traceback", is_flag=True, help="Show the traceback of every error.")
+@click.option("--full", is_flag=True, help="Show arguments and results whole.")
+@as_json
+@click.pass_context
+def history(ctx: click.Context, run_id: str, traceback: bool, full: bool, json_: bool) -> None:
+    """Tell what happened to RUN: steps with their input, output and attempts, errors, undo, operators.
+
+    Times count from the start of the run. With --json: one object per entry of the journal.
+    """
+    with reading(ctx) as connection:
+        run = run_of(connection, run_id)
+        rows = runs.history(connection, run_id)
+    found = events(rows, 0 if full else _ROOM)
+    if json_:
+        print_json([_json(event) for event in found])
+        return
+    out = console(ctx)
+    out.print(_heading(run, full))
+    out.print(_table(found, run["started_at"], traceback))
+    if run["state"] not in TERMINAL:
+        click.echo(f"\nIt is {run['state']}; what it waits for: saga explain {run_id}")
+
+
+def _heading(run: dict[str, Any], full: bool) -> Text:
+    text = Text(run["saga"], style="bold")
+    text.append(f" version {run['version']}, run {run['id']}\n", style="not bold")
+    call = words.arguments(run["input"], 0 if full else _ROOM)
+    text.append(f"started {words.moment(run['started_at'])} with ({call})\n", style="not bold")
+    return text
+
+
+def _table(found: list[Event], started: datetime, traceback: bool) -> Table:
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(justify="right", style="dim", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    shown = -1
+    for event in found:
+        offset = _offset(event.at - started) if event.seq != shown else ""
+        shown = event.seq
+        table.add_row(offset, Text(event.mark, style=event.style), Text(event.text, style=event.style))
+        for line in event.details:
+            table.add_row("", "", Text(f"  {line}", style="dim"))
+        if traceback and event.error and event.error.get("traceback"):
+            table.add_row("", "", Text(_indented(str(event.error["traceback"])), style="dim"))
+    return table
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.rstrip().splitlines())
+
+
+def _offset(length: timedelta) -> str:
+    seconds = max(0.0, length.total_seconds())
+    return f"+{seconds:.3f} s" if seconds < 60 else f"+{words.duration(length)}"
+
+
+def _json(event: Event) -> dict[str, Any]:
+    length = took(event.entry, event.at)
+    seconds = {"seconds": length.total_seconds()} if length is not None else {}
+    return {"seq": event.seq, "at": event.at, "kind": event.entry.tag, "text": event.text, **seconds,
+            **{name: value for name, value in encode(event.entry).items() if name != "e"}}  # fmt: skip

@@ -1,0 +1,132 @@
+"""``cancel``, ``terminate``, ``retry``, ``skip`` and ``resolve``: orders for a run, with name and reason on record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from orchestrator.cli.command import Command, JsonType, as_json, client_of, print_json, run_argument
+from orchestrator.client import Client
+from orchestrator.errors import UsageError
+
+reason_option = click.option("--reason", default="", help="Why; kept in the run's history.")
+by_option = click.option("--by", default="", help="Who decides; the name of this account by default.")
+key_argument = click.argument("key", required=False)
+
+
+def _order(function: Callable[..., None]) -> click.Command:
+    """Make a command of a function that leaves an order."""
+    for option in (by_option, reason_option, as_json, click.pass_context):
+        function = option(function)
+    return click.command(cls=Command)(function)
+
+
+def _say(json_: bool, run_id: str, action: str, sentence: str, **more: Any) -> None:
+    if json_:
+        print_json({"id": run_id, "ordered": action, **more})
+    else:
+        click.echo(f"{sentence} Watch it with: saga show {run_id}")
+
+
+@_order
+@run_argument
+def cancel(ctx: click.Context, run_id: str, reason: str, by: str, json_: bool) -> None:
+    """Ask RUN to stop and undo what it did.
+
+    It does so in its own time: what is running is awaited, then everything is compensated. Refused after the run's
+    point of no return.
+    """
+    client_of(ctx).cancel(run_id, reason, by)
+    _say(json_, run_id, "cancel", f"Run {run_id} was told to stop and to undo what it did.")
+
+
+@_order
+@run_argument
+def terminate(ctx: click.Context, run_id: str, reason: str, by: str, json_: bool) -> None:
+    """Stop RUN at once and undo nothing.
+
+    What it did and did not undo is listed under `left` afterwards. To have it undone use `cancel`.
+    """
+    client_of(ctx).terminate(run_id, reason, by)
+    _say(json_, run_id, "terminate", f"Run {run_id} was told to stop without undoing anything.")
+
+
+@_order
+@run_argument
+@key_argument
+def retry(ctx: click.Context, run_id: str, key: str | None, reason: str, by: str, json_: bool) -> None:
+    """Try again what is parked in RUN.
+
+    KEY may be left out if only one thing is parked. A run that parked as a whole (drift, an error in saga code) is
+    replayed with the code of today.
+    """
+    client = client_of(ctx)
+    key = _only_key(client, run_id, key)
+    client.operate(run_id, "retry", key, by=by, reason=reason)
+    _say(json_, run_id, "retry", f"{_named(key)} of run {run_id} is tried again.", key=key)
+
+
+@_order
+@run_argument
+@key_argument
+def skip(ctx: click.Context, run_id: str, key: str | None, reason: str, by: str, json_: bool) -> None:
+    """Go on without what is parked in RUN.
+
+    A skipped undo is not done: the effect stays and is listed under `left`. KEY may be left out if only one thing is
+    parked.
+    """
+    client = client_of(ctx)
+    key = _only_key(client, run_id, key)
+    client.operate(run_id, "skip", key, by=by, reason=reason)
+    _say(json_, run_id, "skip", f"{_named(key)} of run {run_id} is skipped.", key=key)
+
+
+@_order
+@click.option("--result", type=JsonType(object, '{"id": 7}'), help="It happened, with this result (JSON).")
+@click.option("--no-effect", is_flag=True, help="It certainly did not happen.")
+@run_argument
+@key_argument
+def resolve(
+    ctx: click.Context, run_id: str, key: str | None, reason: str, by: str, json_: bool,
+    result: Any, no_effect: bool,
+) -> None:  # fmt: skip
+    """Settle by hand what is parked in RUN.
+
+    For a step say what became of it: --result JSON or --no-effect. For an undo that you did yourself say neither. For a
+    run that parked as a whole --result is its output. KEY may be left out if only one thing is parked.
+    """
+    given = ctx.get_parameter_source("result") is ParameterSource.COMMANDLINE
+    if given and no_effect:
+        raise click.UsageError("--result and --no-effect exclude each other")
+    client = client_of(ctx)
+    key = _only_key(client, run_id, key)
+    role = next((item["role"] for item in _parked(client, run_id) if item["key"] == key), "")
+    if role == "undo" and (given or no_effect):
+        raise click.UsageError(f"the undo of {key} is parked: resolving says that you did it, without a result")
+    if role and role != "undo" and not (given or (no_effect and key)):
+        wanted = "--result JSON or --no-effect" if key else "--result JSON, the output of the run"
+        raise click.UsageError(f"say what became of {key or 'it'}: {wanted}")
+    client.operate(run_id, "resolve", key, by=by, reason=reason, value=result, no_effect=no_effect)
+    _say(json_, run_id, "resolve", f"{_named(key)} of run {run_id} is settled.", key=key)
+
+
+def _parked(client: Client, run_id: str) -> list[dict[str, Any]]:
+    return [item for item in client.outcome(run_id).parked if isinstance(item, dict)]
+
+
+def _only_key(client: Client, run_id: str, key: str | None) -> str:
+    """Return the key that was named, or the only one that is parked.  Raises: UsageError."""
+    if key is not None:
+        return key
+    keys = [str(item["key"]) for item in _parked(client, run_id)]
+    if len(keys) > 1:
+        named = ", ".join(item or "''" for item in keys)
+        raise UsageError(f"several things are parked in run {run_id}; name one of them: {named}")
+    return keys[0] if keys else ""
+
+
+def _named(key: str) -> str:
+    return f"Step {key}" if key else "The whole"

@@ -1,0 +1,288 @@
+"""Why a run does not move, in words: from its row, its folded journal, its outstanding work and the workers there are.
+
+Owns the diagnosis behind ``explain``.  Must never read the database or print: what it knows it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from orchestrator.cli import words
+from orchestrator.machine.fold import Fold, Step
+from orchestrator.machine.journal import Parked
+from orchestrator.machine.states import TERMINAL
+from orchestrator.store.runs import Inbox, Outstanding, Serving
+
+SILENT = timedelta(seconds=15)  # a worker renews its lease twice a second; this long means that its machine is gone
+_MOMENT = timedelta(seconds=2)  # what has been due for less is simply about to happen
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One reason; `code` is for programs, `hints` are commands that help."""
+
+    code: str
+    text: str
+    key: str = ""
+    hints: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """All that is known of a run at one moment."""
+
+    run: dict[str, Any]
+    fold: Fold
+    work: list[Outstanding]
+    inbox: Inbox
+    workers: list[Serving]
+
+    @property
+    def now(self) -> datetime:
+        return self.inbox.now
+
+    @property
+    def alive(self) -> list[Serving]:
+        return [worker for worker in self.workers if self.now - worker.seen_at < SILENT]
+
+    def clock(self, at: datetime) -> str:
+        return f"{words.clock(at, self.now)} ({words.ago(at, self.now)})"
+
+
+def reasons(case: Case) -> list[Reason]:
+    """Return why the run stands where it stands, the most telling first; never empty."""
+    if case.run["state"] in TERMINAL:
+        return list(_ended(case))
+    found = list(_parked(case))
+    for item in case.work:
+        found += _of_turn(case, item) if item.role == "turn" else _of_work(case, item)
+    found += _unread(case)
+    return found or [
+        Reason("between", "Nothing of it is outstanding: a turn of it is being taken right now. Ask again in a moment; "
+               "if it stays so, that is a fault of the engine, please report it with `saga history --json`.")
+    ]  # fmt: skip
+
+
+# -- ended, parked -----------------------------------------------------------------------------------------------------
+def _ended(case: Case) -> Iterator[Reason]:
+    run = case.run
+    length = words.duration(run["finished_at"] - run["started_at"])
+    text = f"It ended {run['state']} at {case.clock(run['finished_at'])}, after {length}: nothing of it is outstanding."
+    yield Reason("ended", text)
+    if run["error"]:
+        yield Reason("error", f"What ended it: {words.error(run['error'])}.")
+    for item in run["left_effects"]:
+        yield Reason("left", f"{item['key']} was not undone (its outcome: {item['outcome']}).", item["key"])
+
+
+def _parked(case: Case) -> Iterator[Reason]:
+    run_id = case.run["id"]
+    if case.fold.parked is not None:
+        yield Reason("parked", _parked_run(case.fold.parked), "", _run_hints(case.fold.parked, run_id))
+    for key, entry in case.fold.parked_keys.items():
+        what = {"undo": f"the undo of {key}", "probe": f"the probe of {key}"}.get(entry.role, f"step {key}")
+        said = f" (last error: {words.error(entry.error)})" if entry.error else ""
+        text = f"Parked at {what}, because {entry.why}{said}. It waits for a person to decide."
+        yield Reason("parked", text, key, _key_hints(entry, run_id))
+
+
+def _parked_run(entry: Parked) -> str:
+    said = words.error(entry.error) if entry.error else ""
+    detail = f" ({said})" if said and said not in entry.why else ""
+    then = {
+        "drift": "Its saga code no longer asks for what its journal recorded: mend the code, deploy, and retry.",
+        "code": "Mend the code, deploy, and retry; or cancel the run, which undoes what it did.",
+        "pivot": "It is past its point of no return and cannot be undone: mend the code and retry, or resolve it.",
+    }.get(entry.role, "It waits for a person to decide.")
+    return f"Parked as a whole: {entry.why}{detail}. {then}"
+
+
+def _run_hints(entry: Parked, run_id: str) -> tuple[str, ...]:
+    last = f"saga cancel {run_id}" if entry.role != "pivot" else f"saga resolve {run_id} --result JSON"
+    return (f"saga retry {run_id}", last, f"saga history {run_id} --traceback")
+
+
+def _key_hints(entry: Parked, run_id: str) -> tuple[str, ...]:
+    target = f"{run_id} '{entry.key}'"
+    if entry.role == "undo":
+        return (
+            f"saga retry {target}      # try the undo again",
+            f"saga resolve {target}    # you undid it yourself",
+            f"saga skip {target}       # leave the effect",
+        )
+    return (
+        f"saga retry {target}",
+        f"saga resolve {target} --result JSON    # it happened",
+        f"saga resolve {target} --no-effect      # it did not happen",
+    )
+
+
+# -- the next turn -----------------------------------------------------------------------------------------------------
+def _of_turn(case: Case, item: Outstanding) -> Iterator[Reason]:
+    if item.due_at > case.now:
+        yield from _sleeping(case, item)
+        return
+    taker = _taker_problem(case, item, "its next turn")
+    if taker is not None:
+        yield taker
+    elif case.now - item.due_at > _MOMENT:
+        yield _waiting_its_turn(case, item, "Its next turn")
+    else:
+        yield Reason("turn", "Its next turn is due right now and about to be taken.")
+
+
+def _sleeping(case: Case, item: Outstanding) -> Iterator[Reason]:
+    due, deadline = item.due_at, case.run["deadline_at"]
+    if case.run["position"] == 0:
+        yield Reason("start", f"It has not started: its start is set for {case.clock(due)}, by eta or countdown.")
+    elif deadline is not None and due >= deadline:
+        others = any(other.role != "turn" for other in case.work) or case.fold.is_parked or case.run["parked"]
+        after = "nothing changes, because it is past its pivot" if case.run["past_pivot"] else "it is undone"
+        text = f"Its deadline is {case.clock(deadline)}; then {after}."
+        yield Reason("deadline", text if others else f"It waits for nothing but its deadline. {text}")
+    else:
+        yield Reason("timer", f"It sleeps: a timer wakes it at {case.clock(due)}.")
+
+
+# -- steps, undos, probes ----------------------------------------------------------------------------------------------
+def _of_work(case: Case, item: Outstanding) -> Iterator[Reason]:
+    step = case.fold.steps.get(item.key)
+    if item.begun:
+        yield _running(case, item, step)
+    elif item.due_at > case.now:
+        yield _later(case, item, step)
+    else:
+        name = _name(item)
+        yield _taker_problem(case, item, name) or (
+            _waiting_its_turn(case, item, _capital(name))
+            if case.now - item.due_at > _MOMENT
+            else Reason("due", f"{_capital(name)} is due right now and about to begin.", item.key)
+        )
+
+
+def _running(case: Case, item: Outstanding, step: Step | None) -> Reason:
+    name, nth = _name(item), _attempt(item, step, item.attempt)
+    lives = [worker for worker in case.workers if worker.node == item.node]
+    worker = max(lives, key=lambda life: life.seen_at, default=None)
+    if item.node_dead or item.node is None:
+        text = f"The worker that ran {name} ({nth}) is dead; a living worker gives the attempt back within seconds."
+        hint = "" if case.alive else " But no worker is running at all: start one."
+        return Reason("worker lost", text + hint, item.key)
+    since = case.clock(item.begun_at or item.due_at)
+    if worker is not None and worker not in case.alive:
+        silent = words.duration(case.now - worker.seen_at)
+        text = f"{_capital(name)} ({nth}) began on {item.node} at {since}, but that worker has not been heard of for {silent}."
+        return Reason(
+            "worker silent", f"{text} The next worker that runs notices and gives the attempt back.", item.key
+        )
+    stop = " It was told to stop at its next heartbeat." if item.stop else ""
+    ends = f", times out at {case.clock(item.deadline_at)}" if item.deadline_at else ""
+    beat = ""
+    if item.expires_at and item.deadline_at and item.expires_at < item.deadline_at:
+        beat = f", is given up without a heartbeat before {case.clock(item.expires_at)}"
+    return Reason("running", f"Running {name} ({nth}) on {item.node} since {since}{ends}{beat}.{stop}", item.key)
+
+
+def _later(case: Case, item: Outstanding, step: Step | None) -> Reason:
+    due = case.clock(item.due_at)
+    error = words.error(step.error) if step and item.role in ("do", "once") and step.error else ""
+    if step is not None and step.quiet and item.role in ("undo", "probe"):
+        quiet = datetime.fromisoformat(step.quiet)
+        if abs(quiet - item.due_at) < _MOMENT:
+            text = (
+                f"{_capital(_name(item))} waits until {due}: until then an attempt that was lost may still take effect."
+            )
+            return Reason("quiet", text, item.key)
+    nth = _attempt(item, step, item.attempt + 1)
+    said = f" The last attempt failed: {error}." if error else ""
+    left = words.duration(item.due_at - case.now)
+    problem = _taker_problem(case, item, _name(item))
+    more = f" Then: {problem.text[0].lower()}{problem.text[1:]}" if problem else ""
+    return Reason(
+        "retry",
+        f"{_capital(_name(item))}: {nth} in {left}, at {words.clock(item.due_at, case.now)}.{said}{more}",
+        item.key,
+    )
+
+
+def _attempt(item: Outstanding, step: Step | None, attempt: int) -> str:
+    if step is None or item.role == "probe":
+        return f"attempt {attempt}"
+    policy = step.undo_retry if item.role == "undo" else step.retry
+    budget_from = step.undo_budget_from if item.role == "undo" else step.budget_from
+    word = "retry" if attempt - budget_from > 1 else "attempt"
+    return f"{word} {attempt - budget_from} of {policy.maximum_attempts}"
+
+
+def _name(item: Outstanding) -> str:
+    return {"undo": f"the undo of {item.key}", "probe": f"the probe of {item.key}"}.get(item.role, f"step {item.key}")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+# -- who could take it -------------------------------------------------------------------------------------------------
+def _taker_problem(case: Case, item: Outstanding, what: str) -> Reason | None:
+    """Return why no worker can take this, None if one can."""
+    if not case.alive:
+        return Reason("no worker", f"No worker is running: {what} waits for one. Start one that serves queue "
+                      f"{item.queue!r}.", item.key, (f"celery -A <app> worker -Q {item.queue}",))  # fmt: skip
+    serving = [worker for worker in case.alive if item.queue in worker.queues]
+    if not serving:
+        known = ", ".join(sorted({queue for worker in case.alive for queue in worker.queues}))
+        text = f"No worker serves queue {item.queue!r}, where {what} waits (workers serve: {known})."
+        return Reason("no queue", text, item.key, (f"celery -A <app> worker -Q {item.queue}",))
+    if any(item.target in worker.targets for worker in serving):
+        return None
+    nodes = ", ".join(worker.node for worker in serving)
+    saga, at, version = item.target.rpartition("@")
+    if at:
+        return _pinned(case, item, saga, version, serving)
+    elsewhere = sorted({worker.node for worker in case.alive if item.target in worker.targets})
+    else_ = f" ({', '.join(elsewhere)} knows it, but does not serve that queue)" if elsewhere else ""
+    text = f"Queue {item.queue!r} is served by {nodes}, but none of them knows task {item.target}{else_}. Deploy its code there."
+    return Reason("no task", text, item.key)
+
+
+def _pinned(case: Case, item: Outstanding, saga: str, version: str, serving: list[Serving]) -> Reason:
+    others = sorted(
+        {t.rpartition("@")[2] for worker in serving for t in worker.targets if t.startswith(f"{saga}@")}, key=_number
+    )
+    nodes = ", ".join(worker.node for worker in serving)
+    if others:
+        text = (
+            f"The run is pinned to version {version} of {saga}, which no worker of queue {item.queue!r} has "
+            f"(they have version {', '.join(others)}). Deploy code that still registers version {version}."
+        )
+        return Reason("no version", text, item.key)
+    text = f"Queue {item.queue!r} is served by {nodes}, but none of them knows saga {saga}. Deploy its code there."
+    return Reason("no saga", text, item.key)
+
+
+def _number(version: str) -> tuple[int, str]:
+    return (int(version) if version.isdigit() else 0, version)
+
+
+def _waiting_its_turn(case: Case, item: Outstanding, what: str) -> Reason:
+    fit = [worker for worker in case.alive if item.queue in worker.queues and item.target in worker.targets]
+    slots, busy = sum(worker.slots for worker in fit), sum(min(worker.draining, worker.slots) for worker in fit)
+    waited = words.duration(case.now - item.due_at)
+    nodes = ", ".join(worker.node for worker in fit)
+    if busy >= slots:
+        text = f"{what} has been due for {waited}: all {slots} slots of {nodes} are busy. It is taken in order; more workers help."
+        return Reason("busy", text, item.key)
+    text = (
+        f"{what} has been due for {waited} though {slots - busy} of {slots} slots of {nodes} are free: is the broker up? "
+        "The pump rings again every second."
+    )
+    return Reason("not taken", text, item.key, ("celery -A <app> status",))
+
+
+def _unread(case: Case) -> Iterator[Reason]:
+    if case.inbox.unread and case.inbox.since is not None:
+        some = "1 arrival waits" if case.inbox.unread == 1 else f"{case.inbox.unread} arrivals wait"
+        yield Reason("arrivals", f"{some} to be read by its next turn, since {case.clock(case.inbox.since)}.")

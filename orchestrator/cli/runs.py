@@ -1,0 +1,255 @@
+"""``migrate``, ``start``, ``list`` and ``show``."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import click
+from rich.text import Text
+
+from orchestrator.cli import words
+from orchestrator.cli.command import (
+    STATE_STYLES,
+    Command,
+    JsonType,
+    as_json,
+    client_of,
+    console,
+    grid,
+    orchestrator_of,
+    print_json,
+    reading,
+    run_argument,
+    run_of,
+    saga_named,
+)
+from orchestrator.cli.example import example_call
+from orchestrator.client import SagaResult
+from orchestrator.errors import PayloadError, SagaFailed, UnknownSagaError
+from orchestrator.machine.states import TERMINAL, RunState
+from orchestrator.saga import Saga
+from orchestrator.store import migrate as migrate_schema
+from orchestrator.store import runs
+from orchestrator.store.runs import Outstanding
+
+
+@click.command(cls=Command)
+@as_json
+@click.pass_context
+def migrate(ctx: click.Context, json_: bool) -> None:
+    """Create the database schema, or bring it up to this release.
+
+    Safe to run several times, and from several places at once.
+    """
+    applied = migrate_schema(orchestrator_of(ctx).settings.dsn)
+    if json_:
+        print_json({"applied": applied})
+    elif applied:
+        click.echo(f"The orchestrator schema was brought up to date; applied: {', '.join(applied)}.")
+    else:
+        click.echo("The orchestrator schema is up to date.")
+
+
+# -- start -------------------------------------------------------------------------------------------------------------
+@click.command(
+    cls=Command,
+    exit_codes="Exit codes: 0 started (with --wait: and completed); 1 refused, or with --wait failed or not finished "
+    "in time; 2 wrong usage, such as arguments that do not fit the saga.",
+)
+@click.argument("name")
+@click.argument("args", type=JsonType(list, '["order-42", 3]'), required=False, metavar="[ARGS]")
+@click.option("--kwargs", type=JsonType(dict, '{"order": 42}'), help="Keyword arguments, a JSON object.")
+@click.option("--id", "run_id", help="The run id. Starting the same id with the same input again changes nothing.")
+@click.option("--countdown", type=float, metavar="SECONDS", help="Start that much later.")
+@click.option("--priority", type=click.IntRange(0, 9), help="Higher first.")
+@click.option("--wait", type=float, metavar="SECONDS", help="Wait for the run to end and print its result.")
+@as_json
+@click.pass_context
+def start(
+    ctx: click.Context,
+    name: str,
+    args: list[Any] | None,
+    kwargs: dict[str, Any] | None,
+    run_id: str | None,
+    countdown: float | None,
+    priority: int | None,
+    wait: float | None,
+    json_: bool,
+) -> None:
+    """Start a run of saga NAME and print its id.
+
+    NAME is the saga's full name, or the last part of it. ARGS is a JSON array of its arguments:
+
+    \b
+      saga start checkout '[{"id": "order-42"}]' --id order-42 --wait 10
+    """
+    client = client_of(ctx)
+    saga = saga_named(name)
+    options = {"task_id": run_id, "countdown": countdown, "priority": priority}
+    new, _ = client._new(saga, _encoded(saga, args, kwargs), {k: v for k, v in options.items() if v is not None})
+    result = client.start_encoded(saga, new)
+    if wait is None:
+        if json_:
+            print_json({"id": result.id, "saga": saga.name, "version": saga.options.version})
+        else:
+            click.echo(result.id)
+        return
+    if not json_:
+        click.echo(result.id)
+    _await(ctx, result, wait, json_)
+
+
+def _encoded(saga: Saga[Any, Any], args: list[Any] | None, kwargs: dict[str, Any] | None) -> Any:
+    try:
+        return saga.codec.encode_call(tuple(args or ()), kwargs or {}, from_json=True)
+    except (PayloadError, TypeError) as error:
+        raise click.UsageError(f"{error}\nFor example: saga start {saga.name} '{example_call(saga)}'") from None
+
+
+def _await(ctx: click.Context, result: SagaResult, seconds: float, json_: bool) -> None:
+    try:
+        result.get(timeout=seconds)
+    except TimeoutError as error:
+        raise click.ClickException(str(error)) from None
+    except SagaFailed:
+        if not json_:
+            raise
+    outcome = client_of(ctx).outcome(result.id)
+    if json_:
+        print_json({"id": result.id, "state": outcome.state, "output": outcome.output, "error": outcome.error,
+                    "left": outcome.left})  # fmt: skip
+    else:
+        click.echo(f"{outcome.state}: {words.value(outcome.output)}")
+    if outcome.state != RunState.COMPLETED:
+        ctx.exit(1)
+
+
+# -- list --------------------------------------------------------------------------------------------------------------
+@click.command(name="list", cls=Command)
+@click.option("--state", "states", multiple=True, type=click.Choice(list(RunState)), help="Only these; repeatable.")
+@click.option("--saga", "saga_name", default="", help="Only runs of this saga.")
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 10_000), help="At most so many.")
+@as_json
+@click.pass_context
+def list_(ctx: click.Context, states: tuple[str, ...], saga_name: str, limit: int, json_: bool) -> None:
+    """List runs, the newest first."""
+    with reading(ctx) as connection:
+        found = runs.listed(connection, runs.listing(states=states, saga=_full_name(saga_name), limit=limit + 1))
+        now = runs.inbox(connection, "").now
+    more, found = len(found) > limit, found[:limit]
+    if json_:
+        print_json(found)
+        return
+    if not found:
+        click.echo(f"There are no runs{' like that' if states or saga_name else ' yet; start one with `saga start`'}.")
+        return
+    _print_list(ctx, found, now)
+    if more:
+        click.echo(f"... and older ones; see more with --limit {limit * 10}.")
+
+
+def _full_name(name: str) -> str:
+    try:
+        return saga_named(name).name if name else ""
+    except UnknownSagaError:
+        return name  # its code may be gone while its runs are not
+
+
+def _print_list(ctx: click.Context, found: list[dict[str, Any]], now: datetime) -> None:
+    names = {run["saga"] for run in found}
+    shown = words.short if len({words.short(name) for name in names}) == len(names) else str
+    table = grid("RUN", "SAGA", "STATE", "STARTED", "TOOK")
+    for column in table.columns[2:]:
+        column.no_wrap = True
+    for run in found:
+        state = Text(run["state"], style=STATE_STYLES.get(run["state"], ""))
+        table.add_row(
+            run["id"],
+            shown(run["saga"]),
+            state,
+            words.ago(run["started_at"], now),
+            _took(run) if run["finished_at"] else "",
+        )
+    console(ctx).print(table)
+
+
+def _took(run: dict[str, Any]) -> str:
+    return words.duration(run["finished_at"] - run["started_at"])
+
+
+# -- show --------------------------------------------------------------------------------------------------------------
+@click.command(cls=Command)
+@run_argument
+@as_json
+@click.pass_context
+def show(ctx: click.Context, run_id: str, json_: bool) -> None:
+    """Show how RUN stands: its input and output, its error, what is left, parked and outstanding."""
+    with reading(ctx) as connection:
+        run = run_of(connection, run_id)
+        work = runs.outstanding(connection, run_id)
+        now = runs.inbox(connection, run_id).now
+    if json_:
+        print_json({**run, "outstanding": [_work_json(item) for item in work]})
+        return
+    table = grid()
+    for label, text in _facts(run, now):
+        table.add_row(label, text)
+    out = console(ctx)
+    out.print(table)
+    if work:
+        out.print()
+        out.print(_work_table(work, now))
+    if run["state"] not in TERMINAL:
+        click.echo(f"\nWhy it stands there: saga explain {run_id}")
+
+
+def _facts(run: dict[str, Any], now: datetime) -> list[tuple[str, str | Text]]:
+    facts: list[tuple[str, str | Text]] = [
+        ("run", run["id"]),
+        ("saga", f"{run['saga']}, version {run['version']}"),
+        ("state", Text(run["state"], style=STATE_STYLES.get(run["state"], ""))),
+        ("started" if run["started_at"] <= now else "starts",
+         f"{words.moment(run['started_at'])} ({words.ago(run['started_at'], now)})"),
+    ]  # fmt: skip
+    if run["finished_at"]:
+        facts.append(("finished", f"{words.moment(run['finished_at'])}, took {_took(run)}"))
+    elif run["deadline_at"]:
+        facts.append(("deadline", f"{words.moment(run['deadline_at'])} ({words.ago(run['deadline_at'], now)})"))
+    facts.append(("queue", run["queue"] + (f", priority {run['priority']}" if run["priority"] else "")))
+    facts.append(("input", words.arguments(run["input"]) or "nothing"))
+    if run["state"] == RunState.COMPLETED:
+        facts.append(("output", words.value(run["output"])))
+    if run["error"]:
+        facts.append(("error", words.error(run["error"])))
+    if run["past_pivot"]:
+        facts.append(("pivot", "passed: it can only go forward"))
+    if run["parent_id"]:
+        facts.append(("parent", run["parent_id"]))
+    facts += [("left", f"{item['key']} ({item['outcome']}), not undone") for item in run["left_effects"]]
+    facts += [("parked", _parked(item)) for item in run["parked"]]
+    return facts
+
+
+def _parked(item: dict[str, Any]) -> str:
+    return f"{item['key'] or 'the run itself'} ({item['role']}): {item['why']}"
+
+
+def _work_table(work: list[Outstanding], now: datetime) -> Any:
+    table = grid("OUTSTANDING", "WHAT", "QUEUE", "ATTEMPT", "WHEN")
+    for item in work:
+        attempt = "" if item.role == "turn" else str(item.attempt + (not item.begun))
+        at = item.begun_at if item.begun and item.begun_at else item.due_at
+        when = ("running since " if item.begun else "due " if at <= now else "") + words.ago(at, now)
+        table.add_row(
+            item.key or "(next turn)",
+            item.role,
+            item.queue,
+            attempt,
+            when.replace("since", "for").removesuffix(" ago") if item.begun else when,
+        )
+    return table
+
+
+def _work_json(item: Outstanding) -> dict[str, Any]:
+    return {name: getattr(item, name) for name in Outstanding.__slots__ if name != "now"}

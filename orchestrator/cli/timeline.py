@@ -1,0 +1,251 @@
+"""A run's journal as events that people read: what was asked, what came of it, how it was undone.
+
+Owns the wording of every journal entry, for ``history`` and ``diagram``.  Must never print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from orchestrator.cli import words
+from orchestrator.machine.journal import (
+    Abandoned,
+    Asked,
+    Attempted,
+    CancelAsked,
+    CancelRefused,
+    Continued,
+    DeadlinePassed,
+    Ended,
+    Entry,
+    Late,
+    Operated,
+    Parked,
+    ProbeAsked,
+    Raised,
+    Returned,
+    RollbackBegan,
+    Settled,
+    Signalled,
+    UndoAsked,
+    Undone,
+    Versioned,
+    decode_entry,
+)
+
+History = Iterable[tuple[int, datetime, list[Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One entry in words; `mark` is a sign of its kind, `details` are lines that belong to it."""
+
+    seq: int
+    at: datetime
+    entry: Entry
+    mark: str
+    style: str
+    text: str
+    details: tuple[str, ...] = ()
+    error: dict[str, Any] | None = None
+
+
+@dataclass(slots=True)
+class _Tale:
+    """What has been told so far: the requests by key, and how much of a value is shown."""
+
+    room: int
+    asked: dict[str, Asked] = field(default_factory=dict)
+
+    def value(self, value: Any) -> str:
+        return words.value(value, self.room)
+
+    def undo_of(self, key: str) -> str:
+        undo = self.asked[key].undo if key in self.asked else None
+        return words.short(undo.task) if undo else "its compensation"
+
+
+def events(history: History, room: int = 0) -> list[Event]:
+    """Return the events of a journal in their order; values are cut to `room` characters (0: whole)."""
+    tale, found = _Tale(room), []
+    for seq, at, entries in history:
+        for form in entries:
+            entry = decode_entry(form)
+            mark, style, text, *details = _TELL[type(entry)](tale, entry, at) if type(entry) in _TELL else _other(entry)
+            error = getattr(entry, "error", None)
+            found.append(Event(seq, at, entry, mark, style, text, tuple(filter(None, details)), error))
+    return found
+
+
+def took(entry: Any, at: datetime) -> timedelta | None:
+    """Return how long an attempt took from its begin to the commit of its outcome."""
+    began = getattr(entry, "began", "")
+    return max(timedelta(0), at - datetime.fromisoformat(began)) if began else None
+
+
+def _circumstances(entry: Any, at: datetime) -> str:
+    """Say how long an attempt took and where."""
+    length = took(entry, at)
+    parts = [f"after {words.duration(length)}"] if length is not None else []
+    worker = getattr(entry, "worker", "")
+    return " ".join(parts + ([f"on {worker}"] if worker else []))
+
+
+def _told(*parts: str) -> str:
+    return " ".join(part for part in parts if part)
+
+
+def _nth(attempt: int) -> str:
+    return f"at attempt {attempt}" if attempt > 1 else ""
+
+
+# -- one function an entry ---------------------------------------------------------------------------------------------
+def _asked(tale: _Tale, entry: Asked, at: datetime) -> tuple[str, ...]:
+    tale.asked[entry.key] = entry
+    undo = f"undo ready: {entry.undo.task}" if entry.undo else ""
+    if entry.kind == "once":
+        return "→", "", f"{entry.key} asked"
+    pivot = "the point of no return" if entry.effect == "pivot" else ""
+    return "→", "", f"{entry.key} asked with ({words.arguments(entry.args, tale.room)})", undo, pivot
+
+
+def _attempted(tale: _Tale, entry: Attempted, at: datetime) -> tuple[str, ...]:
+    what = {"undo": "undo of ", "probe": "probe of "}.get(entry.role, "")
+    doubt = ", may have taken effect" if entry.doubt and entry.role == "do" else ""
+    where = _circumstances(entry, at)
+    said = words.error(entry.error)
+    return "✗", "yellow", _told(f"{what}{entry.key} attempt {entry.attempt} failed", where) + doubt, said
+
+
+def _settled(tale: _Tale, entry: Settled, at: datetime) -> tuple[str, ...]:
+    by = {"": "", "probe": "(its probe found out)", "undo": "(and is undone)"}.get(entry.by, f"(decided by {entry.by})")
+    where = _circumstances(entry, at)
+    if entry.outcome == "succeeded":
+        result = f"result {tale.value(entry.result)}" if entry.result is not None else ""
+        return "✓", "green", _told(entry.key, "succeeded", _nth(entry.attempt), where, by), result
+    if entry.outcome == "withdrawn":
+        return "-", "dim", f"{entry.key} withdrawn before it began"
+    ended = {"rejected": "was rejected: it had no effect", "failed": "failed; it has no effect to undo",
+             "unknown": "ended unknown: it may have taken effect"}.get(entry.outcome, entry.outcome)  # fmt: skip
+    said = words.error(entry.error) if entry.error else ""
+    return "✗", "red", _told(entry.key, ended, _nth(entry.attempt), where, by), said
+
+
+def _probing(tale: _Tale, entry: ProbeAsked, at: datetime) -> tuple[str, ...]:
+    probe = tale.asked[entry.key].probe if entry.key in tale.asked else ""
+    return "?", "yellow", f"{entry.key} is in doubt; asking what became of it with {words.short(probe)}"
+
+
+def _undoing(tale: _Tale, entry: UndoAsked, at: datetime) -> tuple[str, ...]:
+    late = f"again, because its attempt {entry.late} took effect late" if entry.late else ""
+    return "↩", "magenta", _told(f"undo of {entry.key} asked: {tale.undo_of(entry.key)}", late)
+
+
+def _undone(tale: _Tale, entry: Undone, at: datetime) -> tuple[str, ...]:
+    if entry.how == "skipped":
+        return "↩", "red", f"undo of {entry.key} skipped: its effect is left"
+    how = "done by hand" if entry.how == "resolved" else "done"
+    where = _circumstances(entry, at)
+    return "↩", "magenta", _told(f"undo of {entry.key} {how}", _nth(entry.attempt), where)
+
+
+def _late(tale: _Tale, entry: Late, at: datetime) -> tuple[str, ...]:
+    return "!", "yellow", f"{entry.key} attempt {entry.attempt} took effect late, after it had lost its lease"
+
+
+def _abandoned(tale: _Tale, entry: Abandoned, at: datetime) -> tuple[str, ...]:
+    return "-", "dim", f"{entry.key} is not wanted any more"
+
+
+def _versioned(tale: _Tale, entry: Versioned, at: datetime) -> tuple[str, ...]:
+    return "·", "dim", f"version gate {entry.key} answered {entry.number}"
+
+
+def _returned(tale: _Tale, entry: Returned, at: datetime) -> tuple[str, ...]:
+    return "·", "", f"the saga returned {tale.value(entry.output)}"
+
+
+def _raised(tale: _Tale, entry: Raised, at: datetime) -> tuple[str, ...]:
+    return "✗", "red", f"the saga raised {words.error(entry.error)}"
+
+
+def _cancel(tale: _Tale, entry: CancelAsked, at: datetime) -> tuple[str, ...]:
+    return "!", "yellow", _told("cancel asked", f"by {entry.by}" if entry.by else "", _quoted(entry.reason))
+
+
+def _cancel_refused(tale: _Tale, entry: CancelRefused, at: datetime) -> tuple[str, ...]:
+    what = "cancel refused" if entry.cause == "cancel" else "the deadline changes nothing"
+    return "!", "yellow", f"{what}: the point of no return was passed"
+
+
+def _deadline(tale: _Tale, entry: DeadlinePassed, at: datetime) -> tuple[str, ...]:
+    return "!", "yellow", "the deadline passed"
+
+
+def _rollback(tale: _Tale, entry: RollbackBegan, at: datetime) -> tuple[str, ...]:
+    why = {"error": "the saga failed", "cancel": "it was cancelled", "deadline": "its deadline passed",
+           "late": "an effect landed late"}.get(entry.cause, entry.cause)  # fmt: skip
+    return "↩", "magenta", f"rollback begins: {why}"
+
+
+def _parked(tale: _Tale, entry: Parked, at: datetime) -> tuple[str, ...]:
+    what = f"{'undo of ' if entry.role == 'undo' else ''}{entry.key}" if entry.key else "the run"
+    said = words.error(entry.error) if entry.error else ""
+    return "‖", "bold red", f"{what} parked: {entry.why}", said if said not in entry.why else ""
+
+
+def _operated(tale: _Tale, entry: Operated, at: datetime) -> tuple[str, ...]:
+    of = f"of {entry.key}" if entry.key else ""
+    return (
+        "!",
+        "yellow",
+        _told(f"operator: {entry.action}", of, f"by {entry.by}" if entry.by else "", _quoted(entry.reason)),
+    )
+
+
+def _signalled(tale: _Tale, entry: Signalled, at: datetime) -> tuple[str, ...]:
+    return "→", "", f"signal {entry.name}: {tale.value(entry.payload)}"
+
+
+def _continued(tale: _Tale, entry: Continued, at: datetime) -> tuple[str, ...]:
+    return "→", "", f"continues with a fresh journal: {tale.value(entry.args)}"
+
+
+def _ended(tale: _Tale, entry: Ended, at: datetime) -> tuple[str, ...]:
+    left = [f"left: {item['key']} ({item['outcome']})" for item in entry.left if isinstance(item, dict)]
+    return "■", "bold", entry.state, *left
+
+
+def _other(entry: Entry) -> tuple[str, ...]:
+    return "·", "dim", entry.tag
+
+
+def _quoted(reason: str) -> str:
+    return f"“{reason}”" if reason else ""
+
+
+_TELL: dict[type, Callable[[_Tale, Any, datetime], tuple[str, ...]]] = {
+    Asked: _asked,
+    Attempted: _attempted,
+    Settled: _settled,
+    ProbeAsked: _probing,
+    UndoAsked: _undoing,
+    Undone: _undone,
+    Late: _late,
+    Abandoned: _abandoned,
+    Versioned: _versioned,
+    Returned: _returned,
+    Raised: _raised,
+    CancelAsked: _cancel,
+    CancelRefused: _cancel_refused,
+    DeadlinePassed: _deadline,
+    RollbackBegan: _rollback,
+    Parked: _parked,
+    Operated: _operated,
+    Signalled: _signalled,
+    Continued: _continued,
+    Ended: _ended,
+}
