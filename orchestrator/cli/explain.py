@@ -54,8 +54,8 @@ def read_case(connection: Connection, run_id: str) -> Case:
 
 def _fold(run: dict[str, Any], rows: list[Any]) -> Fold:
     fold = Fold(
-        RunInfo(run["id"], run["saga"], run["version"], run["input"], run["started_at"], run["queue"], run["deadline_at"],
-                run["priority"])
+        RunInfo(run["id"], run["saga"], run["version"], run["input"], run["started_at"], run["queue"],
+                run["deadline_at"], run["priority"])
     )  # fmt: skip
     for _, at, entries in rows:
         fold.apply_row(at, [decode_entry(entry) for entry in entries])

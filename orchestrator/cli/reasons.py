@@ -174,7 +174,7 @@ def _running(case: Case, item: Outstanding, step: Step | None) -> Reason:
     since = case.clock(item.begun_at or item.due_at)
     if worker is not None and worker not in case.alive:
         silent = words.duration(case.now - worker.seen_at)
-        text = f"{_capital(name)} ({nth}) began on {item.node} at {since}, but that worker has not been heard of for {silent}."
+        text = f"{_capital(name)} ({nth}) began on {item.node} at {since}, but that worker is silent for {silent}."
         return Reason(
             "worker silent", f"{text} The next worker that runs notices and gives the attempt back.", item.key
         )
@@ -244,7 +244,9 @@ def _taker_problem(case: Case, item: Outstanding, what: str) -> Reason | None:
         return _pinned(case, item, saga, version, serving)
     elsewhere = sorted({worker.node for worker in case.alive if item.target in worker.targets})
     else_ = f" ({', '.join(elsewhere)} knows it, but does not serve that queue)" if elsewhere else ""
-    text = f"Queue {item.queue!r} is served by {nodes}, but none of them knows task {item.target}{else_}. Deploy its code there."
+    text = (
+        f"Queue {item.queue!r} is served by {nodes}, but none of them knows task {item.target}{else_}. Deploy it there."
+    )
     return Reason("no task", text, item.key)
 
 
@@ -273,11 +275,11 @@ def _waiting_its_turn(case: Case, item: Outstanding, what: str) -> Reason:
     waited = words.duration(case.now - item.due_at)
     nodes = ", ".join(worker.node for worker in fit)
     if busy >= slots:
-        text = f"{what} has been due for {waited}: all {slots} slots of {nodes} are busy. It is taken in order; more workers help."
+        text = f"{what} has been due for {waited}: all {slots} slots of {nodes} are busy. It is taken in its turn."
         return Reason("busy", text, item.key)
     text = (
-        f"{what} has been due for {waited} though {slots - busy} of {slots} slots of {nodes} are free: is the broker up? "
-        "The pump rings again every second."
+        f"{what} has been due for {waited} though {slots - busy} of {slots} slots of {nodes} are free: is the "
+        "broker up? The pump rings again every second."
     )
     return Reason("not taken", text, item.key, ("celery -A <app> status",))
 

@@ -19,7 +19,8 @@ def duration(length: timedelta) -> str:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 59.95:
         return f"{seconds:.1f}".removesuffix(".0") + " s"
-    left, parts = round(seconds), []
+    left = round(seconds)
+    parts: list[str] = []
     for size, unit in (*_UNITS, (1, "s")):
         count, left = divmod(left, size)
         if count or parts:

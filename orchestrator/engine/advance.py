@@ -16,13 +16,15 @@ from typing import Any
 
 from orchestrator.codec import Json
 from orchestrator.errors import DriftError, describe_exception
-from orchestrator.machine.fold import RunInfo
+from orchestrator.machine.fold import Fold, RunInfo
 from orchestrator.machine.journal import (
     Arrival,
     Asked,
     AttemptEnded,
+    CancelAsked,
     Late,
     LateSuccess,
+    Operated,
     Parked,
     RollbackBegan,
     Settled,
@@ -178,7 +180,16 @@ class Advancer:
         """Return the function of a ``saga.once`` that was begun here."""
         loaded = self._known(connection, taken.run_id)
         execution = self._execution(loaded) if loaded else None
-        return execution.function_of(taken.key) if execution else None
+        if execution is None:
+            return None
+        try:
+            function = execution.function_of(taken.key)
+        except Exception as error:
+            execution.discard()
+            logger.warning("run %s step %s: %s", taken.run_id, taken.key, error)
+            return None
+        self._remember(execution)
+        return function
 
     def discard(self) -> None:
         """Drop every live coroutine."""
@@ -192,6 +203,9 @@ class Advancer:
         """Take the run's arrivals, until there are none or another process has the run."""
         for _ in range(_TRIES):
             loaded = self._load(connection, run_id)
+            identity = self.identity
+            if holds_turn:
+                holds_turn = turns.holds_turn(connection, run_id, identity.incarnation, identity.child)
             if loaded is None or not (loaded.arrivals or holds_turn):
                 return []
             if loaded.run.finished and not loaded.arrivals:
@@ -459,16 +473,23 @@ def _summary(execution: Execution, turn: Turn) -> dict[str, Any] | None:
     if turn.state not in TERMINAL and changed == execution.committed_summary:
         return None
     execution.committed_summary = changed
-    error = fold.raised or (fold.rollback.error if fold.rollback else None)
-    if fold.rollback is not None and fold.rollback.cause == "cancel":
-        error = None
     return {
         "output": fold.returned.output if fold.returned and fold.ended and fold.ended.state == "completed" else None,
-        "error": error,
+        "error": _error(fold),
         "left_effects": list(fold.ended.left) if fold.ended else [],
         "parked": parked,
         "past_pivot": fold.past_pivot,
     }
+
+
+def _error(fold: Fold) -> Json:
+    """Return what a run ended in, or is going back from; somebody's order counts as such."""
+    order = fold.terminated or (fold.stop if fold.rollback and fold.rollback.cause == "cancel" else None)
+    if isinstance(order, (CancelAsked, Operated)):
+        done = "terminated" if fold.terminated else "cancelled"
+        reason = f": {order.reason}" if order.reason else ""
+        return {"type": done.capitalize(), "message": f"{done} by {order.by or 'an unnamed caller'}{reason}"}
+    return fold.raised or (fold.rollback.error if fold.rollback else None)
 
 
 def _signature(execution: Execution) -> tuple[Any, ...]:

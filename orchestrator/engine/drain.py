@@ -370,8 +370,10 @@ _PATIENCE = 600.0
 
 def _run_once(function: Callable[[], Any] | None) -> Invocation:
     if function is None:
-        return Invocation(error=LookupError("the saga does not ask for this any more"))
+        return Invocation(error=LookupError("the saga does not ask for this any more"), harmless=True)
     try:
         return Invocation(function())
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too is a failed attempt, not the end of this process
         return Invocation(error=error)

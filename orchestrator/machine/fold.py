@@ -167,6 +167,7 @@ class Fold:
         self.deadline_passed = False
         self.rollback: RollbackBegan | None = None
         self.parked: Parked | None = None
+        self.terminated: Operated | None = None
         self.ended: Ended | None = None
         self._entries = 0
         self._undo_stack: list[Step] | None = None
@@ -347,6 +348,8 @@ class Fold:
         self._count(step, was)
 
     def _operated(self, entry: Operated) -> None:
+        if entry.action == "terminate":
+            self.terminated = entry
         if entry.action != "retry":
             return  # skip and resolve say the rest with a Settled, Undone or Returned entry
         if not entry.key:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from orchestrator.errors import DefinitionError, UsageError, describe_exception
+from orchestrator.errors import DefinitionError, DriftError, UsageError, describe_exception
 from orchestrator.machine.code import SagaCode, settled_keys
 from orchestrator.machine.decide import Decisions
 from orchestrator.machine.fold import Fold, RunInfo
@@ -139,9 +139,15 @@ class Execution:
         )
 
     def function_of(self, key: str) -> Callable[[], Any] | None:
-        """Return the function of an outstanding ``saga.once``, resuming the coroutine as far as it is known."""
+        """Return the function of an outstanding ``saga.once``, resuming the coroutine as far as it is known.
+
+        Raises: DriftError, also if the code now asks for something that no turn has recorded; then throw this away.
+        """
         if self.code is None or self._undelivered:
-            self._resume(_Recorder(self.fold, self.fold.at))
+            decisions = _Recorder(self.fold, self.fold.at)
+            self._resume(decisions)
+            if decisions.entries:
+                raise DriftError(f"run {self.info.id}: its code asks for more than its journal has; its next turn takes that up")
         return self.code.function_of(key) if self.code else None
 
     def discard(self) -> None:

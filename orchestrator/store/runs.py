@@ -197,7 +197,7 @@ def outstanding(connection: Connection, run_id: str, now: datetime | None = None
     return [Outstanding(*row) for row in rows]
 
 
-_DIALECT = postgresql.psycopg.dialect()
+_DIALECT = postgresql.psycopg.dialect()  # type: ignore[no-untyped-call]
 
 
 def listed(connection: Connection, query: Select[Any]) -> list[dict[str, Any]]:

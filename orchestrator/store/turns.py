@@ -281,6 +281,18 @@ def heartbeat(
     return None if row is None else bool(row[0])
 
 
+_HOLDS_TURN = """
+SELECT EXISTS (SELECT FROM orchestrator.work WHERE run_id = %(run_id)s AND key = '' AND reserved_at IS NOT NULL
+    AND incarnation = %(incarnation)s AND child = %(child)s)
+"""
+
+
+def holds_turn(connection: Connection, run_id: str, incarnation: int, child: int) -> bool:
+    """Tell whether this child still has the run's turn reserved; a reservation lasts 100 ms (primary key of work)."""
+    row = connection.execute(_HOLDS_TURN, {"run_id": run_id, "incarnation": incarnation, "child": child}).fetchone()
+    return bool(row and row[0])
+
+
 # Primary keys of work and arrivals.
 _IGNORE = """
 WITH dropped AS (DELETE FROM orchestrator.work WHERE run_id = %(run_id)s AND key = '' AND role = 'turn')

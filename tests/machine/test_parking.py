@@ -185,6 +185,15 @@ def test_a_mistake_in_saga_code_is_a_code_error_and_not_a_rollback(mistake: type
         stage.succeed("charge", "c")
 
 
+def test_a_saga_that_exits_does_not_take_the_worker_along() -> None:
+    @saga.define(name="exits")
+    async def exits(n: int) -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(CodeError):
+        Stage(exits, 1).turn()
+
+
 def test_a_mistake_inside_a_task_group_is_a_code_error_too() -> None:
     @saga.define(name="mistaken group")
     async def mistaken_group(n: int) -> None:

@@ -1,0 +1,316 @@
+"""The rules of ``lint``: what is wrong in a step's declaration or in saga code.
+
+Owns the rules and their codes.  Must never run saga code, and never import what it judges.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.cli.source import Source, dotted, helpers, resolve, source_of
+from orchestrator.machine.policy import Effect
+from orchestrator.saga import Saga
+from orchestrator.saga import step as saga_step
+from orchestrator.step import Step
+from orchestrator.step import registry as steps
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule as the help lists it."""
+
+    summary: str
+    warning: bool = False
+
+
+RULES = {
+    "SG001": Rule("a declaration that is refused at import"),
+    "SG101": Rule("a compensation that is no registered task"),
+    "SG102": Rule("a step with neither effect nor compensation declared", warning=True),
+    "SG103": Rule("a step after the pivot that can fail for good", warning=True),
+    "SG201": Rule("the wall clock in saga code"),
+    "SG202": Rule("randomness in saga code"),
+    "SG203": Rule("input or output in saga code"),
+    "SG204": Rule("a call of asyncio that is not durable"),
+    "SG205": Rule("a step or saga called or sent directly in saga code"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One mistake and where it stands; line and column count from 1."""
+
+    path: str
+    line: int
+    column: int
+    code: str
+    message: str
+
+    @property
+    def warning(self) -> bool:
+        """Whether the code may be right after all."""
+        return RULES[self.code].warning
+
+
+def shown_path(path: str) -> str:
+    """Return a path relative to here if it is below here."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
+
+
+# -- declarations ------------------------------------------------------------------------------------------------------
+def check_step(step: Step[Any, Any], registered: Collection[str]) -> Iterator[Finding]:
+    """Yield what is wrong in a step's own declaration."""
+    undo = step.arm(dict.fromkeys(step.codec.parameters)) if step.options.compensate is not None else None
+    source = source_of(step.function)
+    if undo is not None and undo.task not in registered and source is not None:
+        yield from _at(source, source.node, "SG101", _unregistered(step.name, undo.task))
+
+
+def _unregistered(step: str, task: str) -> str:
+    return f"step {step} is compensated by {task}, which is no registered task: no worker could undo it"
+
+
+# -- saga code ---------------------------------------------------------------------------------------------------------
+def check_saga(saga: Saga[Any, Any], registered: Collection[str]) -> Iterator[Finding]:
+    """Yield what is wrong in a saga function and in the functions of its module that it calls."""
+    seen: set[Callable[..., Any]] = set()
+    waiting: list[Callable[..., Any]] = [inspect.unwrap(saga.function)]
+    while waiting:
+        function = waiting.pop()
+        source = None if function in seen else source_of(function)
+        seen.add(function)
+        if source is not None:
+            yield from _check_calls(source, registered)
+            yield from _Flow(source).check()
+            waiting += helpers(source)
+
+
+def _at(source: Source, node: ast.AST, code: str, message: str) -> Iterator[Finding]:
+    line, column = getattr(node, "lineno", 1), getattr(node, "col_offset", 0) + 1
+    if not source.ignores(line, code):
+        yield Finding(shown_path(source.path), line, column, code, message)
+
+
+def _check_calls(source: Source, registered: Collection[str]) -> Iterator[Finding]:
+    for call in _calls(source, source.node.body):
+        used = _used_step(source, call)
+        if used is not None:
+            yield from _check_use(source, call, used, registered)
+        elif (problem := _misused(source, call)) is not None:
+            yield from _at(source, call, *problem)
+
+
+def _calls(source: Source, nodes: list[ast.stmt]) -> Iterator[ast.Call]:
+    """Yield the calls that run in saga code, in the order of the text; what ``saga.once`` runs may do anything."""
+    waiting: list[ast.AST] = list(reversed(nodes))
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Call):
+            yield node
+            if dotted(source, node.func) == "orchestrator.saga.once":
+                continue
+        waiting.extend(reversed(list(ast.iter_child_nodes(node))))
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """A step as a saga uses it; a plain Celery task declares nothing."""
+
+    name: str
+    effect: str
+    compensated: bool
+    undo: str = ""
+
+
+def _used_step(source: Source, call: ast.Call) -> _Use | None:
+    """Return the step that ``saga.step(...)`` asks for, if this is such a call and the step can be told."""
+    if resolve(source, call.func) is not saga_step or not call.args:
+        return None
+    return _use_of(source, call.args[0])
+
+
+def _use_of(source: Source, node: ast.expr) -> _Use | None:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        inner = _use_of(source, node.func.value)
+        if inner is not None and node.func.attr == "with_options":
+            return _changed(source, inner, node)
+        return inner if node.func.attr in ("s", "si", "signature") else None
+    found = resolve(source, node)
+    name = getattr(found, "name", None)
+    if not isinstance(found, Step) and isinstance(name, str) and hasattr(found, "run"):
+        found = steps.steps.get(name)
+        return _Use(name, "", False) if found is None else _declared(found)
+    return _declared(found) if isinstance(found, Step) else None
+
+
+def _declared(step: Step[Any, Any]) -> _Use:
+    return _Use(step.name, step.effect, step.options.compensate is not None)
+
+
+def _changed(source: Source, use: _Use, call: ast.Call) -> _Use | None:
+    """Return a step with the options of one call; None if they cannot be told."""
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    if None in given:
+        return None
+    effect, compensated, undo = use.effect, use.compensated, ""
+    if "compensate" in given:
+        none = isinstance(given["compensate"], ast.Constant) and given["compensate"].value is None
+        compensated, effect = not none, "" if none else Effect.COMPENSATABLE
+        undo = "" if none else _task_of(source, given["compensate"])
+    if "effect" in given:
+        found = resolve(source, given["effect"])
+        effect = str(found) if isinstance(found, Effect) else Effect.NONE
+    return _Use(use.name, effect, compensated, undo)
+
+
+def _task_of(source: Source, node: ast.expr) -> str:
+    target = node.func.value if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else node
+    name = getattr(resolve(source, target), "name", "")
+    return name if isinstance(name, str) else ""
+
+
+def _check_use(source: Source, call: ast.Call, use: _Use, registered: Collection[str]) -> Iterator[Finding]:
+    if use.undo and use.undo not in registered:
+        yield from _at(source, call, "SG101", _unregistered(use.name, use.undo))
+    if not use.effect and not use.compensated:
+        text = (
+            f"step {use.name} declares neither compensate= nor effect=: if the saga fails, what it did stays. "
+            "Say compensate=..., or effect=Effect.NONE, PIVOT or RETRIABLE"
+        )
+        yield from _at(source, call, "SG102", text)
+
+
+# -- calls that do not replay ------------------------------------------------------------------------------------------
+_CLOCK = "use saga.now(), or saga.sleep() to wait"
+_CHANCE = "use saga.random() or saga.uuid4(), or record it with `await saga.once(name, fn)`"
+_OUTSIDE = "do it in a step, or record it with `await saga.once(name, fn)`"
+_UNORDERED = "use saga.wait(), which returns lists in request order"
+_ONE_LOOP = "a saga has no threads and one loop; do it in a step"
+
+
+def _table(*groups: tuple[str, str, str]) -> dict[str, tuple[str, str]]:
+    return {name: (code, instead) for code, instead, names in groups for name in names.split()}
+
+
+_CALLS = _table(
+    ("SG201", _CLOCK, "datetime.datetime.now datetime.datetime.utcnow datetime.datetime.today datetime.date.today"),
+    ("SG201", _CLOCK, "time.time time.time_ns time.monotonic time.monotonic_ns time.perf_counter time.sleep"),
+    ("SG201", _CLOCK, "time.localtime time.gmtime time.strftime time.ctime"),
+    ("SG202", _CHANCE, "uuid.uuid1 uuid.uuid4 uuid.uuid6 uuid.uuid7 os.urandom os.getrandom posix.urandom"),
+    ("SG203", _OUTSIDE, "io.open _io.open builtins.open builtins.input os.system os.popen os.getenv socket.socket"),
+    ("SG203", _OUTSIDE, "socket.create_connection asyncio.open_connection asyncio.streams.open_connection"),
+    ("SG203", _OUTSIDE, "asyncio.create_subprocess_exec asyncio.create_subprocess_shell"),
+    ("SG204", _UNORDERED, "asyncio.wait asyncio.tasks.wait"),
+    ("SG204", "use saga.as_completed()", "asyncio.as_completed asyncio.tasks.as_completed"),
+    (
+        "SG204",
+        _ONE_LOOP,
+        "asyncio.to_thread asyncio.threads.to_thread asyncio.run asyncio.runners.run threading.Thread",
+    ),
+)
+_PACKAGES = _table(
+    ("SG202", _CHANCE, "random secrets numpy.random"),
+    ("SG203", _OUTSIDE, "requests httpx aiohttp urllib urllib3 http.client subprocess smtplib ftplib shutil"),
+    ("SG203", _OUTSIDE, "redis psycopg psycopg2 asyncpg sqlite3 boto3 pymongo"),
+)
+_PURE = frozenset({"urllib.parse"})
+
+
+def _misused(source: Source, call: ast.Call) -> tuple[str, str] | None:
+    """Return rule and message of a call that saga code must not make."""
+    name = dotted(source, call.func)
+    found = _CALLS.get(name) or _of_package(name)
+    if found is not None:
+        written = ast.unparse(call.func)
+        return found[0], f"{written}() is not the same on every replay of a saga; {found[1]}"
+    return _direct(source, call)
+
+
+def _of_package(name: str) -> tuple[str, str] | None:
+    parts = name.split(".")
+    prefixes = [".".join(parts[:length]) for length in range(1, len(parts))]
+    if any(prefix in _PURE for prefix in prefixes):
+        return None
+    return next((_PACKAGES[prefix] for prefix in prefixes if prefix in _PACKAGES), None)
+
+
+_SENDING = frozenset({"delay", "apply_async", "apply", "adelay", "aapply_async"})
+
+
+def _direct(source: Source, call: ast.Call) -> tuple[str, str] | None:
+    """Return rule and message of a step or saga that is called or sent instead of asked for."""
+    node: ast.expr = call.func
+    verb = "called"
+    if isinstance(node, ast.Attribute) and node.attr in _SENDING:
+        node, verb = node.value, f"sent with {node.attr}()"
+    found = resolve(source, node)
+    written = ast.unparse(node)
+    if isinstance(found, Saga):
+        return "SG205", f"saga {written} is {verb} directly in saga code; write `await saga.child({written}, ...)`"
+    celery_task = hasattr(found, "apply_async") and hasattr(found, "run") and not inspect.isclass(found)
+    if isinstance(found, Step) or (celery_task and verb != "called"):
+        return "SG205", f"step {written} is {verb} directly in saga code; write `await saga.step({written}, ...)`"
+    return None
+
+
+# -- after the pivot ---------------------------------------------------------------------------------------------------
+class _Flow:
+    """Follows a function statement by statement: which steps can come after a pivot."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._found: list[Finding] = []
+
+    def check(self) -> list[Finding]:
+        """Return the steps after a pivot that are neither retriable nor without effect."""
+        self._block(self._source.node.body, "")
+        return self._found
+
+    def _block(self, statements: list[ast.stmt], pivot: str) -> str:
+        for statement in statements:
+            pivot = self._statement(statement, pivot)
+        return pivot
+
+    def _statement(self, statement: ast.stmt, pivot: str) -> str:
+        """Judge a statement after `pivot` (the name of one, or empty); return the pivot after it."""
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            self._block(statement.body, pivot)
+            return pivot
+        for inner in ast.iter_child_nodes(statement):
+            if isinstance(inner, ast.expr | ast.withitem):
+                pivot = self._expression(inner, pivot)
+        branches = _branches(statement)
+        ends = [self._block(branch, pivot) for branch in branches if branch]
+        after = next((end for end in ends if end), pivot)
+        final = getattr(statement, "finalbody", None)
+        return self._block(final, after) if final else after
+
+    def _expression(self, node: ast.AST, pivot: str) -> str:
+        for call in _calls(self._source, [node]):  # type: ignore[list-item]
+            use = _used_step(self._source, call)
+            if use is None:
+                continue
+            if use.effect == Effect.PIVOT:
+                pivot = pivot or use.name
+            elif pivot and use.effect not in (Effect.RETRIABLE, Effect.NONE):
+                text = (
+                    f"step {use.name} comes after the pivot {pivot} and can fail for good: the run could then "
+                    "neither go on nor back and would park. Declare it effect=Effect.RETRIABLE, or move it before the pivot"
+                )
+                self._found += _at(self._source, call, "SG103", text)
+        return pivot
+
+
+def _branches(statement: ast.stmt) -> list[list[ast.stmt]]:
+    """Return the blocks of a statement of which one at most is run, or which are run one by one."""
+    if isinstance(statement, ast.Try | ast.TryStar):
+        return [statement.body + statement.orelse, *(handler.body for handler in statement.handlers)]
+    if isinstance(statement, ast.Match):
+        return [case.body for case in statement.cases]
+    return [getattr(statement, "body", []), getattr(statement, "orelse", [])]
