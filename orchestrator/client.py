@@ -146,11 +146,12 @@ class Client:
         if known is None:
             raise ConflictError(f"run {new.id} was being started by somebody else and is gone again; try once more")
         name, _, recorded = known
+        given: Any = new.input
         if name != new.saga:
             raise ConflictError(f"run id {new.id} belongs to a run of {name}; choose another id for {new.saga}")
-        if canonical_text(recorded) != canonical_text(new.input) and saga.codec.canonical(
+        if canonical_text(recorded) != canonical_text(given) and saga.codec.canonical(
             recorded
-        ) != saga.codec.canonical(new.input):
+        ) != saga.codec.canonical(given):
             raise ConflictError(
                 f"run {new.id} of {name} was started with other input; the same id with other input is a conflict, "
                 "not a second run. Use a new id, or pass the same input."

@@ -279,7 +279,11 @@ legacy_codec = FunctionCodec(_legacy, what="the Celery task")
 # -- while a step runs -------------------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class StepContext:
-    """What a running step may know about itself; `deadline` is an aware UTC instant."""
+    """What a running step may know about itself; `deadline` is an aware UTC instant.
+
+    `idempotency_key` stays the same over retries and resumes.  In a compensation `undoes` is the idempotency key of the
+    step that is undone; a probe has the key of the step that it asks for.
+    """
 
     run_id: str
     key: str
@@ -287,6 +291,7 @@ class StepContext:
     idempotency_key: str
     deadline: datetime
     heartbeat_details: Json = None
+    undoes: str = ""
     beat: Callable[[Json], None] | None = None
     starts: int = 0
     connection: Any = None

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -22,12 +23,13 @@ from orchestrator.celery.doorbell import DRAIN, Bell, connection_options
 from orchestrator.client import Client, SagaResult
 from orchestrator.engine.advance import Scope
 from orchestrator.engine.drain import Drainer, Worker
-from orchestrator.errors import OrchestratorError, StoreUnavailableError, UsageError
+from orchestrator.errors import OrchestratorError, Rejected, StoreUnavailableError, UsageError
 from orchestrator.machine.turn import Script
 from orchestrator.saga import Saga
 from orchestrator.settings import Settings
 from orchestrator.step import Step, set_router
 from orchestrator.step import registry as step_registry
+from orchestrator.store.permits import Permits
 from orchestrator.store.transaction import Transactions
 
 logger = logging.getLogger(__name__)
@@ -134,7 +136,7 @@ class Orchestrator:
         base = type("StepTask", (runner.StepTaskMixin, self.app.Task), {"__module__": __name__})
         attributes = {
             "name": step.name, "step": step, "orchestrator": self, "__module__": step.__module__, "__doc__": step.__doc__,
-            "__wrapped__": step.function, **options,
+            "__wrapped__": step.function, "throws": _expected(step), **options,
         }  # fmt: skip
         step.bound = self._register(base, attributes)
 
@@ -182,6 +184,7 @@ class Orchestrator:
         bond = worker.Bond()
         targets = {name for name in self.app.tasks if not name.startswith("celery.")}
         targets |= {saga.target for saga in sagas.registry.sagas.values()}
+        permits, transactions = _permits(bond.folder, bond.slots, self.settings.max_connections)
         scope = Scope(frozenset(bond.queues), frozenset(targets), lambda: not worker.stopping())
         return Drainer(
             Worker(
@@ -189,9 +192,15 @@ class Orchestrator:
                 scope=scope,
                 identity=bond.identity,
                 script_of=script_of,
-                runner=runner.Runner(self.app, bond.node, self.settings.sqlalchemy_url, self._events(bond.node)),
+                runner=runner.Runner(
+                    self.app,
+                    bond.node,
+                    lambda: Transactions(self.settings.sqlalchemy_url, transactions),
+                    self._events(bond.node),
+                ),
                 ring=self._ring,
                 stopping=worker.stopping,
+                permits=permits,
             )
         )
 
@@ -207,6 +216,21 @@ class Orchestrator:
             )
         finally:
             transactions.dispose()
+
+
+def _permits(folder: Path, slots: int, most: int) -> tuple[Permits | None, Permits | None]:
+    """Return the permits of a worker: transactional steps have at most half; none where there is enough for all."""
+    if slots * 2 <= most:
+        return None, None
+    half = max(1, most // 2)
+    return Permits(folder, "plain", max(1, most - half)), Permits(folder, "transactional", half)
+
+
+def _expected(step: Step[Any, Any]) -> tuple[type[BaseException], ...]:
+    """Rejections are answers, not faults: Celery logs what a task `throws` without a traceback."""
+    retry = step.options.retry
+    declared = retry.non_retryable_error_types if retry else ()
+    return (Rejected, *(error for error in declared if isinstance(error, type)))
 
 
 def script_of(name: str, version: int) -> Script | None:

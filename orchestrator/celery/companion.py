@@ -23,7 +23,7 @@ from time import monotonic
 from typing import Any
 
 from orchestrator.celery.doorbell import Bell
-from orchestrator.engine.lease import begin_life
+from orchestrator.engine.lease import begin_life, is_alive
 from orchestrator.engine.pump import Pump
 from orchestrator.errors import OrchestratorError
 from orchestrator.store import check, liveness
@@ -145,8 +145,16 @@ class Companion:
                 self._tell(connection)
 
     def _run_pump(self) -> None:
+        self._find_gone()
         self._end_stuck_children()
         self._pump.run_once(self._connect())
+
+    def _find_gone(self) -> None:
+        """Children may have died while no companion was there to see it."""
+        assert self._incarnation is not None
+        children = liveness.children(self._connect(), self._incarnation)
+        self._gone += [child for child in children if child not in self._gone and not is_alive(child)]
+        self._give_back_gone()
 
     def _end_stuck_children(self) -> None:
         """A pool child that overran its time or its heartbeat is replaced: the pool starts another one."""

@@ -104,7 +104,7 @@ class Bell:
         producer, self._producer = self._producer, None
         if producer is not None and self._owner == os.getpid():
             with contextlib.suppress(Exception):
-                producer.connection.release()  # type: ignore[union-attr]
+                producer.connection.release()
 
 
 def connection_options(app: Any) -> dict[str, Any]:

@@ -318,7 +318,7 @@ class _Discreet(logging.Filter):
                 return record.levelno > logging.INFO
             if not self._show and current_step.get() is not None:
                 said.update({key: HIDDEN for key in ("args", "kwargs", "return_value") if key in said})
-        elif said and said[0] == DRAIN:
+        elif isinstance(said, tuple) and said[:1] == (DRAIN,):
             return record.levelno > logging.INFO
         return True
 

@@ -43,10 +43,10 @@ _limit: ContextVar[float] = ContextVar("orchestrator_limit", default=0.0)
 class Runner:
     """Runs steps in this process; see `orchestrator.engine.drain.StepRunner`."""
 
-    def __init__(self, app: Celery, worker: str, sqlalchemy_url: str, events: StepEvents) -> None:
+    def __init__(self, app: Celery, worker: str, transactions: Callable[[], Transactions], events: StepEvents) -> None:
         self.worker = worker
         self._app = app
-        self._url = sqlalchemy_url
+        self._open_transactions = transactions
         self._events = events
         self._attempt: Attempt | None = None  # the one whose outcome is not committed yet
         self._tracers: dict[str, Callable[..., Any]] = {}
@@ -87,7 +87,7 @@ class Runner:
             return True
 
         if self._transactions is None:
-            self._transactions = Transactions(self._url)
+            self._transactions = self._open_transactions()
         declared = step_registry.steps[taken.task]
         timeout = timedelta(seconds=(taken.call or {}).get("t", 300.0))
         try:

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 from celery import bootsteps, signals
@@ -60,7 +61,12 @@ class CompanionStep(bootsteps.StartStopStep):
         self._folder = tempfile.mkdtemp(prefix="orchestrator-")
         self._config = self._configure(worker)
         os.environ[_VARIABLE] = json.dumps(
-            {"socket": self._config.socket, "queues": self._config.queues, "node": self._config.node}
+            {
+                "socket": self._config.socket,
+                "queues": self._config.queues,
+                "node": self._config.node,
+                "slots": self._config.slots,
+            }
         )
         try:
             self._spawn()
@@ -156,7 +162,9 @@ class Bond:
         worker = json.loads(os.environ[_VARIABLE])
         self.queues: list[str] = worker["queues"]
         self.node: str = worker["node"]
+        self.slots: int = worker["slots"]
         self._path = worker["socket"]
+        self.folder = Path(self._path).parent
         self._socket: socket.socket | None = None
         self._reported: set[int] = set()
         self._incarnation = 0

@@ -38,7 +38,7 @@ from orchestrator.machine.states import (
 )
 from orchestrator.store import runs
 
-_ROOM = 60
+_ROOM, _NOTE = 60, 100  # characters of a value, of a note
 _MACHINES: dict[str, tuple[Mapping[Any, Mapping[str, Any]], StrEnum]] = {
     "run": (RUN_TRANSITIONS, RunState.PENDING),
     "step": (FORWARD_TRANSITIONS, Forward.ASKED),
@@ -108,7 +108,7 @@ class _Drawing:
         match entry:
             case Asked():
                 self._asked[entry.key] = entry
-                self._call(entry.task, f"{entry.key}({words.arguments(entry.args, _ROOM)})")
+                self._call(entry.task, f"{self._short(entry.key)}({words.arguments(entry.args, _ROOM)})")
             case Attempted():
                 self._answer(
                     "--x", self._task(entry.key, entry.role), f"attempt {entry.attempt}: {words.error(entry.error)}"
@@ -122,9 +122,9 @@ class _Drawing:
             case Settled():
                 self._note(event.text)
             case ProbeAsked():
-                self._call(self._task(entry.key, "probe"), f"what became of {entry.key}?")
+                self._call(self._task(entry.key, "probe"), f"what became of {self._short(entry.key)}?")
             case UndoAsked():
-                self._call(self._task(entry.key, "undo"), f"undo {entry.key}")
+                self._call(self._task(entry.key, "undo"), f"undo {self._short(entry.key)}")
             case Undone() if entry.how == "done":
                 self._answer("-->>", self._task(entry.key, "undo"), "undone")
             case (
@@ -138,6 +138,11 @@ class _Drawing:
         undo = asked.undo.task if asked.undo else asked.task
         return {"undo": undo, "probe": asked.probe}.get(role, asked.task)
 
+    def _short(self, key: str) -> str:
+        """Return a key without the module of its task."""
+        task = self._asked[key].task
+        return key.replace(task, words.short(task))
+
     def _column(self, task: str) -> str:
         return self.columns.setdefault(task, f"t{len(self.columns) + 1}")
 
@@ -148,7 +153,7 @@ class _Drawing:
         self.lines.append(f"    {self._column(task)}{arrow}saga: {_safe(text)}")
 
     def _note(self, text: str) -> None:
-        self.lines.append(f"    Note over saga: {_safe(text)}")
+        self.lines.append(f"    Note over saga: {_safe(text if len(text) <= _NOTE else text[: _NOTE - 1] + '…')}")
 
 
 _ENTITIES = str.maketrans({"#": "#35;", ";": "#59;", "<": "#60;", ">": "#62;", "\n": " ", "\r": " "})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -39,7 +40,8 @@ def history(ctx: click.Context, run_id: str, traceback: bool, full: bool, json_:
         return
     out = console(ctx)
     out.print(_heading(run, full))
-    out.print(_table(found, run["started_at"], traceback))
+    for part in _parts(found, run["started_at"], traceback):
+        out.print(part, soft_wrap=isinstance(part, Text))
     if run["state"] not in TERMINAL:
         click.echo(f"\nIt is {run['state']}; what it waits for: saga explain {run_id}")
 
@@ -52,25 +54,35 @@ def _heading(run: dict[str, Any], full: bool) -> Text:
     return text
 
 
-def _table(found: list[Event], started: datetime, traceback: bool) -> Table:
-    table = Table.grid(padding=(0, 1, 0, 0))
-    table.add_column(justify="right", style="dim", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    shown = -1
-    for event in found:
-        offset = _offset(event.at - started) if event.seq != shown else ""
+def _parts(found: list[Event], started: datetime, traceback: bool) -> Iterator[Table | Text]:
+    """Yield tables of events and, between them, tracebacks, which are not folded."""
+    offsets = [_offset(event.at - started) for event in found]
+    width = max(map(len, offsets), default=0)
+    table, shown = _new_table(width), -1
+    for event, offset in zip(found, offsets, strict=True):
+        table.add_row(
+            "" if event.seq == shown else offset, *(Text(t, style=event.style) for t in (event.mark, event.text))
+        )
         shown = event.seq
-        table.add_row(offset, Text(event.mark, style=event.style), Text(event.text, style=event.style))
         for line in event.details:
             table.add_row("", "", Text(f"  {line}", style="dim"))
         if traceback and event.error and event.error.get("traceback"):
-            table.add_row("", "", Text(_indented(str(event.error["traceback"])), style="dim"))
+            yield table
+            yield Text(_indented(str(event.error["traceback"]), width + 5), style="dim")
+            table = _new_table(width)
+    yield table
+
+
+def _new_table(width: int) -> Table:
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(justify="right", style="dim", no_wrap=True, width=width)
+    table.add_column(no_wrap=True, width=1)
+    table.add_column(overflow="fold")
     return table
 
 
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.rstrip().splitlines())
+def _indented(text: str, by: int) -> str:
+    return "\n".join(" " * by + line for line in text.rstrip().splitlines())
 
 
 def _offset(length: timedelta) -> str:

@@ -87,11 +87,7 @@ def _load(name: str, found: list[Finding]) -> ModuleType | None:
         known = next((m for m in list(sys.modules.values()) if _is_file(m, path)), None)
         if known is not None:
             return known
-        name = (
-            ".".join(path.resolve().relative_to(Path.cwd()).with_suffix("").parts) if _below_here(path) else path.stem
-        )
-        if not _below_here(path):
-            sys.path.insert(0, str(path.resolve().parent))
+        name = _import_name(path.resolve())
     elif name not in sys.modules and not _exists(name):
         raise click.BadParameter(f"there is no module {name!r}")
     loaded: list[ModuleType] = []

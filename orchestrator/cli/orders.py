@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ def cancel(ctx: click.Context, run_id: str, reason: str, by: str, json_: bool) -
     It does so in its own time: what is running is awaited, then everything is compensated. Refused after the run's
     point of no return.
     """
-    client_of(ctx).cancel(run_id, reason, by)
+    client_of(ctx).cancel(run_id, reason, _who(by))
     _say(json_, run_id, "cancel", f"Run {run_id} was told to stop and to undo what it did.")
 
 
@@ -50,7 +51,7 @@ def terminate(ctx: click.Context, run_id: str, reason: str, by: str, json_: bool
 
     What it did and did not undo is listed under `left` afterwards. To have it undone use `cancel`.
     """
-    client_of(ctx).terminate(run_id, reason, by)
+    client_of(ctx).terminate(run_id, reason, _who(by))
     _say(json_, run_id, "terminate", f"Run {run_id} was told to stop without undoing anything.")
 
 
@@ -65,7 +66,7 @@ def retry(ctx: click.Context, run_id: str, key: str | None, reason: str, by: str
     """
     client = client_of(ctx)
     key = _only_key(client, run_id, key)
-    client.operate(run_id, "retry", key, by=by, reason=reason)
+    client.operate(run_id, "retry", key, by=_who(by), reason=reason)
     _say(json_, run_id, "retry", f"{_named(key)} of run {run_id} is tried again.", key=key)
 
 
@@ -80,7 +81,7 @@ def skip(ctx: click.Context, run_id: str, key: str | None, reason: str, by: str,
     """
     client = client_of(ctx)
     key = _only_key(client, run_id, key)
-    client.operate(run_id, "skip", key, by=by, reason=reason)
+    client.operate(run_id, "skip", key, by=_who(by), reason=reason)
     _say(json_, run_id, "skip", f"{_named(key)} of run {run_id} is skipped.", key=key)
 
 
@@ -109,12 +110,20 @@ def resolve(
     if role and role != "undo" and not (given or (no_effect and key)):
         wanted = "--result JSON or --no-effect" if key else "--result JSON, the output of the run"
         raise click.UsageError(f"say what became of {key or 'it'}: {wanted}")
-    client.operate(run_id, "resolve", key, by=by, reason=reason, value=result, no_effect=no_effect)
+    client.operate(run_id, "resolve", key, by=_who(by), reason=reason, value=result, no_effect=no_effect)
     _say(json_, run_id, "resolve", f"{_named(key)} of run {run_id} is settled.", key=key)
 
 
 def _parked(client: Client, run_id: str) -> list[dict[str, Any]]:
     return [item for item in client.outcome(run_id).parked if isinstance(item, dict)]
+
+
+def _who(by: str) -> str:
+    """Return who decides: as named, else the account at the keyboard."""
+    try:
+        return by or getpass.getuser()
+    except (OSError, KeyError):  # an account without a name, as containers have
+        return ""
 
 
 def _only_key(client: Client, run_id: str, key: str | None) -> str:

@@ -139,6 +139,8 @@ def _sleeping(case: Case, item: Outstanding) -> Iterator[Reason]:
     if case.run["position"] == 0:
         yield Reason("start", f"It has not started: its start is set for {case.clock(due)}, by eta or countdown.")
     elif deadline is not None and due >= deadline:
+        if case.fold.rollback is not None:
+            return  # it is being undone already: the deadline changes nothing
         others = any(other.role != "turn" for other in case.work) or case.fold.is_parked or case.run["parked"]
         after = "nothing changes, because it is past its pivot" if case.run["past_pivot"] else "it is undone"
         text = f"Its deadline is {case.clock(deadline)}; then {after}."
@@ -247,7 +249,7 @@ def _taker_problem(case: Case, item: Outstanding, what: str) -> Reason | None:
     text = (
         f"Queue {item.queue!r} is served by {nodes}, but none of them knows task {item.target}{else_}. Deploy it there."
     )
-    return Reason("no task", text, item.key)
+    return Reason("no task", f"{text} Deploy it there.", item.key)
 
 
 def _pinned(case: Case, item: Outstanding, saga: str, version: str, serving: list[Serving]) -> Reason:

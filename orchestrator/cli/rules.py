@@ -211,7 +211,7 @@ _CALLS = _table(
     (
         "SG204",
         _ONE_LOOP,
-        "asyncio.to_thread asyncio.threads.to_thread asyncio.run asyncio.runners.run threading.Thread",
+        "asyncio.to_thread asyncio.threads.to_thread asyncio.run threading.Thread",
     ),
 )
 _PACKAGES = _table(
@@ -245,16 +245,16 @@ _SENDING = frozenset({"delay", "apply_async", "apply", "adelay", "aapply_async"}
 
 def _direct(source: Source, call: ast.Call) -> tuple[str, str] | None:
     """Return rule and message of a step or saga that is called or sent instead of asked for."""
-    node: ast.expr = call.func
-    verb = "called"
-    if isinstance(node, ast.Attribute) and node.attr in _SENDING:
-        node, verb = node.value, f"sent with {node.attr}()"
+    func = call.func
+    sent = isinstance(func, ast.Attribute) and func.attr in _SENDING
+    node = func.value if isinstance(func, ast.Attribute) and sent else func
+    verb = f"sent with {ast.unparse(func).rpartition('.')[2]}()" if sent else "called"
     found = resolve(source, node)
     written = ast.unparse(node)
     if isinstance(found, Saga):
         return "SG205", f"saga {written} is {verb} directly in saga code; write `await saga.child({written}, ...)`"
     celery_task = hasattr(found, "apply_async") and hasattr(found, "run") and not inspect.isclass(found)
-    if isinstance(found, Step) or (celery_task and verb != "called"):
+    if isinstance(found, Step) or (celery_task and sent):
         return "SG205", f"step {written} is {verb} directly in saga code; write `await saga.step({written}, ...)`"
     return None
 
@@ -301,7 +301,8 @@ class _Flow:
             elif pivot and use.effect not in (Effect.RETRIABLE, Effect.NONE):
                 text = (
                     f"step {use.name} comes after the pivot {pivot} and can fail for good: the run could then "
-                    "neither go on nor back and would park. Declare it effect=Effect.RETRIABLE, or move it before the pivot"
+                    "neither go on nor back and would park. Declare it effect=Effect.RETRIABLE, or move it to before "
+                    "the pivot"
                 )
                 self._found += _at(self._source, call, "SG103", text)
         return pivot

@@ -35,6 +35,7 @@ from orchestrator.machine.journal import (
     Versioned,
     decode_entry,
 )
+from orchestrator.machine.policy import Effect
 
 History = Iterable[tuple[int, datetime, list[Any]]]
 
@@ -59,9 +60,19 @@ class _Tale:
 
     room: int
     asked: dict[str, Asked] = field(default_factory=dict)
+    told: str = ""  # the last error, which the entries that follow from it repeat
 
     def value(self, value: Any) -> str:
         return words.value(value, self.room)
+
+    def error(self, error: dict[str, Any] | None) -> str:
+        """Return an error in words, once."""
+        said = words.error(error) if error else ""
+        new, self.told = said != self.told, said or self.told
+        return said if new else ""
+
+    def harmless(self, key: str) -> bool:
+        return key in self.asked and (self.asked[key].effect == Effect.NONE or self.asked[key].kind == "once")
 
     def undo_of(self, key: str) -> str:
         undo = self.asked[key].undo if key in self.asked else None
@@ -114,10 +125,19 @@ def _asked(tale: _Tale, entry: Asked, at: datetime) -> tuple[str, ...]:
 
 def _attempted(tale: _Tale, entry: Attempted, at: datetime) -> tuple[str, ...]:
     what = {"undo": "undo of ", "probe": "probe of "}.get(entry.role, "")
-    doubt = ", may have taken effect" if entry.doubt and entry.role == "do" else ""
+    in_doubt = entry.doubt and entry.role == "do" and not tale.harmless(entry.key)
+    doubt = ", may have taken effect" if in_doubt else ""
     where = _circumstances(entry, at)
-    said = words.error(entry.error)
+    tale.told = ""
+    said = tale.error(entry.error)
     return "✗", "yellow", _told(f"{what}{entry.key} attempt {entry.attempt} failed", where) + doubt, said
+
+
+_ENDINGS = {
+    "rejected": ("was rejected", ": it had no effect"),
+    "failed": ("failed for good", ""),
+    "unknown": ("ended unknown", ": it may have taken effect"),
+}
 
 
 def _settled(tale: _Tale, entry: Settled, at: datetime) -> tuple[str, ...]:
@@ -128,10 +148,8 @@ def _settled(tale: _Tale, entry: Settled, at: datetime) -> tuple[str, ...]:
         return "✓", "green", _told(entry.key, "succeeded", _nth(entry.attempt), where, by), result
     if entry.outcome == "withdrawn":
         return "-", "dim", f"{entry.key} withdrawn before it began"
-    ended = {"rejected": "was rejected: it had no effect", "failed": "failed; it has no effect to undo",
-             "unknown": "ended unknown: it may have taken effect"}.get(entry.outcome, entry.outcome)  # fmt: skip
-    said = words.error(entry.error) if entry.error else ""
-    return "✗", "red", _told(entry.key, ended, _nth(entry.attempt), where, by), said
+    ended, so = _ENDINGS.get(entry.outcome, (entry.outcome, ""))
+    return "✗", "red", _told(entry.key, ended, _nth(entry.attempt), where, by) + so, tale.error(entry.error)
 
 
 def _probing(tale: _Tale, entry: ProbeAsked, at: datetime) -> tuple[str, ...]:
@@ -193,7 +211,7 @@ def _rollback(tale: _Tale, entry: RollbackBegan, at: datetime) -> tuple[str, ...
 
 def _parked(tale: _Tale, entry: Parked, at: datetime) -> tuple[str, ...]:
     what = f"{'undo of ' if entry.role == 'undo' else ''}{entry.key}" if entry.key else "the run"
-    said = words.error(entry.error) if entry.error else ""
+    said = tale.error(entry.error)
     return "‖", "bold red", f"{what} parked: {entry.why}", said if said not in entry.why else ""
 
 

@@ -41,7 +41,8 @@ def clock(at: datetime, now: datetime) -> str:
 
 def ago(at: datetime, now: datetime) -> str:
     """Return how far an instant is from now: ``12 s ago``, ``in 3 h``."""
-    return f"in {duration(at - now)}" if at > now else f"{duration(now - at)} ago"
+    away = duration(timedelta(seconds=max(1, round(abs((at - now).total_seconds())))))
+    return f"in {away}" if at > now else f"{away} ago"
 
 
 def value(json_value: Any, room: int = 0) -> str:

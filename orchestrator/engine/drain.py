@@ -9,7 +9,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -24,6 +23,7 @@ from orchestrator.settings import Settings
 from orchestrator.step import StepContext, StepStopped
 from orchestrator.store import liveness, runs, turns
 from orchestrator.store.connection import UNAVAILABLE, Connection, open_connection, unavailable
+from orchestrator.store.permits import Permit, Permits
 from orchestrator.store.transaction import CommitUnknown
 from orchestrator.store.turns import Taken
 
@@ -79,7 +79,7 @@ class Worker:
     runner: StepRunner
     ring: Callable[[str, int], None]
     stopping: Callable[[], bool]
-    busy: Callable[[], AbstractContextManager[Any]] | None = None
+    permits: Permits | None = None  # none: this worker has fewer children than it may have connections
 
 
 class Drainer:
@@ -91,6 +91,8 @@ class Drainer:
         self._connection: Connection | None = None
         self._advancer: Advancer | None = None
         self._reconnected = False
+        self._permit: Permit | None = None
+        self._recent_s: dict[str, float] = {}  # how long each task took the last time
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def drain(self) -> int:
@@ -99,7 +101,9 @@ class Drainer:
         Raises: StoreUnavailableError if the database cannot be reached; what was begun is reported before.
         """
         try:
-            return self._drain()
+            done = self._drain()
+            self._lend_connection()
+            return done
         except UNAVAILABLE as error:
             self._drop_connection()
             raise unavailable(error) from error
@@ -189,7 +193,11 @@ class Drainer:
             connection, advancer = self._ready()
             invocation = _run_once(advancer.function_of(connection, taken))
         else:
+            if self._recent_s.get(taken.task, 1.0) > _SHORT_S:
+                self._lend_connection()
+            began = time.monotonic()
             invocation = runner.invoke(taken, context)
+            self._recent_s[taken.task] = time.monotonic() - began
         outcome = self._outcome(taken, invocation)
         begun = self._record(taken, outcome)
         runner.finished(taken, outcome)
@@ -199,6 +207,7 @@ class Drainer:
         after: list[AfterCommit] = []
         reported: list[AttemptEnded] = []
         _, advancer = self._ready()
+        self._lend_connection()
 
         def settle(connection: Connection, invocation: Invocation) -> None:
             outcome = self._outcome(taken, invocation, harmless=True)
@@ -240,6 +249,7 @@ class Drainer:
             idempotency_key=key if taken.role == "probe" else key + suffix,
             deadline=deadline,
             heartbeat_details=call.get("d"),
+            undoes=key if taken.role == "undo" else "",
             beat=lambda details: self._beat(taken, details),
         )
 
@@ -317,10 +327,13 @@ class Drainer:
 
     def _ready(self) -> tuple[Connection, Advancer]:
         """Return connection and advancer of the present incarnation, opening what is missing."""
-        if self._connection is None or self._connection.closed:
+        if self._connection is not None and self._connection.closed:
             self._drop_connection()
+        if self._connection is None:
+            if self._worker.permits is not None:
+                self._permit = self._worker.permits.take()
             self._connection = open_connection(self._settings.dsn, name=f"child of {self._worker.runner.worker}")
-            self._reconnected = True
+            self._reconnected = self._reconnected or self._advancer is None
         if self._advancer is None:
             identity = self._worker.identity()
             if not liveness.enter(
@@ -341,9 +354,20 @@ class Drainer:
         if self._advancer is not None:
             self._advancer.discard()
             self._advancer = None
+        self._close_connection()
+
+    def _close_connection(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+        if self._permit is not None:
+            self._permit.give_back()
+            self._permit = None
+
+    def _lend_connection(self) -> None:
+        """Where connections are scarce, none is held while a step runs or a child idles."""
+        if self._worker.permits is not None:
+            self._close_connection()
 
     def _enter(self) -> None:
         """Mark that this child drains; if its incarnation was declared dead meanwhile, under the next one."""
@@ -365,6 +389,7 @@ class Drainer:
 
 
 _BATCH = 4
+_SHORT_S = 0.02  # opening a connection takes about half of this
 _PATIENCE = 600.0
 
 

@@ -147,7 +147,9 @@ class Execution:
             decisions = _Recorder(self.fold, self.fold.at)
             self._resume(decisions)
             if decisions.entries:
-                raise DriftError(f"run {self.info.id}: its code asks for more than its journal has; its next turn takes that up")
+                raise DriftError(
+                    f"run {self.info.id}: its code asks for more than its journal has; its next turn takes that up"
+                )
         return self.code.function_of(key) if self.code else None
 
     def discard(self) -> None:

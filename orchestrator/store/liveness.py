@@ -147,6 +147,17 @@ def give_back_expired(connection: Connection, limit: int = 500, now: datetime | 
     return _give_back(connection, _EXPIRED, values)
 
 
+_CHILDREN = """
+SELECT child FROM orchestrator.work WHERE fence IS NOT NULL AND incarnation = %(incarnation)s
+UNION SELECT child FROM orchestrator.drainers WHERE incarnation = %(incarnation)s
+"""
+
+
+def children(connection: Connection, incarnation: int) -> list[int]:
+    """Return the children of an incarnation that hold work or drain (index work_begun, primary key of drainers)."""
+    return [row[0] for row in connection.execute(_CHILDREN, {"incarnation": incarnation}).fetchall()]
+
+
 _EXPIRED_CHILDREN = f"""
 SELECT DISTINCT child FROM orchestrator.work
 WHERE fence IS NOT NULL AND incarnation = %(incarnation)s AND expires_at < {CLOCK}

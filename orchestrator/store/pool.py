@@ -32,7 +32,7 @@ class ClientPool:
             if self._pool is not None:
                 self._abandoned.append(self._pool)
             self._pool = QueuePool(
-                lambda: open_connection(self._dsn, name="client"),  # type: ignore[arg-type,return-value]
+                lambda: open_connection(self._dsn, name="client"),  # type: ignore[arg-type]
                 pool_size=self._size, max_overflow=0, timeout=10, reset_on_return=None,
             )  # fmt: skip
             self._owner = os.getpid()

@@ -5,7 +5,8 @@ Owns the connection that user code is handed, and takes from it what would end t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,9 +14,11 @@ from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 
 from orchestrator.errors import UsageError
 from orchestrator.store.connection import Connection as Psycopg
+from orchestrator.store.permits import Permits
 
 T = TypeVar("T")
 
@@ -33,10 +36,17 @@ class TransactionFailed(Exception):
 
 
 class Transactions:
-    """Opens the transactions of one process; at most one connection per thread that uses it."""
+    """Opens the transactions of one process; at most one connection per thread that uses it.
 
-    def __init__(self, sqlalchemy_url: str) -> None:
-        self._engine: Engine = create_engine(sqlalchemy_url, pool_size=1, max_overflow=20, pool_pre_ping=True)
+    With `permits` a connection lives as long as its transaction, and needs a permit.
+    """
+
+    def __init__(self, sqlalchemy_url: str, permits: Permits | None = None) -> None:
+        self._permits = permits
+        if permits is None:
+            self._engine: Engine = create_engine(sqlalchemy_url, pool_size=1, max_overflow=20, pool_pre_ping=True)
+        else:
+            self._engine = create_engine(sqlalchemy_url, poolclass=NullPool)
 
     def run(
         self, wants_session: bool, timeout: timedelta, work: Callable[[Any], T], settle: Callable[[Psycopg, T], bool]
@@ -46,7 +56,7 @@ class Transactions:
         `settle` gets the driver's connection and what `work` returned, and says whether to commit.
         Raises: CommitUnknown, TransactionFailed; whatever `settle` raises, after a rollback.
         """
-        with self._engine.connect() as connection:
+        with self._permitted(), self._engine.connect() as connection:
             outer = connection.begin()
             milliseconds = str(int(timeout.total_seconds() * 1000))
             connection.execute(_IDLE_TIMEOUT, {"timeout": milliseconds})
@@ -78,6 +88,15 @@ class Transactions:
             except DBAPIError as error:
                 raise TransactionFailed(error) from error
             return value
+
+    @contextlib.contextmanager
+    def _permitted(self) -> Iterator[None]:
+        permit = self._permits.take() if self._permits else None
+        try:
+            yield
+        finally:
+            if permit is not None:
+                permit.give_back()
 
     def dispose(self) -> None:
         """Close what is idle."""

@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from celery import Celery
 from celery.events.state import State
 
 from orchestrator import Orchestrator, SagaFailed
+from orchestrator.celery import events
+from orchestrator.machine.journal import AttemptEnded
+from orchestrator.store.turns import Taken
 from tests.celery import events_app
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +60,7 @@ class Bank:
 
     @contextmanager
     def worker(self, *options: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-        command = ["worker", "-c", "2", "-n", NODE, "-l", "INFO", *options]
+        command = ["worker", "-c", "2", "-n", NODE, "-l", "INFO", "--without-mingle", *options]
         with self.process(*command, **environment) as process:
             until(lambda: f"{NODE} ready" in self.log.read_text(), "a worker that is ready")
             yield process
@@ -245,6 +249,37 @@ def test_a_warm_shutdown_loses_no_event(bank: Bank) -> None:
         with bank.worker("-E"):
             assert bank.sagas.chat.delay(20).get(timeout=20) == 20
         until(bank.settled(20), "the events of twenty steps", 5.0)
+
+
+def test_events_go_on_after_the_broker_dropped_every_connection(bank: Bank) -> None:
+    with bank.worker("-E"):
+        assert bank.sagas.chat.delay(3).get(timeout=20) == 3
+        bank.redis.client_kill_filter(_type="normal", skipme=True)
+        with bank.listening():
+
+            def told() -> bool:
+                bank.sagas.chat.delay(3).get(timeout=20)
+                return bool(bank.task_events())
+
+            until(told, "events over a new connection")
+
+
+def test_a_broker_that_does_not_answer_costs_a_step_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "_shared", bytearray(b"\1" + bytes(15)))
+    now = datetime.now(UTC)
+    taken = Taken("r", "echo#0", "do", "bank.echo", "celery", "bank.echo", 1, {"a": {"word": CANARY}}, 7, now, now)
+    outcome = AttemptEnded(taken.key, taken.role, taken.attempt, "succeeded", CANARY)
+    with socket.socket() as deaf, Celery("observed", set_as_current=False) as app:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        url = f"redis://127.0.0.1:{deaf.getsockname()[1]}/0"
+        step_events = events.StepEvents(app, NODE, {"hostname": url})
+        began = time.monotonic()
+        for _ in range(5000):
+            step_events.finish(step_events.begin(taken), taken, outcome)
+        assert time.monotonic() - began < 2
+        step_events.close()
+        assert time.monotonic() - began < 4
 
 
 def test_flower_lists_the_steps_by_name(bank: Bank) -> None:
