@@ -149,9 +149,9 @@ class Client:
         given: Any = new.input
         if name != new.saga:
             raise ConflictError(f"run id {new.id} belongs to a run of {name}; choose another id for {new.saga}")
-        if canonical_text(recorded) != canonical_text(given) and saga.codec.canonical(
-            recorded
-        ) != saga.codec.canonical(given):
+        if canonical_text(recorded) != canonical_text(given) and saga.codec.canonical(recorded) != saga.codec.canonical(
+            given
+        ):
             raise ConflictError(
                 f"run {new.id} of {name} was started with other input; the same id with other input is a conflict, "
                 "not a second run. Use a new id, or pass the same input."
@@ -231,7 +231,7 @@ class Client:
     def _order(self, run_id: str, arrival: Arrival) -> None:
         with self.pool.connection() as connection:
             with connection.transaction():
-                queue = turns.leave_arrival(connection, run_id, encode(arrival))
+                queue = turns.leave_arrival(connection, run_id, encode(arrival), anyone=not _wants_code(arrival))
             if queue:
                 self.ring_for(connection, queue, 1)
 
@@ -450,8 +450,9 @@ class _Poller:
                 self._pause = 0.25  # the database comes back, or the callers' timeouts end their waiting
             except BaseException as error:
                 self._fail(ids, error)
-            time.sleep(self._pause)
-            self._pause = min(self._pause * 1.3, 0.25)
+            with self._lock:
+                self._lock.wait(self._pause)  # a new caller is answered at once, whatever the pause has grown to
+                self._pause = min(self._pause * 1.3, 0.25)
 
     def _settle(self, ids: list[str], found: dict[str, runs.Outcome]) -> None:
         with self._lock:
@@ -511,6 +512,11 @@ def _aware(eta: Any) -> datetime | None:
     if not isinstance(eta, datetime) or eta.tzinfo is None:
         raise UsageError("eta must be an aware datetime; say which time zone it is in")
     return eta
+
+
+def _wants_code(arrival: Arrival) -> bool:
+    """Only to go on with the run itself takes its code; stopping and mending a key can be done by any worker."""
+    return isinstance(arrival, Operate) and not arrival.key
 
 
 def _due_now(new: runs.Start) -> bool:

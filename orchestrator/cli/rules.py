@@ -190,6 +190,12 @@ def _check_use(source: Source, call: ast.Call, use: _Use, registered: Collection
 _CLOCK = "use saga.now(), or saga.sleep() to wait"
 _CHANCE = "use saga.random() or saga.uuid4(), or record it with `await saga.once(name, fn)`"
 _OUTSIDE = "do it in a step, or record it with `await saga.once(name, fn)`"
+_HARM = {
+    "SG201": "is not the same on every replay of a saga",
+    "SG202": "is not the same on every replay of a saga",
+    "SG203": "happens again on every replay of a saga",
+    "SG204": "does not work on a saga's deterministic loop",
+}
 _UNORDERED = "use saga.wait(), which returns lists in request order"
 _ONE_LOOP = "a saga has no threads and one loop; do it in a step"
 
@@ -228,7 +234,7 @@ def _misused(source: Source, call: ast.Call) -> tuple[str, str] | None:
     found = _CALLS.get(name) or _of_package(name)
     if found is not None:
         written = ast.unparse(call.func)
-        return found[0], f"{written}() is not the same on every replay of a saga; {found[1]}"
+        return found[0], f"{written}() {_HARM[found[0]]}; {found[1]}"
     return _direct(source, call)
 
 

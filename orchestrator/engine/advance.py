@@ -9,8 +9,10 @@ import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -34,13 +36,13 @@ from orchestrator.machine.journal import (
     encode,
 )
 from orchestrator.machine.states import TERMINAL, RunState
-from orchestrator.machine.turn import CodeError, Execution, Script, Turn
+from orchestrator.machine.turn import CodeError, CodeMissing, Execution, Script, Turn
 from orchestrator.store import runs, turns
 from orchestrator.store.connection import Connection
 from orchestrator.store.turns import Commit, Loaded, RunRow, Taken
 
 logger = logging.getLogger(__name__)
-_TRIES = 10
+_TRIES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,14 @@ class Begun:
 
     work: Work
     taken: Taken
+
+
+@dataclass(slots=True)
+class Made:
+    """What a committed turn made: the work begun here, and whether the run has more arrivals."""
+
+    begun: list[Taken]
+    again: bool
 
 
 AfterCommit = Callable[[Connection], list[Taken]]
@@ -112,44 +122,59 @@ class Advancer:
         assert taken.run is not None
         self.clock.set(taken.now)
         if taken.run.position == 0 and taken.run_id not in self._cache:
-            loaded = Loaded(taken.run, taken.now, [], [])
-            found = self._attempt(connection, loaded, None, holds_turn=True)
-            if found is not None:
-                return found
+            made = self._attempt(connection, Loaded(taken.run, taken.now, [], []), None, holds_turn=True)
+            if made is not None:
+                return self._go_on(connection, taken.run_id, made)
         return self._advance(connection, taken.run_id, holds_turn=True)
 
     def record(self, connection: Connection, taken: Taken, outcome: AttemptEnded) -> list[Taken]:
         """Record what came of an attempt, with its turn if possible; returns the work that was begun by it."""
-        loaded = self._known(connection, taken.run_id)
-        if loaded is not None:
-            found = self._attempt(connection, loaded, outcome, done=taken)
-            if found is not None:
-                return found
-        if not self._leave(connection, taken, outcome, drivable=loaded is not None):
+        try:
+            loaded = self._known(connection, taken.run_id)
+            made = self._attempt(connection, loaded, outcome, done=taken) if loaded else None
+        except CodeMissing:
+            self._leave(connection, taken, outcome, drivable=False)
+            return []
+        if made is not None:
+            return self._go_on(connection, taken.run_id, made)
+        if not self._leave(connection, taken, outcome, drivable=True):
             return []
         return self._advance(connection, taken.run_id)
 
     def record_within(self, connection: Connection, taken: Taken, outcome: AttemptEnded) -> AfterCommit | None:
         """Record an outcome in the caller's open transaction; does not commit.
 
-        Returns what is to be called after the commit with the child's own connection, or None if the fence was lost: then the caller rolls back.
+        Returns what is to be called after the commit with the child's own connection, or None if the fence was lost: then
+        the caller rolls back.
         """
-        loaded = self._known(connection, taken.run_id)
-        if loaded is not None:
-            execution, turn = self._compute(connection, loaded, outcome)
-            if execution is not None:
-                first = self._begin_next(execution.info, turn, loaded.now)
-                consumed = [id for id, _ in loaded.arrivals]
-                committed = self._write(connection, execution, turn, first, consumed, taken, holds_turn=False)
-                if committed.written:
-                    return lambda after: self._after(after, execution, turn, first, committed.owed)
-                execution.discard()
+        drivable = True
+        loaded = None
+        try:
+            loaded = self._known(connection, taken.run_id)
+            execution, turn = self._compute(connection, loaded, outcome) if loaded else (None, _NO_TURN)
+        except CodeMissing:
+            execution, turn, drivable = None, _NO_TURN, False
+        if execution is not None and loaded is not None:
+            first = self._begin_next(execution.info, turn, loaded.now)
+            consumed = [id for id, _ in loaded.arrivals]
+            committed = self._write(connection, execution, turn, first, consumed, taken, holds_turn=False)
+            if committed.written:
+                made = partial(self._after, execution=execution, turn=turn, first=first, owed=committed.owed)
+                return lambda after: self._go_on(after, taken.run_id, made(after))
+            execution.discard()
         assert taken.fence is not None
         if not turns.arrive(connection, taken.run_id, taken.key, taken.fence, encode(outcome)):
             return None
-        if loaded is None:
-            turns.owe_turn(connection, taken.run_id)
-        return lambda after: self._advance(after, taken.run_id)
+        if drivable:
+            return lambda after: self._advance(after, taken.run_id)
+        queue = turns.owe_turn(connection, taken.run_id)
+
+        def ring(after: Connection) -> list[Taken]:
+            if queue:
+                self._ring(after, queue, 1)
+            return []
+
+        return ring
 
     def _leave(self, connection: Connection, taken: Taken, outcome: AttemptEnded, drivable: bool) -> bool:
         """Leave the outcome as an arrival; a success that the fence refuses is left as a late effect.
@@ -171,7 +196,7 @@ class Advancer:
         if outcome.verdict == "succeeded" and not (taken.call or {}).get("n"):
             late = LateSuccess(taken.key, taken.role, taken.attempt, outcome.result, outcome.worker)
             with connection.transaction():
-                queue = turns.leave_arrival(connection, taken.run_id, encode(late))
+                queue = turns.leave_arrival(connection, taken.run_id, encode(late), anyone=True)
             if queue:
                 self._ring(connection, queue, 1)
         return False
@@ -197,29 +222,42 @@ class Advancer:
             self._cache.popitem()[1].discard()
 
     # -- turns ---------------------------------------------------------------------------------------------------------
+    def _go_on(self, connection: Connection, run_id: str, made: Made) -> list[Taken]:
+        """After a turn: look again for arrivals, if there are or may be some."""
+        if not made.again:
+            return made.begun
+        return made.begun + self._advance(connection, run_id, may_begin=not made.begun)
+
     def _advance(
         self, connection: Connection, run_id: str, holds_turn: bool = False, may_begin: bool = True
     ) -> list[Taken]:
         """Take the run's arrivals, until there are none or another process has the run."""
+        begun: list[Taken] = []
         for _ in range(_TRIES):
             loaded = self._load(connection, run_id)
-            identity = self.identity
             if holds_turn:
-                holds_turn = turns.holds_turn(connection, run_id, identity.incarnation, identity.child)
+                holds_turn = turns.holds_turn(connection, run_id, self.identity.incarnation, self.identity.child)
             if loaded is None or not (loaded.arrivals or holds_turn):
-                return []
+                return begun
             if loaded.run.finished and not loaded.arrivals:
                 turns.ignore(connection, run_id, [])
-                return []
-            if self._script_of(loaded.run.saga, loaded.run.version) is None:
-                return []
-            begun = self._attempt(connection, loaded, None, holds_turn=holds_turn, may_begin=may_begin)
-            if begun is not None:
                 return begun
-            if not holds_turn:
-                return []  # whoever moved the run looks again after its commit
-        logger.warning("run %s: others keep moving it; its turn is left to them", run_id)
-        return []
+            try:
+                made = self._attempt(connection, loaded, None, holds_turn=holds_turn, may_begin=may_begin and not begun)
+            except CodeMissing:
+                turns.pass_on(connection, run_id)
+                return begun
+            if made is None:
+                if holds_turn:
+                    continue
+                return begun  # whoever moved the run looks again after its commit
+            begun += made.begun
+            holds_turn = False
+            if not made.again:
+                return begun
+        # Not lost: its arrivals are found by the next turn.
+        turns.owe_turn(connection, run_id)
+        return begun
 
     def _attempt(
         self,
@@ -230,8 +268,8 @@ class Advancer:
         done: Taken | None = None,
         holds_turn: bool = False,
         may_begin: bool = True,
-    ) -> list[Taken] | None:
-        """Compute and commit one turn; returns the work begun, or None if it was not written."""
+    ) -> Made | None:
+        """Compute and commit one turn; returns what it made, or None if it was not written.  Raises: CodeMissing."""
         execution, turn = self._compute(connection, loaded, outcome)
         if execution is None:
             return None
@@ -239,9 +277,12 @@ class Advancer:
         consumed = [id for id, _ in loaded.arrivals]
         if turn.was_ended and not turn.entries:
             turns.ignore(connection, loaded.run.id, consumed)
-            return []
+            return Made([], False)
         try:
-            committed = self._write(connection, execution, turn, first, consumed, done, holds_turn)
+            with connection.transaction() if turn.corrections else nullcontext():
+                committed = self._write(connection, execution, turn, first, consumed, done, holds_turn)
+                for late in turn.corrections if committed.written else ():
+                    self._correct(connection, execution, late)
         except BaseException:
             self._forget(loaded.run.id)
             execution.discard()
@@ -252,24 +293,18 @@ class Advancer:
             return None
         return self._after(connection, execution, turn, first, committed.owed)
 
-    def _after(
-        self, connection: Connection, execution: Execution, turn: Turn, first: Begun | None, owed: bool
-    ) -> list[Taken]:
-        """After the commit: keep the coroutine, make correcting runs, ring, look again for arrivals."""
+    def _after(self, connection: Connection, execution: Execution, turn: Turn, first: Begun | None, owed: bool) -> Made:
+        """After the commit: keep the coroutine, ring, say whether to look again for arrivals."""
         run_id = execution.info.id
         if turn.state in TERMINAL:
             execution.discard()
             self._forget(run_id)
         else:
             self._remember(execution)
-        for late in turn.corrections:
-            self._correct(connection, execution, late)
         self._ring_for(connection, execution.info, turn, first)
         begun = [first.taken] if first else []
         others = execution.fold.in_flight > len(begun)
-        if owed or (others and turns.has_arrivals(connection, run_id)):
-            return begun + self._advance(connection, run_id, may_begin=not begun)
-        return begun
+        return Made(begun, owed or (others and turns.has_arrivals(connection, run_id)))
 
     def _compute(
         self, connection: Connection, loaded: Loaded, outcome: AttemptEnded | None
@@ -282,6 +317,8 @@ class Advancer:
             return None, _NO_TURN
         try:
             return execution, execution.turn(arrivals, loaded.now)
+        except CodeMissing:
+            raise
         except Exception as error:
             self._forget(loaded.run.id)
             execution.discard()
@@ -387,17 +424,17 @@ class Advancer:
 
     # -- executions ----------------------------------------------------------------------------------------------------
     def _known(self, connection: Connection, run_id: str) -> Loaded | None:
-        """Return what the cache knows as a snapshot without arrivals, else load it; None if it cannot be driven here."""
+        """Return what the cache knows as a snapshot without arrivals, else load it; None if there is no such run."""
         cached = self._cache.get(run_id)
         if cached is not None:
             info = cached.info
             row = RunRow(info.id, info.saga, info.version, info.queue, info.input, info.started, info.deadline,
-                         info.priority, cached.fold.position, False)  # fmt: skip
+                         info.priority, cached.fold.position, cached.fold.state)  # fmt: skip
             return Loaded(row, self.clock(), [], [])
-        loaded = self._load(connection, run_id)
-        if loaded is None or self._script_of(loaded.run.saga, loaded.run.version) is None:
-            return None
-        return loaded
+        found = turns.run_row(connection, run_id)
+        if found is not None and found.needs_code and self._script_of(found.saga, found.version) is None:
+            raise CodeMissing
+        return self._load(connection, run_id)
 
     def _load(self, connection: Connection, run_id: str) -> Loaded | None:
         cached = self._cache.get(run_id)
@@ -412,8 +449,6 @@ class Advancer:
         execution = self._cache.pop(run.id, None)
         if execution is None:
             script = self._script_of(run.saga, run.version)
-            if script is None:
-                return None
             info = RunInfo(
                 run.id, run.saga, run.version, run.input, run.started_at, run.queue, run.deadline_at, run.priority
             )

@@ -149,7 +149,7 @@ class Drainer:
         taken = turns.take(
             connection,
             queues=list(scope.queues),
-            targets=list(scope.targets),
+            targets=[*scope.targets, turns.ANYONE],
             incarnation=identity.incarnation,
             child=identity.child,
             fence=new_fence(),
@@ -171,12 +171,23 @@ class Drainer:
                 return done
             connection, advancer = self._ready()
             if item.role == "turn":
-                begun = advancer.start_turn(connection, item)
+                begun = self._start_turn(connection, advancer, item)
             else:
                 begun = self._run(item)
                 done += 1
             pending.extendleft(reversed(begun))
         return done
+
+    def _start_turn(self, connection: Connection, advancer: Advancer, item: Taken) -> list[Taken]:
+        """A turn that fails for a reason nobody foresaw must neither stop the others nor be tried in a tight loop."""
+        try:
+            return advancer.start_turn(connection, item)
+        except (*UNAVAILABLE, StoreUnavailableError):
+            raise
+        except Exception:
+            logger.exception("run %s: its turn failed and is tried again in 30 s; please report this", item.run_id)
+            turns.postpone(connection, item.run_id, timedelta(seconds=30))
+            return []
 
     def _give_back(self, items: list[Taken]) -> None:
         connection, advancer = self._ready()

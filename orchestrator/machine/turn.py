@@ -38,6 +38,10 @@ CODE_ERRORS = (
 )  # fmt: skip
 
 
+class CodeMissing(Exception):
+    """Tell that the run wants its saga function and this process does not have it; nothing was decided."""
+
+
 class CodeError(Exception):
     """Tell that the saga function itself is wrong; `error` describes it."""
 
@@ -79,7 +83,7 @@ class Execution:
     saga code is resumed from where it stopped.
     """
 
-    def __init__(self, info: RunInfo, script: Script) -> None:
+    def __init__(self, info: RunInfo, script: Script | None) -> None:
         self.info = info
         self.fold = Fold(info)
         self.script = script
@@ -99,8 +103,8 @@ class Execution:
     def turn(self, arrivals: Iterable[Arrival], now: datetime, park: Parked | None = None) -> Turn:
         """Compute the next turn at `now` (aware UTC; never earlier than the turn before).
 
-        With `park` saga code is left alone and the run is parked instead.  Raises: DriftError, CodeError; then nothing
-        of this execution may be committed, and it is to be loaded again.
+        With `park` saga code is left alone and the run is parked instead.  Raises: DriftError, CodeError, CodeMissing;
+        then nothing of this execution may be committed, and it is to be loaded again.
         """
         fold = self.fold
         was_ended = fold.state in TERMINAL
@@ -159,8 +163,11 @@ class Execution:
             self.code = None
 
     def _resume(self, decisions: _Recorder) -> SagaCode:
+        script = self.script
+        if script is None:
+            raise CodeMissing(f"{self.info.target} is not registered here, and run {self.info.id} wants its code")
         if self.code is None:
-            self.code = SagaCode(lambda: self.script.main(self.info.input), self.fold)
+            self.code = SagaCode(lambda: script.main(self.info.input), self.fold)
         rows, self._undelivered = self._undelivered, []
         self._delivered.extend(rows)
         self.code.resume(rows, decisions)
@@ -175,7 +182,7 @@ class Execution:
         self._drop_code()
         if error is None:
             decisions.record(Returned(output))
-        elif self.script.code_errors_park and is_code_error(error):
+        elif self.script is not None and self.script.code_errors_park and is_code_error(error):
             raise CodeError(describe_exception(error))
         else:
             decisions.record(Raised(describe_exception(error)))

@@ -15,6 +15,7 @@ from typing import Any
 import psycopg
 
 from orchestrator.codec import Json, dumps
+from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.store.connection import Connection
 
 CLOCK = "coalesce(%(now)s::timestamptz, orchestrator.now())"
@@ -54,7 +55,17 @@ class RunRow:
     deadline_at: datetime | None
     priority: int
     position: int
-    finished: bool
+    state: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is terminal."""
+        return self.state in TERMINAL
+
+    @property
+    def needs_code(self) -> bool:
+        """Whether a turn may have to resume saga code; going back needs none."""
+        return self.state != RunState.COMPENSATING and not self.finished
 
 
 def take(
@@ -99,7 +110,7 @@ SELECT at, entries FROM orchestrator.journal WHERE run_id = %(run_id)s AND seq >
 """
 _LOAD_ARRIVALS = "SELECT id, arrival FROM orchestrator.arrivals WHERE run_id = %(run_id)s ORDER BY id"
 _LOAD_RUN = f"""
-SELECT id, saga, version, queue, input, started_at, deadline_at, priority, position, finished_at IS NOT NULL, {CLOCK}
+SELECT id, saga, version, queue, input, started_at, deadline_at, priority, position, state, {CLOCK}
 FROM orchestrator.runs WHERE id = %(run_id)s
 """
 
@@ -228,31 +239,67 @@ def arrive(connection: Connection, run_id: str, key: str, fence: int, arrival: J
 
 
 # One row of work per run says that it owes a turn; a reservation of it is lifted, so that its holder cannot delete it.
+# A turn that resumes no saga code is for anyone who serves the queue: a run can be undone when its code is gone.
 _OWE_TURN = f"""
 INSERT INTO orchestrator.work AS w (run_id, key, role, target, queue, priority, due_at)
-SELECT id, '', 'turn', saga || '@' || version, queue, priority, {CLOCK} FROM orchestrator.runs WHERE id = %(run_id)s
+SELECT id, '', 'turn',
+    CASE WHEN %(anyone)s OR state = 'compensating' OR finished_at IS NOT NULL THEN %(any)s ELSE saga || '@' || version END,
+    queue, priority, {CLOCK}
+FROM orchestrator.runs WHERE id = %(run_id)s
 ON CONFLICT (run_id, key) DO UPDATE SET
+    target = CASE WHEN EXCLUDED.target = %(any)s THEN EXCLUDED.target ELSE w.target END,
     due_at = least(w.due_at, EXCLUDED.due_at), reserved_at = NULL, incarnation = NULL, child = NULL
 RETURNING queue
 """
+ANYONE = "*"
 
 
-def owe_turn(connection: Connection, run_id: str, now: datetime | None = None) -> str | None:
-    """Make the run's turn due; returns the queue to ring, None if there is no such run."""
-    row = connection.execute(_OWE_TURN, {"run_id": run_id, "now": now}).fetchone()
+def owe_turn(connection: Connection, run_id: str, now: datetime | None = None, *, anyone: bool = False) -> str | None:
+    """Make the run's turn due, for `anyone` or for who has its code; returns the queue to ring, None without such a run."""
+    row = connection.execute(_OWE_TURN, {"run_id": run_id, "now": now, "anyone": anyone, "any": ANYONE}).fetchone()
     return row[0] if row else None
+
+
+_PASS_ON = """
+UPDATE orchestrator.work w SET target = r.saga || '@' || r.version, reserved_at = NULL, incarnation = NULL, child = NULL
+FROM orchestrator.runs r WHERE r.id = w.run_id AND w.run_id = %(run_id)s AND w.key = ''
+"""
+
+
+def pass_on(connection: Connection, run_id: str) -> None:
+    """Leave the run's turn to who has its code (primary key of work)."""
+    connection.execute(_PASS_ON, {"run_id": run_id})
+
+
+_POSTPONE = f"""
+UPDATE orchestrator.work SET due_at = {CLOCK} + %(pause)s::interval, reserved_at = NULL, incarnation = NULL, child = NULL
+WHERE run_id = %(run_id)s AND key = ''
+"""
+
+
+def postpone(connection: Connection, run_id: str, pause: timedelta, now: datetime | None = None) -> None:
+    """Try the run's turn again later (primary key of work)."""
+    connection.execute(_POSTPONE, {"run_id": run_id, "pause": pause, "now": now})
+
+
+def run_row(connection: Connection, run_id: str) -> RunRow | None:
+    """Read the run's own row (primary key of runs)."""
+    found = connection.execute(_LOAD_RUN, {"run_id": run_id, "now": None}).fetchone()
+    return RunRow(*found[:10]) if found else None
 
 
 _LEAVE = "INSERT INTO orchestrator.arrivals (run_id, arrival) VALUES (%(run_id)s, %(arrival)s::json)"
 
 
-def leave_arrival(connection: Connection, run_id: str, arrival: Json, now: datetime | None = None) -> str | None:
+def leave_arrival(
+    connection: Connection, run_id: str, arrival: Json, now: datetime | None = None, *, anyone: bool = False
+) -> str | None:
     """Leave an arrival that needs no fence and make the run's turn due; returns the queue to ring.
 
     Two statements; the caller opens the transaction that holds them together.
     """
     connection.execute(_LEAVE, {"run_id": run_id, "arrival": dumps(arrival)})
-    return owe_turn(connection, run_id, now)
+    return owe_turn(connection, run_id, now, anyone=anyone)
 
 
 _HAS_ARRIVALS = "SELECT EXISTS (SELECT FROM orchestrator.arrivals WHERE run_id = %(run_id)s)"

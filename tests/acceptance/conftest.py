@@ -45,8 +45,9 @@ class Site:
 
     def new_worker(self, *options: str, queue: str = "", proxied: bool = False, **environment: str) -> Worker:
         number = next(self.numbers)
-        surroundings = {**self.environment(proxied=proxied), **environment}
-        return Worker(queue or f"own-{number}", self.folder / f"worker-{number}.log", surroundings, *options)
+        queue = queue or f"own-{number}"
+        surroundings = {**self.environment(proxied=proxied), "ACCEPTANCE_QUEUE": queue, **environment}
+        return Worker(queue, self.folder / f"worker-{number}.log", surroundings, *options)
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,8 @@ def test_every_refused_option_is_said_to_be_refused() -> None:
 def test_every_option_of_a_step_is_in_the_table() -> None:
     context = {"run_id", "key", "attempt", "idempotency_key", "deadline", "heartbeat", "heartbeat_details"}
     assert context <= set(dir(StepContext))
-    assert _missing("steps.md", set(StepOptions.__dataclass_fields__) - {"celery"} | {e.name for e in Effect} | context) == set()
+    options = set(StepOptions.__dataclass_fields__) - {"celery"}
+    assert _missing("steps.md", options | context | {effect.name for effect in Effect}) == set()
 
 
 def test_every_function_of_the_saga_module_is_documented() -> None:
@@ -103,7 +104,9 @@ def test_every_command_and_option_is_documented() -> None:
     assert commands.keys() <= rows
     missing = set()
     for command in commands.values():
-        flags = {flag for o in command.params if isinstance(o, click.Option) for flag in o.opts if flag.startswith("--")}
+        flags = {
+            flag for o in command.params if isinstance(o, click.Option) for flag in o.opts if flag.startswith("--")
+        }
         missing |= _missing("operating.md", {flag.lstrip("-") for flag in flags})
     assert missing == set()
 
@@ -114,5 +117,7 @@ def test_every_rule_of_lint_is_documented_with_its_severity() -> None:
 
 
 def test_only_one_page_speaks_of_workflows_and_activities() -> None:
-    speaking = {page.name for page in PAGES if re.search(r"\b(workflow|activity|activities)s?\b", page.read_text(), re.I)}
+    speaking = {
+        page.name for page in PAGES if re.search(r"\b(workflow|activity|activities)s?\b", page.read_text(), re.I)
+    }
     assert speaking == {"coming-from-temporal.md"}

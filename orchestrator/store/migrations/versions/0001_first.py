@@ -114,7 +114,7 @@ CREATE FUNCTION orchestrator.take_1(
 ) RETURNS TABLE (
     run_id text, key text, role text, target text, queue text, task text, attempt integer, call json, fence bigint,
     deadline_at timestamptz, now timestamptz, saga text, version integer, run_queue text, input jsonb,
-    started_at timestamptz, run_deadline_at timestamptz, priority smallint, "position" integer, finished boolean
+    started_at timestamptz, run_deadline_at timestamptz, priority smallint, "position" integer, state text
 ) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
@@ -148,7 +148,7 @@ BEGIN
                     WHERE run_id = w.run_id AND key = w.key;
                     RETURN QUERY SELECT w.run_id, w.key, w.role, w.target, w.queue, w.task, w.attempt + 1, w.call, p_fence,
                         v_now + make_interval(secs => v_seconds), v_now, NULL::text, NULL::integer, NULL::text,
-                        NULL::jsonb, NULL::timestamptz, NULL::timestamptz, NULL::smallint, NULL::integer, NULL::boolean;
+                        NULL::jsonb, NULL::timestamptz, NULL::timestamptz, NULL::smallint, NULL::integer, NULL::text;
                     RETURN;
                 END IF;
                 v_taken := v_taken + 1;
@@ -156,7 +156,7 @@ BEGIN
                 WHERE run_id = w.run_id AND key = w.key;
                 RETURN QUERY SELECT w.run_id, w.key, w.role, w.target, w.queue, w.task, w.attempt, w.call, NULL::bigint,
                     NULL::timestamptz, v_now, r.saga, r.version, r.queue, r.input, r.started_at, r.deadline_at, r.priority,
-                    r.position, r.finished_at IS NOT NULL
+                    r.position, r.state
                     FROM orchestrator.runs r WHERE r.id = w.run_id;
             END LOOP;
             EXIT WHEN v_taken >= p_limit;

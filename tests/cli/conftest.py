@@ -1,0 +1,148 @@
+"""An app, a database of its own, a worker, and the command line as a function."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+from celery.bin.base import CLIContext
+from click.testing import CliRunner, Result
+from psycopg import sql
+
+ROOT = Path(__file__).parents[2]
+
+
+def _import_shop() -> Any:
+    """Import the app without taking the steps and sagas of other tests' apps over."""
+    from orchestrator import saga as saga_module
+    from orchestrator import step as _
+    from orchestrator.step import registry as steps
+
+    assert _
+    step_module = sys.modules["orchestrator.step"]
+    sagas = saga_module.registry
+    starters = {saga: saga.starter for saga in sagas.sagas.values()}
+    bound = {step: step.bound for step in steps.steps.values()}
+    router = step_module._router
+    from tests.cli import shop
+
+    for saga, starter in starters.items():
+        saga.starter = starter
+    for step, task in bound.items():
+        step.bound = task
+    step_module.set_router(router)
+    sagas._listeners.pop()
+    steps._listeners.pop()
+    return shop
+
+
+@pytest.fixture(scope="session")
+def shop() -> Any:
+    """The app's module."""
+    return sys.modules.get("tests.cli.shop") or _import_shop()
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """The command line of an app on one database."""
+
+    shop: Any
+    database_url: str
+    broker_url: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs to work on this database."""
+        return {"ORCHESTRATOR_DATABASE_URL": self.database_url, "CELERY_BROKER_URL": self.broker_url}
+
+    def run(self, *arguments: str, columns: int = 80) -> Result:
+        """Run ``saga <arguments>`` as a person with a terminal of that width would."""
+        from orchestrator.cli import saga
+
+        environment = {**self.environment, "COLUMNS": str(columns)}
+        context = CLIContext(self.shop.app, no_color=False, workdir=None)
+        return CliRunner(env=environment).invoke(saga, list(arguments), obj=context)
+
+    def ok(self, *arguments: str) -> str:
+        """Run a command that succeeds; returns what it printed."""
+        result = self.run(*arguments)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    def json(self, *arguments: str) -> Any:
+        """Run a command that succeeds with --json; returns what it printed."""
+        return json.loads(self.ok(*arguments, "--json"))
+
+    def start(self, saga: str, order: str, *options: str) -> str:
+        """Start a run on an order; returns its id."""
+        return self.ok("start", saga, json.dumps([{"id": order}]), *options).strip()
+
+    def until(self, run_id: str, *states: str) -> dict[str, Any]:
+        """Wait until a run is in one of these states; returns what ``show`` tells."""
+        deadline = time.monotonic() + 20
+        while (found := self.json("show", run_id))["state"] not in states:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.02)
+        return found  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def on(shop: Any) -> Iterator[Callable[[str, str], Terminal]]:
+    """Point the app to a database and a broker."""
+
+    def point(database_url: str, broker_url: str) -> Terminal:
+        for known in ("settings", "client", "bell"):
+            shop.orchestrator.__dict__.pop(known, None)
+        shop.orchestrator._overrides["database_url"] = database_url
+        shop.app.conf.broker_url = broker_url
+        return Terminal(shop, database_url, broker_url)
+
+    yield point
+    client = shop.orchestrator.__dict__.get("client")
+    if client is not None:
+        client.pool.close()
+
+
+@pytest.fixture
+def terminal(on: Callable[[str, str], Terminal], database_url: str, broker_url: str) -> Terminal:
+    """A command line on a fresh database, without any worker."""
+    return on(database_url, broker_url)
+
+
+@pytest.fixture(scope="session")
+def _worked(request: pytest.FixtureRequest, _postgres_url: str, _template: str) -> Iterator[tuple[str, str]]:
+    """A database and a broker with a worker that lives to the end."""
+    name = f"cli_{uuid.uuid4().hex}"
+    with psycopg.connect(_postgres_url, autocommit=True) as connection:
+        statement = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
+        connection.execute(statement.format(sql.Identifier(name), sql.Identifier(_template)))
+    database_url = urlsplit(_postgres_url)._replace(path=f"/{name}").geturl()
+    broker_url = os.environ.get("ORCHESTRATOR_TEST_BROKER_URL") or request.getfixturevalue("servers").broker_url
+    environment = {
+        **os.environ, "ORCHESTRATOR_DATABASE_URL": database_url, "CELERY_BROKER_URL": broker_url,
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "celery", "-A", "tests.cli.shop", "worker", "-c", "1", "-n", "w@here", "-l", "INFO"]
+    worker = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    yield database_url, broker_url
+    worker.terminate()
+    worker.wait(20)
+
+
+@pytest.fixture
+def worked(on: Callable[[str, str], Terminal], _worked: tuple[str, str]) -> Terminal:
+    """A command line on a database with a worker."""
+    return on(*_worked)

@@ -1,0 +1,128 @@
+"""cancel, terminate, retry, skip, resolve: what an operator does, on record."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.cli.conftest import Terminal
+
+CHARGE = "tests.cli.shop.charge#0"
+SETTLE = "tests.cli.shop.settle#0"
+
+
+def _entries(terminal: Terminal, run_id: str, kind: str) -> list[dict[str, object]]:
+    return [entry for entry in terminal.json("history", run_id) if entry["kind"] == kind]
+
+
+@pytest.fixture
+def asleep(worked: Terminal) -> str:
+    """A run that has charged and sleeps."""
+    run_id = worked.start("nap", "1")
+    worked.until(run_id, "running")
+    while [reason["code"] for reason in worked.json("explain", run_id)["reasons"]] != ["timer"]:
+        time.sleep(0.02)
+    return run_id
+
+
+@pytest.fixture
+def undo_parked(worked: Terminal) -> str:
+    """A run whose undo keeps failing."""
+    run_id = worked.start("checkout", "bad-norefund")
+    worked.until(run_id, "parked")
+    return run_id
+
+
+@pytest.fixture
+def pivot_parked(worked: Terminal) -> str:
+    """A run whose pivot is in doubt."""
+    run_id = worked.start("pivot", "1")
+    worked.until(run_id, "parked")
+    return run_id
+
+
+def test_cancel_undoes_with_name_and_reason_on_record(worked: Terminal, asleep: str) -> None:
+    worked.ok("cancel", asleep, "--by", "ann", "--reason", "customer asked")
+    assert worked.until(asleep, "cancelled")["left_effects"] == []
+    [cancel] = _entries(worked, asleep, "cancel")
+    assert (cancel["by"], cancel["reason"]) == ("ann", "customer asked")
+    assert "cancel asked by ann “customer asked”" in worked.ok("history", asleep)
+
+
+def test_terminate_undoes_nothing_and_says_what_is_left(worked: Terminal, asleep: str) -> None:
+    worked.ok("terminate", asleep, "--by", "ann", "--reason", "wrong tenant")
+    left = worked.until(asleep, "terminated")["left_effects"]
+    assert [item["key"] for item in left] == [CHARGE]
+    assert "not undone" in worked.ok("show", asleep)
+
+
+@pytest.mark.parametrize("command", ["cancel", "terminate", "retry", "skip"])
+def test_a_run_that_has_ended_takes_no_orders(worked: Terminal, command: str) -> None:
+    run_id = worked.start("checkout", "ok")
+    worked.until(run_id, "completed")
+    refused = worked.run(command, run_id)
+    assert refused.exit_code == 1
+    assert f"run {run_id} is completed already" in refused.stderr
+
+
+def test_retry_tries_the_only_thing_that_is_parked(worked: Terminal, undo_parked: str) -> None:
+    said = worked.json("retry", undo_parked, "--by", "ann", "--reason", "the provider is back")
+    assert said["key"] == CHARGE
+    worked.until(undo_parked, "compensating", "parked")
+    [retry] = _entries(worked, undo_parked, "operator")
+    assert (retry["action"], retry["by"], retry["reason"]) == ("retry", "ann", "the provider is back")
+
+
+def test_skip_leaves_the_effect(worked: Terminal, undo_parked: str) -> None:
+    worked.ok("skip", undo_parked, CHARGE)
+    assert [item["key"] for item in worked.until(undo_parked, "failed")["left_effects"]] == [CHARGE]
+
+
+def test_resolving_an_undo_says_that_it_was_done_by_hand(worked: Terminal, undo_parked: str) -> None:
+    worked.ok("resolve", undo_parked, "--reason", "refunded in the shop")
+    assert worked.until(undo_parked, "compensated")["left_effects"] == []
+    assert "done by hand" in worked.ok("history", undo_parked)
+
+
+def test_resolving_an_undo_takes_no_result(worked: Terminal, undo_parked: str) -> None:
+    assert worked.run("resolve", undo_parked, "--no-effect").exit_code == 2
+
+
+def test_resolving_a_step_needs_what_became_of_it(worked: Terminal, pivot_parked: str) -> None:
+    refused = worked.run("resolve", pivot_parked)
+    assert refused.exit_code == 2
+    assert "--result JSON or --no-effect" in refused.stderr
+    assert worked.run("resolve", pivot_parked, "--no-effect", "--result", "1").exit_code == 2
+
+
+def test_a_step_is_resolved_with_its_result(worked: Terminal, pivot_parked: str) -> None:
+    worked.ok("resolve", pivot_parked, SETTLE, "--result", '"seen in the bank"', "--by", "ann")
+    assert worked.until(pivot_parked, "completed")["output"] == "seen in the bank"
+
+
+def test_a_step_is_resolved_as_not_done(worked: Terminal, pivot_parked: str) -> None:
+    worked.ok("resolve", pivot_parked, "--no-effect")
+    assert worked.until(pivot_parked, "failed")["left_effects"] == []
+
+
+def test_a_key_that_is_not_parked_is_refused_with_those_that_are(worked: Terminal, undo_parked: str) -> None:
+    refused = worked.run("retry", undo_parked, "nonsense#0")
+    assert refused.exit_code == 1
+    assert CHARGE in refused.stderr
+
+
+def test_a_run_that_parked_as_a_whole_can_be_cancelled(worked: Terminal) -> None:
+    run_id = worked.start("buggy", "1")
+    worked.until(run_id, "parked")
+    worked.ok("cancel", run_id)
+    worked.until(run_id, "cancelled")
+
+
+def test_the_account_at_the_keyboard_is_who_decides(worked: Terminal, asleep: str) -> None:
+    import getpass
+
+    worked.ok("cancel", asleep)
+    worked.until(asleep, "cancelled")
+    [cancel] = _entries(worked, asleep, "cancel")
+    assert cancel["by"] == getpass.getuser()

@@ -1,0 +1,174 @@
+"""start, list, show, history, diagram: what a person sees of runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Terminal
+
+
+def test_start_prints_the_id_and_nothing_else(terminal: Terminal) -> None:
+    assert terminal.start("tests.cli.shop.checkout", "1", "--id", "order-1") == "order-1"
+
+
+def test_a_saga_may_be_named_by_its_last_part(terminal: Terminal) -> None:
+    assert terminal.json("start", "checkout", '[{"id": "1"}]')["saga"] == "tests.cli.shop.checkout"
+
+
+def test_the_same_id_with_other_input_is_refused_in_one_sentence(terminal: Terminal) -> None:
+    terminal.start("checkout", "1", "--id", "order-1")
+    refused = terminal.run("start", "checkout", '[{"id": "2"}]', "--id", "order-1")
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("Error: run order-1") and "conflict" in refused.stderr
+    assert "Traceback" not in refused.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["checkout", "{"], "is not JSON"),
+        (["checkout", '{"id": 1}'], "not of the form"),
+        (["checkout"], "missing a required argument: 'order'"),
+        (["checkout", '[{"amount": 3}]'], "parameter 'order'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_wrong_usage(terminal: Terminal, arguments: list[str], said: str) -> None:
+    refused = terminal.run("start", *arguments)
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+
+
+def test_arguments_that_do_not_fit_come_with_an_example_that_does(terminal: Terminal) -> None:
+    said = terminal.run("start", "checkout").stderr
+    example = said.partition("saga start tests.cli.shop.checkout '")[2].rpartition("'")[0]
+    assert terminal.run("start", "checkout", example).exit_code == 0
+
+
+def test_an_unknown_saga_is_named_with_those_that_are_known(terminal: Terminal) -> None:
+    refused = terminal.run("start", "nothing")
+    assert refused.exit_code == 1
+    assert "no saga named 'nothing'" in refused.stderr and "tests.cli.shop.checkout" in refused.stderr
+
+
+def test_waiting_prints_the_result(worked: Terminal) -> None:
+    said = worked.ok("start", "checkout", '[{"id": "ok"}]', "--wait", "20")
+    assert said.splitlines()[1] == 'completed: "shipped"'
+
+
+def test_waiting_for_a_run_that_fails_exits_with_1(worked: Terminal) -> None:
+    failed = worked.run("start", "checkout", '[{"id": "bad"}]', "--wait", "20", "--json")
+    assert failed.exit_code == 1
+    assert json.loads(failed.stdout)["state"] == "compensated"
+
+
+def test_waiting_too_long_says_how_to_ask_again(terminal: Terminal) -> None:
+    late = terminal.run("start", "nap", '[{"id": "1"}]', "--id", "late", "--wait", "0.01")
+    assert late.exit_code == 1
+    assert "saga explain late" in late.stderr
+
+
+def test_list_shows_the_newest_first_within_80_columns(terminal: Terminal) -> None:
+    first, second = terminal.start("checkout", "1"), terminal.start("nap", "2")
+    lines = terminal.ok("list").splitlines()
+    assert lines[0].split() == ["RUN", "SAGA", "STATE", "STARTED", "TOOK"]
+    assert [line.split()[:3] for line in lines[1:]] == [[second, "nap", "pending"], [first, "checkout", "pending"]]
+    assert max(map(len, lines)) <= 80
+
+
+def test_list_filters_by_state_and_saga_and_says_that_there_is_more(terminal: Terminal) -> None:
+    for number in range(3):
+        terminal.start("checkout", str(number), "--id", f"c{number}")
+    terminal.start("nap", "1", "--id", "n")
+    assert [run["id"] for run in terminal.json("list", "--saga", "nap")] == ["n"]
+    assert terminal.json("list", "--state", "parked", "--state", "completed") == []
+    assert len(terminal.json("list", "--limit", "2")) == 2
+    assert "--limit 20" in terminal.ok("list", "--limit", "2")
+    assert terminal.ok("list", "--state", "parked") == "There are no runs like that.\n"
+
+
+def test_list_refuses_a_state_that_there_is_not(terminal: Terminal) -> None:
+    assert terminal.run("list", "--state", "nonsense").exit_code == 2
+
+
+def test_show_tells_all_about_a_run_that_ended(worked: Terminal) -> None:
+    run_id = worked.start("checkout", "ok")
+    worked.until(run_id, "completed")
+    said = worked.ok("show", run_id)
+    for part in ("tests.cli.shop.checkout, version 1", "completed", 'order={"id": "ok"', '"shipped"', "took"):
+        assert part in said
+    assert "explain" not in said
+
+
+def test_show_lists_what_is_outstanding(terminal: Terminal) -> None:
+    run_id = terminal.start("checkout", "1")
+    assert "(next turn)" in terminal.ok("show", run_id)
+    [work] = terminal.json("show", run_id)["outstanding"]
+    assert (work["role"], work["queue"], work["begun"]) == ("turn", "celery", False)
+
+
+@pytest.mark.parametrize("command", ["show", "history", "explain", "cancel", "terminate", "retry", "diagram"])
+def test_a_run_that_is_not_there_is_one_sentence_and_exit_code_1(terminal: Terminal, command: str) -> None:
+    missing = terminal.run(command, "nowhere")
+    assert missing.exit_code == 1
+    assert missing.stderr == "Error: there is no run 'nowhere' in this database; look it up with `saga list`\n"
+
+
+@pytest.fixture
+def compensated(worked: Terminal) -> str:
+    """A run that was undone."""
+    run_id = worked.start("checkout", "bad")
+    worked.until(run_id, "compensated")
+    return run_id
+
+
+def test_history_tells_input_attempts_output_and_undo_in_order(worked: Terminal, compensated: str) -> None:
+    said = worked.ok("history", compensated)
+    order = [
+        "shop.charge#0 asked with", 'result "charge of bad"', "shop.ship#0 attempt 1 failed", "ValueError: no such address",
+        "rollback begins", "undo of tests.cli.shop.charge#0 asked: refund", "undo of tests.cli.shop.charge#0 done",
+        "compensated",
+    ]  # fmt: skip
+    places = [said.find(part) for part in order]
+    assert -1 not in places and places == sorted(places), said
+    assert "Traceback" not in said
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_history_shows_tracebacks_when_asked(worked: Terminal, compensated: str) -> None:
+    assert "Traceback (most recent call last)" in worked.ok("history", compensated, "--traceback")
+
+
+def test_history_in_json_has_an_object_for_each_entry(worked: Terminal, compensated: str) -> None:
+    entries: list[dict[str, Any]] = worked.json("history", compensated)
+    kinds = [entry["kind"] for entry in entries]
+    assert kinds[:2] == ["asked", "settled"] and kinds[-1] == "ended"
+    assert entries[1]["result"] == "charge of bad" and entries[1]["seconds"] >= 0
+
+
+def test_diagram_draws_what_happened(worked: Terminal, compensated: str) -> None:
+    drawing = worked.ok("diagram", compensated).splitlines()
+    assert drawing[:2] == ["sequenceDiagram", "    participant saga as checkout"]
+    assert "    t1-->>saga: \"charge of bad\"" in drawing  # fmt: skip
+    assert "    saga->>t3: undo charge#35;0" in drawing
+    assert drawing[-1] == "    Note over saga: compensated"
+
+
+def test_diagram_of_the_states_has_every_transition(terminal: Terminal) -> None:
+    from orchestrator.machine.states import RUN_TRANSITIONS
+
+    drawing = terminal.ok("diagram", "--states")
+    assert drawing.startswith("stateDiagram-v2\n    [*] --> pending\n")
+    for state, moves in RUN_TRANSITIONS.items():
+        assert all(f"    {state} --> {target}: {event}\n" in drawing for event, target in moves.items())
+
+
+def test_diagram_needs_a_run_or_states(terminal: Terminal) -> None:
+    assert terminal.run("diagram").exit_code == 2
+
+
+def test_nothing_is_coloured_where_there_is_no_terminal(worked: Terminal, compensated: str) -> None:
+    for command in (["list"], ["show", compensated], ["history", compensated], ["explain", compensated]):
+        assert "\x1b" not in worked.ok(*command)
