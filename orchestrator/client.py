@@ -116,12 +116,12 @@ class Client:
         for name in options:
             if name in _CANVAS and options[name]:
                 raise UsageError(
-                    f"{name}= on saga {saga.name}: Celery's canvas would lose it; await what comes after inside the saga, "
-                    "or wrap the canvas with orchestrator.durable()"
+                    f"{name}= on saga {saga.name}: Celery's canvas would lose it; make what comes after a step "
+                    "of the saga, or await the result"
                 )
             if name not in _OPTIONS and name not in _CELERY_NOISE and name not in _CANVAS:
                 raise UsageError(f"saga {saga.name} has no start option {name}=; it has {', '.join(sorted(_OPTIONS))}")
-        check(encoded, limit_bytes=self.settings.payload_limit, what=f"the input of {saga.name}")
+        check(encoded, what=f"the input of {saga.name}")
         context = current_step.get()
         run_id, transaction = options.get("task_id"), options.get("transaction")
         if context is not None and run_id is None:
@@ -213,13 +213,15 @@ class Client:
         """
         outcome = self._open(run_id, "operated on")
         parked = [item["key"] for item in outcome.parked if isinstance(item, dict)]
+        known = ", ".join(repr(item) if item else "the run itself" for item in parked) or "nothing"
         if key not in parked:
-            known = ", ".join(repr(item) if item else "the run itself" for item in parked) or "nothing"
             raise UsageError(f"{key or 'the run itself'!r} of run {run_id} is not parked; parked there: {known}")
         if not key and action == "skip":
             raise UsageError(
                 f"run {run_id} itself cannot be skipped; `retry` it with mended code, `resolve` or `cancel` it"
             )
+        if not key and action == "resolve" and len(parked) > 1:
+            raise UsageError(f"run {run_id} has other keys parked ({known}); settle those first, then resolve the run")
         self._order(run_id, Operate(action, key, by or whoami(), reason, value, no_effect))
 
     def _open(self, run_id: str, what: str) -> runs.Outcome:

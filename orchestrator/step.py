@@ -369,6 +369,15 @@ REFUSED_OPTIONS = {
     "time_limit": "use start_to_close_timeout=",
     "soft_time_limit": "use start_to_close_timeout=",
     "acks_late": "doorbells carry no work, so there is nothing to acknowledge late",
+    "base": "a step subclasses the app's own task class; set `Celery(task_cls=...)`",
+    "autoretry_for": "use retry=RetryPolicy(...): every error is tried again unless it is non-retryable",
+    "dont_autoretry_for": "use retry=RetryPolicy(non_retryable_error_types=...)",
+    "retry_kwargs": "use retry=RetryPolicy(...)",
+    "retry_backoff": "use retry=RetryPolicy(backoff_coefficient=...)",
+    "retry_backoff_max": "use retry=RetryPolicy(maximum_interval=...)",
+    "retry_jitter": "use retry=RetryPolicy(...)",
+    "max_retries": "use retry=RetryPolicy(maximum_attempts=...)",
+    "default_retry_delay": "use retry=RetryPolicy(initial_interval=...)",
     "serializer": "payloads are JSON, encoded from the annotations",
 }
 

@@ -21,9 +21,10 @@ from orchestrator import saga as sagas
 from orchestrator.celery import events, guard, runner, worker
 from orchestrator.celery.doorbell import DRAIN, Bell, connection_options
 from orchestrator.client import Client, SagaResult
+from orchestrator.codec import set_limit
 from orchestrator.engine.advance import Scope
 from orchestrator.engine.drain import Drainer, Worker
-from orchestrator.errors import OrchestratorError, Rejected, StoreUnavailableError, UsageError
+from orchestrator.errors import DefinitionError, OrchestratorError, Rejected, StoreUnavailableError, UsageError
 from orchestrator.machine.turn import Script
 from orchestrator.saga import Saga
 from orchestrator.settings import Settings
@@ -63,7 +64,9 @@ class Orchestrator:
     @functools.cached_property
     def settings(self) -> Settings:
         """The settings, read at first use.  Raises: ConfigurationError."""
-        return Settings.from_environment(**self._overrides)
+        settings = Settings.from_environment(**self._overrides)
+        set_limit(settings.payload_limit)
+        return settings
 
     @functools.cached_property
     def bell(self) -> Bell:
@@ -131,6 +134,9 @@ class Orchestrator:
     # -- registering ---------------------------------------------------------------------------------------------------
     def _bind_step(self, step: Step[Any, Any]) -> None:
         options = dict(step.options.celery)
+        for option in options:
+            if not hasattr(self.app.Task, option):
+                raise DefinitionError(f"step {step.name}: {option}= is an option of neither steps nor Celery tasks")
         if step.options.queue:
             options["queue"] = step.options.queue
         base = type("StepTask", (runner.StepTaskMixin, self.app.Task), {"__module__": __name__})

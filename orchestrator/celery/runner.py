@@ -36,6 +36,14 @@ class StepTimeout(TimeoutError):
     """The step overran its start_to_close_timeout and was interrupted; its outcome is in doubt."""
 
 
+class _RolledBack(Exception):  # noqa: N818
+    """Leaves the transaction of a step that failed; `invocation` says with what."""
+
+    def __init__(self, invocation: Invocation) -> None:
+        super().__init__()
+        self.invocation = invocation
+
+
 _invoked: ContextVar[bool] = ContextVar("orchestrator_invoked", default=False)
 _limit: ContextVar[float] = ContextVar("orchestrator_limit", default=0.0)
 
@@ -78,11 +86,14 @@ class Runner:
 
         def work(connection: Any) -> Invocation:
             context.connection = connection
-            return self._traced(task, taken, context, (connection, *args), kwargs)
+            invocation = self._traced(task, taken, context, (connection, *args), kwargs)
+            if invocation.error is not None:
+                raise _RolledBack(
+                    invocation
+                )  # at once: its transaction may be unusable, and its error must not be lost
+            return invocation
 
         def finish(connection: Connection, invocation: Invocation) -> bool:
-            if invocation.error is not None:
-                return False
             settle(connection, invocation)
             return True
 
@@ -92,6 +103,8 @@ class Runner:
         timeout = timedelta(seconds=(taken.call or {}).get("t", 300.0))
         try:
             return self._transactions.run(wants_session(declared), timeout, work, finish)
+        except _RolledBack as failed:
+            return failed.invocation
         except TransactionFailed as failed:
             return Invocation(error=failed.reason, harmless=True)
 

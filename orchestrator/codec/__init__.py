@@ -17,6 +17,7 @@ from orchestrator.codec.text import (
     check,
     dumps,
     loads,
+    set_limit,
 )
 from orchestrator.codec.values import ValueCodec, encode_any
 from orchestrator.errors import describe_exception
@@ -34,4 +35,5 @@ __all__ = [
     "dumps",
     "encode_any",
     "loads",
+    "set_limit",
 ]

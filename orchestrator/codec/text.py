@@ -55,13 +55,22 @@ def dumps(value: Json, *, limit_bytes: int | None = None, what: str = "the value
     return raw.decode()
 
 
-def check(value: Json, *, limit_bytes: int = DEFAULT_LIMIT_BYTES, what: str = "the value") -> str:
-    """Check that a value can be stored and return its compact JSON text.
+_limit_bytes = DEFAULT_LIMIT_BYTES
+
+
+def set_limit(limit_bytes: int) -> None:
+    """Bound every value that this process checks from now on."""
+    global _limit_bytes
+    _limit_bytes = limit_bytes
+
+
+def check(value: Json, *, limit_bytes: int | None = None, what: str = "the value") -> str:
+    """Check that a value can be stored and return its compact JSON text; without a limit, the process's own.
 
     Raises:
         PayloadError: as ``dumps``.
     """
-    return dumps(value, limit_bytes=limit_bytes, what=what)
+    return dumps(value, limit_bytes=_limit_bytes if limit_bytes is None else limit_bytes, what=what)
 
 
 def loads(text: str | bytes) -> Json:

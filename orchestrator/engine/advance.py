@@ -63,10 +63,11 @@ class Begun:
 
 @dataclass(slots=True)
 class Made:
-    """What a committed turn made: the work begun here, and whether the run has more arrivals."""
+    """What came of a turn: the work begun here, whether the run has more arrivals, whether it was written at all."""
 
     begun: list[Taken]
     again: bool
+    written: bool = True
 
 
 AfterCommit = Callable[[Connection], list[Taken]]
@@ -123,7 +124,7 @@ class Advancer:
         self.clock.set(taken.now)
         if taken.run.position == 0 and taken.run_id not in self._cache:
             made = self._attempt(connection, Loaded(taken.run, taken.now, [], []), None, holds_turn=True)
-            if made is not None:
+            if made.written:
                 return self._go_on(connection, taken.run_id, made)
         return self._advance(connection, taken.run_id, holds_turn=True)
 
@@ -135,7 +136,7 @@ class Advancer:
         except CodeMissing:
             self._leave(connection, taken, outcome, drivable=False)
             return []
-        if made is not None:
+        if made is not None and made.written:
             return self._go_on(connection, taken.run_id, made)
         if not self._leave(connection, taken, outcome, drivable=True):
             return []
@@ -247,8 +248,8 @@ class Advancer:
             except CodeMissing:
                 turns.pass_on(connection, run_id)
                 return begun
-            if made is None:
-                if holds_turn:
+            if not made.written:
+                if holds_turn or made.again:
                     continue
                 return begun  # whoever moved the run looks again after its commit
             begun += made.begun
@@ -268,11 +269,11 @@ class Advancer:
         done: Taken | None = None,
         holds_turn: bool = False,
         may_begin: bool = True,
-    ) -> Made | None:
-        """Compute and commit one turn; returns what it made, or None if it was not written.  Raises: CodeMissing."""
+    ) -> Made:
+        """Compute and commit one turn.  Raises: CodeMissing."""
         execution, turn = self._compute(connection, loaded, outcome)
         if execution is None:
-            return None
+            return Made([], False, written=False)
         first = self._begin_next(execution.info, turn, loaded.now) if may_begin else None
         consumed = [id for id, _ in loaded.arrivals]
         if turn.was_ended and not turn.entries:
@@ -290,7 +291,7 @@ class Advancer:
         if not committed.written:
             self._forget(loaded.run.id)
             execution.discard()
-            return None
+            return Made([], committed.owed, written=False)
         return self._after(connection, execution, turn, first, committed.owed)
 
     def _after(self, connection: Connection, execution: Execution, turn: Turn, first: Begun | None, owed: bool) -> Made:

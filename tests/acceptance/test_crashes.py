@@ -206,17 +206,15 @@ def test_heartbeat_details_reach_the_attempt_after_a_killed_one(own_worker: Work
     assert [e.told for e in world.effects(result) if e.what == "from"] == [None, {"epoch": 1}]
 
 
-def test_a_missed_heartbeat_gives_the_attempt_back_and_its_late_success_changes_nothing(
-    worker: Worker, world: World, sql_of: psycopg.Connection[Any]
+def test_a_missed_heartbeat_gives_the_attempt_back_and_replaces_the_child_that_hangs(
+    own_worker: Worker, world: World
 ) -> None:
-    result = sagas.sequence.delay([Plan(name="t", kind="train", do=["gate", "ok"]), GATE])
-    world.until_at(result, "at b")
-    assert [(str(e), e.attempt) for e in world.effects(result) if e.what == "do"] == [("do t", 2)]
-    world.open(f"{result} t")
-    late = "SELECT entry ->> 'attempt' FROM orchestrator.history WHERE run_id = %s AND kind = 'late'"
-    until(lambda: sql_of.execute(late, [result.id]).fetchall() == [("1",)], "the late success is an entry")
-    world.open(f"{result} b")
-    assert result.get(timeout=20) == ["t done", "b done"]
+    plans = [Plan(name="t", kind="train", do=["hang", "ok"])]
+    result = sagas.sequence.apply_async((plans,), queue=own_worker.queue)
+    hangs = world.until_at(result, "at t").pid
+    assert result.get(timeout=20) == ["t done"]
+    assert [(e.attempt, e.told) for e in world.effects(result) if e.what == "from"] == [(1, None), (2, {"epoch": 1})]
+    until(lambda: f"pool child {hangs}" in own_worker.said, "the child is replaced")
 
 
 # -- broker and database that go away ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import psycopg
@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from psycopg import sql
 
 ROOT = Path(__file__).parents[2]
+T = TypeVar("T")
 
 
 def _import_shop() -> Any:
@@ -51,6 +52,15 @@ def _import_shop() -> Any:
 def shop() -> Any:
     """The app's module."""
     return sys.modules.get("tests.cli.shop") or _import_shop()
+
+
+def eventually(look: Callable[[], T], seconds: float = 20.0) -> T:
+    """Return what `look` answers once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"not within {seconds} s; at last {found!r}"
+        time.sleep(0.02)
+    return found
 
 
 @dataclass(frozen=True)
@@ -90,11 +100,14 @@ class Terminal:
 
     def until(self, run_id: str, *states: str) -> dict[str, Any]:
         """Wait until a run is in one of these states; returns what ``show`` tells."""
-        deadline = time.monotonic() + 20
-        while (found := self.json("show", run_id))["state"] not in states:
-            assert time.monotonic() < deadline, found
-            time.sleep(0.02)
-        return found  # type: ignore[no-any-return]
+
+        def look() -> dict[str, Any] | None:
+            found: dict[str, Any] = self.json("show", run_id)
+            return found if found["state"] in states else None
+
+        found = eventually(look)
+        assert found is not None
+        return found
 
 
 @pytest.fixture
@@ -133,7 +146,20 @@ def _worked(request: pytest.FixtureRequest, _postgres_url: str, _template: str) 
         **os.environ, "ORCHESTRATOR_DATABASE_URL": database_url, "CELERY_BROKER_URL": broker_url,
         "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    command = [sys.executable, "-m", "celery", "-A", "tests.cli.shop", "worker", "-c", "1", "-n", "w@here", "-l", "INFO"]
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "tests.cli.shop",
+        "worker",
+        "-c",
+        "1",
+        "-n",
+        "w@here",
+        "-l",
+        "INFO",
+    ]
     worker = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
+import getpass
 
 import pytest
 
-from tests.cli.conftest import Terminal
+from tests.cli.conftest import Terminal, eventually
 
 CHARGE = "tests.cli.shop.charge#0"
 SETTLE = "tests.cli.shop.settle#0"
@@ -21,8 +21,7 @@ def asleep(worked: Terminal) -> str:
     """A run that has charged and sleeps."""
     run_id = worked.start("nap", "1")
     worked.until(run_id, "running")
-    while [reason["code"] for reason in worked.json("explain", run_id)["reasons"]] != ["timer"]:
-        time.sleep(0.02)
+    eventually(lambda: worked.json("explain", run_id)["reasons"][0]["code"] == "timer")
     return run_id
 
 
@@ -69,8 +68,7 @@ def test_a_run_that_has_ended_takes_no_orders(worked: Terminal, command: str) ->
 def test_retry_tries_the_only_thing_that_is_parked(worked: Terminal, undo_parked: str) -> None:
     said = worked.json("retry", undo_parked, "--by", "ann", "--reason", "the provider is back")
     assert said["key"] == CHARGE
-    worked.until(undo_parked, "compensating", "parked")
-    [retry] = _entries(worked, undo_parked, "operator")
+    [retry] = eventually(lambda: _entries(worked, undo_parked, "operator"))
     assert (retry["action"], retry["by"], retry["reason"]) == ("retry", "ann", "the provider is back")
 
 
@@ -120,8 +118,6 @@ def test_a_run_that_parked_as_a_whole_can_be_cancelled(worked: Terminal) -> None
 
 
 def test_the_account_at_the_keyboard_is_who_decides(worked: Terminal, asleep: str) -> None:
-    import getpass
-
     worked.ok("cancel", asleep)
     worked.until(asleep, "cancelled")
     [cancel] = _entries(worked, asleep, "cancel")

@@ -191,6 +191,14 @@ BEGIN
             RETURN;
         END IF;
     END IF;
+    -- Whatever was left for the run is read before it ends: a cancel that came in time is not passed over.
+    IF (p_more ->> 'ended')::boolean AND EXISTS (
+        SELECT FROM orchestrator.arrivals WHERE run_id = p_run
+          AND NOT id::text = ANY (ARRAY(SELECT json_array_elements_text(coalesce(p_more -> 'consumed', '[]'))))
+    ) THEN
+        owed := true;
+        RETURN;
+    END IF;
     IF p_more IS NULL OR p_more -> 'summary' IS NULL THEN
         UPDATE orchestrator.runs SET position = p_position + 1, state = p_state WHERE id = p_run AND position = p_position;
     ELSE

@@ -1,0 +1,53 @@
+"""What holds for every command: help with exit codes, errors as one sentence, migrate."""
+
+from __future__ import annotations
+
+import pytest
+from celery import Celery
+from celery.bin.base import CLIContext
+from click.testing import CliRunner
+
+from orchestrator.cli import saga
+from tests.cli.conftest import Terminal
+
+COMMANDS = ["dev", "migrate", "start", "list", "show", "history", "explain", "cancel", "terminate", "retry", "skip",
+            "resolve", "diagram", "lint"]  # fmt: skip
+
+
+def test_these_are_the_commands() -> None:
+    assert list(saga.commands) == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_states_the_exit_codes_within_80_columns(command: str) -> None:
+    said = CliRunner(env={"COLUMNS": "80"}).invoke(saga, [command, "--help"])
+    assert said.exit_code == 0
+    assert "Exit codes: 0" in " ".join(said.stdout.split())
+    assert max(map(len, said.stdout.splitlines())) <= 80
+
+
+def test_an_app_without_an_orchestrator_is_told_what_to_do() -> None:
+    context = CLIContext(Celery("bare", set_as_current=False), no_color=False, workdir=None)
+    refused = CliRunner().invoke(saga, ["list"], obj=context)
+    assert refused.exit_code == 1
+    assert "create one with `Orchestrator(app)`" in refused.stderr
+
+
+def test_a_database_without_schema_names_migrate_and_migrate_makes_it(
+    on: object, empty_database_url: str, broker_url: str
+) -> None:
+    terminal: Terminal = on(empty_database_url, broker_url)  # type: ignore[operator]
+    refused = terminal.run("list")
+    assert refused.exit_code == 1
+    assert "saga migrate" in refused.stderr
+    assert "0001" in terminal.ok("migrate")
+    assert terminal.ok("migrate") == "The orchestrator schema is up to date.\n"
+    assert terminal.json("migrate") == {"applied": []}
+    assert terminal.json("list") == []
+
+
+def test_a_database_that_does_not_answer_is_one_sentence(on: object, broker_url: str) -> None:
+    terminal: Terminal = on("postgresql://nobody@127.0.0.1:1/nothing", broker_url)  # type: ignore[operator]
+    refused = terminal.run("list")
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("Error: Postgres cannot be reached") and "Traceback" not in refused.output

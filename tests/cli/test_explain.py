@@ -1,0 +1,233 @@
+"""explain: every reason for which a run does not move, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pytest
+
+from orchestrator.cli.reasons import Case, Reason, reasons
+from orchestrator.machine.fold import Fold, RunInfo
+from orchestrator.machine.journal import Asked, Attempted, Undo
+from orchestrator.store import liveness
+from orchestrator.store.runs import Inbox, Outstanding, Serving
+from tests.cli.conftest import Terminal
+
+SHOP = "tests.cli.shop"
+
+
+def _codes(terminal: Terminal, run_id: str) -> list[str]:
+    return [reason["code"] for reason in terminal.json("explain", run_id)["reasons"]]
+
+
+@pytest.fixture
+def database(terminal: Terminal) -> Iterator[psycopg.Connection[Any]]:
+    """The database of the runs, to have workers in it that do nothing."""
+    with psycopg.connect(terminal.database_url, autocommit=True) as connection:
+        yield connection
+
+
+def _worker(database: psycopg.Connection[Any], queue: str, *targets: str) -> None:
+    liveness.register(database, node=f"{queue}@here", host="here", pid=1, queues=[queue], targets=targets, slots=2)
+
+
+def test_no_worker_at_all(terminal: Terminal) -> None:
+    run_id = terminal.start("checkout", "1")
+    assert _codes(terminal, run_id) == ["no worker"]
+    said = terminal.ok("explain", run_id)
+    assert "No worker is running" in said and "celery -A <app> worker -Q celery" in said
+
+
+def test_no_worker_on_the_queue(terminal: Terminal, database: psycopg.Connection[Any]) -> None:
+    _worker(database, "mails", f"{SHOP}.checkout@1")
+    run_id = terminal.start("checkout", "1")
+    assert _codes(terminal, run_id) == ["no queue"]
+    assert "No worker serves queue 'celery'" in terminal.ok("explain", run_id)
+
+
+def test_a_worker_that_does_not_know_the_saga(terminal: Terminal, database: psycopg.Connection[Any]) -> None:
+    _worker(database, "celery", "something.else")
+    run_id = terminal.start("checkout", "1")
+    assert _codes(terminal, run_id) == ["no saga"]
+
+
+def test_a_version_that_no_worker_has(terminal: Terminal, database: psycopg.Connection[Any]) -> None:
+    _worker(database, "celery", f"{SHOP}.checkout@2", f"{SHOP}.checkout@10")
+    run_id = terminal.start("checkout", "1")
+    assert _codes(terminal, run_id) == ["no version"]
+    said = " ".join(terminal.ok("explain", run_id).split())
+    assert f"pinned to version 1 of {SHOP}.checkout, which no worker of queue 'celery' has" in said
+    assert "they have version 2, 10" in said
+
+
+def test_a_start_that_is_set_for_later(terminal: Terminal) -> None:
+    run_id = terminal.start("checkout", "1", "--countdown", "600")
+    assert _codes(terminal, run_id) == ["start"]
+
+
+def test_a_timer(worked: Terminal) -> None:
+    run_id = worked.start("nap", "1")
+    worked.until(run_id, "running")
+    [reason] = _settled(worked, run_id, "timer")
+    assert reason["text"].startswith("It sleeps: a timer wakes it at ")
+
+
+def _settled(terminal: Terminal, run_id: str, code: str) -> list[dict[str, Any]]:
+    """Wait until the first reason has this code; returns all."""
+    from tests.cli.conftest import eventually
+
+    def look() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = terminal.json("explain", run_id)["reasons"]
+        return found if found[0]["code"] == code else []
+
+    return eventually(look)
+
+
+def test_a_retry_that_is_not_due_yet(worked: Terminal) -> None:
+    run_id = worked.start("patient", "1")
+    [reason] = _settled(worked, run_id, "retry")
+    assert reason["text"].startswith(f"Step {SHOP}.flaky#0: retry 2 of 5 in ")
+    assert reason["text"].endswith("The last attempt failed: TimeoutError: no answer.")
+
+
+def test_an_undo_that_is_parked(worked: Terminal) -> None:
+    run_id = worked.start("checkout", "bad-norefund")
+    worked.until(run_id, "parked")
+    [reason] = worked.json("explain", run_id)["reasons"]
+    assert reason["text"].startswith(f"Parked at the undo of {SHOP}.charge#0, because its undo failed 2 times")
+    assert "ConnectionError: the provider is down" in reason["text"]
+    assert [hint.split()[1] for hint in reason["hints"]] == ["retry", "resolve", "skip"]
+
+
+def test_a_pivot_in_doubt(worked: Terminal) -> None:
+    run_id = worked.start("pivot", "1")
+    worked.until(run_id, "parked")
+    assert "point of no return" in worked.json("explain", run_id)["reasons"][0]["text"]
+
+
+def test_an_error_in_saga_code(worked: Terminal) -> None:
+    run_id = worked.start("buggy", "1")
+    worked.until(run_id, "parked")
+    said = " ".join(worked.ok("explain", run_id).split())
+    assert "Parked as a whole: the saga function raised AttributeError" in said
+    assert f"saga history {run_id} --traceback" in said
+
+
+def test_a_run_that_ended(worked: Terminal) -> None:
+    run_id = worked.start("checkout", "bad")
+    worked.until(run_id, "compensated")
+    assert _codes(worked, run_id) == ["ended", "error"]
+
+
+# -- without a database ------------------------------------------------------------------------------------------------
+NOW = datetime(2030, 1, 1, 12, tzinfo=UTC)
+KEY = "shop.charge#0"
+SERVING = Serving("w@here", ["celery"], ["shop.charge", "shop@1"], 2, NOW, 0)
+
+
+def _case(work: Outstanding, **changes: Any) -> Case:
+    run = {"id": "r", "saga": "shop", "version": 1, "state": "running", "position": 3, "deadline_at": None,
+           "past_pivot": False, "parked": []}  # fmt: skip
+    fold = Fold(RunInfo("r", "shop", 1, {}, NOW, "celery"))
+    fold.apply_row(NOW, [Asked(KEY, "shop.charge", {}, undo=Undo("shop.refund"))])
+    return replace(Case(run, fold, [work], Inbox(0, None, NOW), [SERVING]), **changes)
+
+
+def _work(**changes: Any) -> Outstanding:
+    work = Outstanding(KEY, "do", "shop.charge", "celery", "shop.charge", 0, NOW, None, False, None, None, None, False,
+                       None, None, True, True, NOW)  # fmt: skip
+    return replace(work, **changes)
+
+
+def _ago(seconds: float) -> datetime:
+    return NOW - timedelta(seconds=seconds)
+
+
+RUNNING = {"begun": True, "begun_at": _ago(3), "attempt": 2, "node": "w@here", "node_dead": False,
+           "deadline_at": NOW + timedelta(seconds=27)}  # fmt: skip
+
+
+def _only(case: Case) -> Reason:
+    [reason] = reasons(case)
+    return reason
+
+
+def test_a_step_that_runs() -> None:
+    text = _only(_case(_work(**RUNNING))).text
+    assert text.startswith(f"Running step {KEY} (retry 2 of 5) on w@here since ")
+    assert "(3 s ago), times out at " in text and text.endswith("(in 27 s).")
+
+
+def test_a_step_that_was_told_to_stop() -> None:
+    assert "told to stop" in _only(_case(_work(**RUNNING, stop=True))).text
+
+
+def test_a_step_that_has_to_send_a_heartbeat() -> None:
+    assert "without a heartbeat before" in _only(_case(_work(**RUNNING, expires_at=NOW + timedelta(seconds=2)))).text
+
+
+def test_a_step_whose_worker_is_dead() -> None:
+    assert _only(_case(_work(**{**RUNNING, "node_dead": True}))).code == "worker lost"
+
+
+def test_a_step_whose_worker_has_not_been_heard_of() -> None:
+    silent = replace(SERVING, seen_at=_ago(60))
+    reason = _only(_case(_work(**RUNNING), workers=[silent]))
+    assert reason.code == "worker silent"
+    assert "silent for 1 min" in reason.text
+
+
+def test_workers_that_have_not_been_heard_of_do_not_count() -> None:
+    silent = replace(SERVING, seen_at=_ago(60))
+    assert _only(_case(_work(), workers=[silent])).code == "no worker"
+
+
+def test_a_task_that_no_worker_of_the_queue_knows() -> None:
+    elsewhere = replace(SERVING, node="mail@here", queues=["mails"])
+    unknowing = replace(SERVING, targets=["shop@1"])
+    reason = _only(_case(_work(), workers=[elsewhere, unknowing]))
+    assert reason.code == "no task"
+    assert "none of them knows task shop.charge (mail@here knows it, but does not serve that queue)" in reason.text
+
+
+def test_workers_that_are_busy() -> None:
+    reason = _only(_case(_work(due_at=_ago(30)), workers=[replace(SERVING, draining=2)]))
+    assert reason.code == "busy"
+    assert "has been due for 30 s: all 2 slots of w@here are busy" in reason.text
+
+
+def test_workers_that_are_free_and_take_nothing() -> None:
+    assert _only(_case(_work(due_at=_ago(30)))).code == "not taken"
+
+
+def test_work_that_is_due_right_now() -> None:
+    assert _only(_case(_work())).code == "due"
+
+
+def test_an_undo_that_waits_for_a_lost_attempt() -> None:
+    quiet = NOW + timedelta(minutes=4)
+    case = _case(_work(role="undo", due_at=quiet))
+    case.fold.apply_row(NOW, [Attempted(KEY, 1, {"type": "LeaseLost"}, quiet=quiet.isoformat())])
+    assert _only(case).code == "quiet"
+
+
+def test_a_turn_that_only_its_deadline_wakes() -> None:
+    deadline = NOW + timedelta(hours=1)
+    turn = _work(key="", role="turn", target="shop@1", due_at=deadline)
+    case = _case(turn)
+    case.run["deadline_at"] = deadline
+    assert _only(case).text.endswith("(in 1 h); then it is undone.")
+
+
+def test_arrivals_that_nobody_has_read() -> None:
+    case = _case(_work(**RUNNING), inbox=Inbox(2, _ago(5), NOW))
+    assert [reason.code for reason in reasons(case)] == ["running", "arrivals"]
+    assert reasons(case)[1].text.startswith("2 arrivals wait to be read by its next turn, since ")
+
+
+def test_nothing_outstanding_is_said_as_it_is() -> None:
+    assert reasons(replace(_case(_work()), work=[]))[0].code == "between"

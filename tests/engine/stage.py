@@ -1,0 +1,177 @@
+"""A worker's child without Celery: a drainer whose steps are plain functions, on a real database.
+
+Owns the runner that calls functions, and reading what became of a run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+
+from orchestrator import saga as sagas
+from orchestrator.codec import FunctionCodec
+from orchestrator.engine.advance import Identity, Scope
+from orchestrator.engine.drain import Drainer, Invocation, Worker
+from orchestrator.machine.journal import AttemptEnded
+from orchestrator.machine.policy import RetryPolicy
+from orchestrator.machine.turn import Script
+from orchestrator.saga import Saga
+from orchestrator.settings import Settings
+from orchestrator.step import StepContext
+from orchestrator.step import registry as steps
+from orchestrator.store import liveness, runs
+from orchestrator.store.connection import Connection, open_connection
+from orchestrator.store.transaction import Transactions
+from orchestrator.store.turns import Taken
+
+QUEUE = "celery"
+_children = itertools.count(1)
+
+
+class Calls:
+    """Runs a step by calling its function; keeps what it was asked to run, and may be interrupted before and after."""
+
+    def __init__(self, worker: str, dsn: str) -> None:
+        self.worker = worker
+        self.calls: list[tuple[str, str, int]] = []
+        self.contexts: list[StepContext] = []
+        self.before: Callable[[Taken], None] = lambda taken: None
+        self.after: Callable[[Taken], None] = lambda taken: None
+        self._transactions = Transactions(dsn.replace("postgresql://", "postgresql+psycopg://"))
+
+    def invoke(self, taken: Taken, context: StepContext) -> Invocation:
+        return self._call(taken, context)
+
+    def invoke_in_transaction(
+        self, taken: Taken, context: StepContext, settle: Callable[[Connection, Invocation], None]
+    ) -> Invocation:
+        def finish(connection: Connection, invocation: Invocation) -> bool:
+            settle(connection, invocation)
+            return True
+
+        return self._transactions.run(
+            False, _timeout(taken), lambda connection: self._call(taken, context, connection), finish
+        )
+
+    def _call(self, taken: Taken, context: StepContext, *injected: Any) -> Invocation:
+        self.calls.append((taken.role, taken.key, taken.attempt))
+        self.contexts.append(context)
+        declared = steps.steps[taken.task]
+        codec: FunctionCodec = declared.codec
+        self.before(taken)
+        try:
+            args, kwargs = codec.decode_call(taken.call["a"])
+            result = codec.encode_result(declared.function(*injected, *args, **kwargs))
+        except Exception as error:
+            return Invocation(error=error)
+        finally:
+            self.after(taken)
+        return Invocation(result)
+
+    def is_transactional(self, task: str) -> bool:
+        return steps.steps[task].options.transactional
+
+    def non_retryable(self, task: str) -> RetryPolicy | None:
+        return steps.steps[task].options.retry
+
+    def finished(self, taken: Taken, outcome: AttemptEnded) -> None: ...
+
+    def close(self) -> None:
+        self._transactions.dispose()
+
+
+def _timeout(taken: Taken) -> Any:
+    from datetime import timedelta
+
+    return timedelta(seconds=taken.call["t"])
+
+
+class Child:
+    """One child of a worker of its own: an incarnation, a drainer, and what it ran."""
+
+    def __init__(self, database_url: str, *, dsn: str = "", **settings: Any) -> None:
+        self.settings = Settings.from_environment({}, database_url=dsn or database_url, **settings)
+        self.connection = open_connection(database_url, name="test")
+        self.number = next(_children)
+        self.targets = [*steps.steps, *(saga.target for saga in sagas.registry.sagas.values())]
+        self.incarnation = self._register()
+        self.runner = Calls(f"child-{self.number}", dsn or database_url)
+        self.rings: list[str] = []
+        self.stopping = False
+        self.scripts: Callable[[str, int], Script | None] = script_of
+        self.drainer = Drainer(
+            Worker(
+                settings=self.settings,
+                scope=Scope([QUEUE], self.targets, lambda: not self.stopping),
+                identity=lambda: Identity(self.incarnation, self.number),
+                script_of=lambda name, version: self.scripts(name, version),
+                runner=self.runner,
+                ring=lambda queue, times: self.rings.extend([queue] * times),
+                stopping=lambda: self.stopping,
+            )
+        )
+
+    def _register(self) -> int:
+        return liveness.register(
+            self.connection, node=f"node-{self.number}", host="test", pid=self.number, queues=[QUEUE],
+            targets=self.targets, slots=1,
+        )  # fmt: skip
+
+    def reborn(self) -> None:
+        """Take a new incarnation, as a companion does for a worker that was declared dead while it lived."""
+        self.incarnation = self._register()
+
+    def drain(self) -> int:
+        """Work until nothing is due."""
+        return self.drainer.drain()
+
+    def in_background(self) -> threading.Thread:
+        """Drain in a thread of its own."""
+        thread = threading.Thread(target=self.drain, daemon=True)
+        thread.start()
+        return thread
+
+    def close(self) -> None:
+        self.drainer.close()
+        self.runner.close()
+        self.connection.close()
+
+
+def script_of(name: str, version: int) -> Script | None:
+    saga = sagas.registry.sagas.get((name, version))
+    return saga.script() if saga else None
+
+
+def start(connection: psycopg.Connection[Any], saga: Saga[Any, Any], *args: Any, run_id: str = "run") -> str:
+    """Start a run of `saga`."""
+    new = runs.Start(
+        id=run_id, saga=saga.name, version=saga.options.version, input=saga.codec.encode_call(args, {}), queue=QUEUE
+    )
+    assert runs.start(connection, new)
+    return run_id
+
+
+def entries(connection: psycopg.Connection[Any], run_id: str = "run") -> list[dict[str, Any]]:
+    """Return the journal of a run, entry by entry."""
+    return [entry for _, _, row in runs.history(connection, run_id) for entry in row]  # type: ignore[misc]
+
+
+def kinds(connection: psycopg.Connection[Any], run_id: str = "run") -> list[str]:
+    return [entry["e"] for entry in entries(connection, run_id)]
+
+
+def state(connection: psycopg.Connection[Any], run_id: str = "run") -> str:
+    found = runs.run(connection, run_id)
+    assert found is not None
+    return str(found["state"])
+
+
+def work(connection: psycopg.Connection[Any], run_id: str = "run") -> list[tuple[Any, ...]]:
+    """Return what is outstanding of a run: key, role, attempt, whether it is begun."""
+    return connection.execute(
+        "SELECT key, role, attempt, fence IS NOT NULL FROM orchestrator.work WHERE run_id = %s ORDER BY key", [run_id]
+    ).fetchall()
