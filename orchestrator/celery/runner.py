@@ -121,8 +121,8 @@ class Runner:
     def finished(self, taken: Taken, outcome: AttemptEnded) -> None:
         """Send the task's events, after the commit."""
         attempt, self._attempt = self._attempt, None
-        if taken.role != "once":
-            self._events.finish(attempt, taken, outcome)
+        if taken.role != "once" and not taken.refused:
+            self._events.finish(attempt, taken, outcome, taken.again)
 
     def _traced(
         self, task: Any, taken: Taken, context: StepContext, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -192,6 +192,7 @@ class Advancer:
             if queue:
                 self._ring(connection, queue, 1)
             return True
+        taken.refused = True
         logger.warning("run %s step %s: attempt %s has lost its fence, its outcome is refused", taken.run_id, taken.key,
                        taken.attempt)  # fmt: skip
         if outcome.verdict == "succeeded" and not (taken.call or {}).get("n"):
@@ -276,6 +277,8 @@ class Advancer:
             return Made([], False, written=False)
         first = self._begin_next(execution.info, turn, loaded.now) if may_begin else None
         consumed = [id for id, _ in loaded.arrivals]
+        if turn.was_ended and done is not None:
+            return Made([], False, written=False)  # its fence went with the end of the run; it may be a late effect
         if turn.was_ended and not turn.entries:
             turns.ignore(connection, loaded.run.id, consumed)
             return Made([], False)
@@ -292,6 +295,8 @@ class Advancer:
             self._forget(loaded.run.id)
             execution.discard()
             return Made([], committed.owed, written=False)
+        if done is not None:
+            done.again = any(work.key == done.key and work.role == done.role for work in turn.work)
         return self._after(connection, execution, turn, first, committed.owed)
 
     def _after(self, connection: Connection, execution: Execution, turn: Turn, first: Begun | None, owed: bool) -> Made:

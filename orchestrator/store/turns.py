@@ -26,7 +26,11 @@ _TAKE = "SELECT * FROM orchestrator.take_1(%s, %s, %s, %s, %s, %s, %s, %s)"
 
 @dataclass(slots=True)
 class Taken:
-    """A row of work that this process holds: reserved if it is a turn, begun otherwise."""
+    """A row of work that this process holds: reserved if it is a turn, begun otherwise.
+
+    Once its outcome is recorded, `refused` tells that the fence was lost and `again` that another attempt follows (None:
+    another turn decides that).
+    """
 
     run_id: str
     key: str
@@ -40,6 +44,8 @@ class Taken:
     deadline: datetime | None
     now: datetime
     run: RunRow | None = None
+    refused: bool = False
+    again: bool | None = None
 
 
 @dataclass(slots=True)

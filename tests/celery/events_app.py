@@ -80,6 +80,11 @@ async def sit(name: str) -> str:
     return await saga.step(wait, name)
 
 
+@saga.define(name="bank.once")
+async def once(word: str) -> None:
+    await saga.step(broken.with_options(retry=RetryPolicy(maximum_attempts=1)), word)
+
+
 @saga.define(name="bank.chat")
 async def chat(words: int) -> int:
     for number in range(words):
@@ -87,4 +92,4 @@ async def chat(words: int) -> int:
     return words
 
 
-__all__ = ["app", "chat", "fail", "orchestrator", "sit", "visit"]
+__all__ = ["app", "chat", "fail", "once", "orchestrator", "sit", "visit"]

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import redis
 from celery import Celery
@@ -47,7 +48,7 @@ class Bank:
     """The app in this process, a worker of it in another, and what an event receiver saw."""
 
     def __init__(self, database_url: str, broker_url: str, log: Path) -> None:
-        self.broker_url = broker_url
+        self.database_url = database_url
         self.redis = redis.Redis.from_url(broker_url)
         self.log = log
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "CELERY_BROKER_URL": broker_url,
@@ -177,6 +178,27 @@ def test_a_long_step_is_told_while_it_runs(bank: Bank) -> None:
         assert run.get(timeout=20) == "bench"
         until(bank.settled(1), "the end of the step")
     assert bank.sent("bank.wait") == ["task-received", "task-started", "task-succeeded"]
+
+
+def test_a_refused_outcome_is_not_told(bank: Bank) -> None:
+    with bank.listening(), bank.worker("-E"):
+        bank.sagas.sit.delay("bench")
+        until(lambda: bank.sent("bank.wait") == ["task-received", "task-started"], "a started step")
+        with psycopg.connect(bank.database_url) as connection:
+            connection.execute("UPDATE orchestrator.work SET fence = 1 WHERE task = 'bank.wait'")
+        bank.redis.rpush("bench", "go")
+        until(lambda: "has lost its fence" in bank.log.read_text(), "the refusal")
+        assert bank.sagas.chat.delay(3).get(timeout=20) == 3
+        until(bank.settled(3), "the events of three later steps")
+    assert bank.sent("bank.wait") == ["task-received", "task-started"]
+
+
+def test_a_call_with_fewer_attempts_than_declared_fails_at_once(bank: Bank) -> None:
+    with bank.listening(), bank.worker("-E"):
+        with pytest.raises(SagaFailed):
+            bank.sagas.once.delay("hello").get(timeout=20)
+        until(bank.settled(1), "the events of the step", 5.0)
+    assert bank.sent("bank.broken") == ["task-received", "task-started", "task-failed"]
 
 
 def test_payloads_are_told_if_that_is_set(bank: Bank) -> None:
