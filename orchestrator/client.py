@@ -46,9 +46,11 @@ T = TypeVar("T")
 Ring = Callable[[str, int], None]
 
 _OPTIONS = frozenset({"task_id", "countdown", "eta", "priority", "transaction", "deadline", "queue"})
-_CELERY_NOISE = frozenset({"producer", "connection", "router", "ignore_result", "shadow", "expires", "retry", "serializer",
-                           "routing_key", "exchange", "headers", "root_id", "parent_id", "time_limit", "soft_time_limit",
-                           "add_to_parent", "group_id", "group_index", "periodic_task_name"})  # fmt: skip
+_CELERY_NOISE = frozenset({
+    "producer", "connection", "router", "ignore_result", "shadow", "expires", "retry", "serializer", "routing_key",
+    "exchange", "headers", "root_id", "parent_id", "time_limit", "soft_time_limit", "add_to_parent", "group_id",
+    "group_index", "periodic_task_name",
+})  # fmt: skip
 _CANVAS = {"link": "", "link_error": "", "chain": "", "chord": ""}
 
 

@@ -65,11 +65,11 @@ def _rebuild(kind: type[OrchestratorError], args: tuple[Any, ...], state: dict[s
     return error
 
 
-class Rejected(OrchestratorError):  # noqa: N818
+class Rejected(OrchestratorError):
     """Raise this in a step to say that it certainly had no effect: it is not retried and not undone."""
 
 
-class StepFailed(OrchestratorError):  # noqa: N818
+class StepFailed(OrchestratorError):
     """Report a step that is settled and did not succeed.
 
     ``outcome`` is ``rejected`` (certainly no effect), ``unknown`` (in doubt; undone, or listed in the run's
@@ -98,7 +98,7 @@ class StepFailed(OrchestratorError):  # noqa: N818
         return str(self.error.get("type", ""))
 
 
-class SagaFailed(OrchestratorError):  # noqa: N818
+class SagaFailed(OrchestratorError):
     """Report a run that ended in an error.
 
     ``state`` is the run's terminal state, ``error`` what ended it (``type``, ``message``, ``traceback``),

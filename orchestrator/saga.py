@@ -31,8 +31,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 __all__ = [
-    "Info", "Saga", "as_completed", "define", "info", "now", "once", "random", "registry", "sleep", "sleep_until", "step",
-    "uuid4", "version", "wait",
+    "Info", "Saga", "as_completed", "define", "info", "now", "once", "random", "registry", "sleep", "sleep_until",
+    "step", "uuid4", "version", "wait",
 ]  # fmt: skip
 
 
@@ -106,8 +106,8 @@ class Saga(Generic[P, R]):
         return self._starter().start(self, args, kwargs, {})
 
     def apply_async(self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any) -> Any:
-        """Start a run with options: `task_id` (the run id), `countdown` (seconds), `eta` (aware), `priority` (higher first),
-        `transaction` (the caller's own: the run starts if and only if it commits), `deadline` (timedelta).
+        """Start a run with options: `task_id` (the run id), `countdown` (seconds), `eta` (aware), `priority` (higher
+        first), `transaction` (the caller's own: the run starts if and only if it commits), `deadline` (timedelta).
 
         Raises: PayloadError, ConflictError, StoreUnavailableError; UsageError for an option that has no meaning here.
         """
@@ -140,7 +140,7 @@ class Saga(Generic[P, R]):
         return output
 
 
-# -- declaring -----------------------------------------------------------------------------------------------------------
+# -- declaring ---------------------------------------------------------------------------------------------------------
 class Registry:
     """All sagas declared in this process, by name and version."""
 
@@ -217,7 +217,7 @@ def define_saga(function: Any, name: str, options: dict[str, Any]) -> Saga[Any, 
     return saga
 
 
-# -- inside a saga -------------------------------------------------------------------------------------------------------
+# -- inside a saga -----------------------------------------------------------------------------------------------------
 def _code(call: str) -> SagaCode:
     loop = asyncio._get_running_loop()
     if not isinstance(loop, SagaLoop):
@@ -232,8 +232,8 @@ def step(task: Any, /, *args: Any, **kwargs: Any) -> asyncio.Future[Any]: ...
 def step(task: Any, /, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
     """Ask for a step; the returned awaitable is scheduled already, so it may be awaited later.
 
-    `task` is a step, a Celery task, or a Celery signature.  Awaiting it gives the step's result, or raises StepFailed once
-    the step is settled: rejected, undone, or by declaration without effect.
+    `task` is a step, a Celery task, or a Celery signature.  Awaiting it gives the step's result, or raises StepFailed
+    once the step is settled: rejected, undone, or by declaration without effect.
     Raises: PayloadError for arguments that cannot be stored; UsageError outside of a saga.
     """
     code = _code("step")

@@ -56,7 +56,7 @@ class StepOptions:
 
 
 class Step(Generic[P, R]):
-    """A declared step: call it like the function it is, hand it to ``saga.step``, or ``delay`` it like a Celery task."""
+    """A declared step: call it like the function it is, hand it to ``saga.step``, or ``delay`` it like a task."""
 
     def __init__(self, function: Callable[..., Any], name: str, options: StepOptions) -> None:
         self.function = function
@@ -125,7 +125,7 @@ class Step(Generic[P, R]):
         return self.task.delay(*args, **kwargs)
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
-        """Send it as a plain Celery task with Celery's options, outside of any saga.  Raises: UsageError in saga code."""
+        """Send it as a plain Celery task with Celery's options, outside any saga.  Raises: UsageError in saga code."""
         self._refuse_in_saga("apply_async")
         return self.task.apply_async(args, kwargs, **options)
 
@@ -250,7 +250,8 @@ def _undo_of(step: Step[Any, Any]) -> Undo:
     if hasattr(other, "run") and hasattr(other, "name"):  # a plain Celery task takes parameters by name as well
         return _named_undo(Step(other.run, other.name, StepOptions(queue=getattr(other, "queue", "") or "")))
     raise DefinitionError(
-        f"step {step.name}: compensate= takes a step, a Celery task or a signature like `refund.s(...)`, not {other!r:.80}"
+        f"step {step.name}: compensate= takes a step, a Celery task or a signature like `refund.s(...)`, "
+        f"not {other!r:.80}"
     )
 
 
@@ -328,10 +329,11 @@ class _StepDecorator:
     def __call__(self, function: Any = None, /, **options: Any) -> Any:
         """Declare a function as a step.
 
-        Options: `queue`, `priority`; `compensate` (a step taking, by name, any of this step's parameters and ``result``,
-        or a signature); `effect`; `on_unknown` (compensate, probe or park); `retry`; `start_to_close_timeout`,
-        `heartbeat_timeout` (timedelta); `transactional` (the first parameter is a connection; its writes commit with the
-        step's completion); `local` (runs in the worker that drives the saga); `name`.  Any other option is Celery's own.
+        Options: `queue`, `priority`; `compensate` (a step taking, by name, any of this step's parameters and
+        ``result``, or a signature); `effect`; `on_unknown` (compensate, probe or park); `retry`;
+        `start_to_close_timeout`, `heartbeat_timeout` (timedelta); `transactional` (the first parameter is a connection;
+        its writes commit with the step's completion); `local` (runs in the worker that drives the saga); `name`.  Any
+        other option is Celery's own.
         Raises: DefinitionError at import.
         """
         if function is not None:

@@ -141,8 +141,8 @@ class Orchestrator:
             options["queue"] = step.options.queue
         base = type("StepTask", (runner.StepTaskMixin, self.app.Task), {"__module__": __name__})
         attributes = {
-            "name": step.name, "step": step, "orchestrator": self, "__module__": step.__module__, "__doc__": step.__doc__,
-            "__wrapped__": step.function, "throws": _expected(step), **options,
+            "name": step.name, "step": step, "orchestrator": self, "__module__": step.__module__,
+            "__doc__": step.__doc__, "__wrapped__": step.function, "throws": _expected(step), **options,
         }  # fmt: skip
         step.bound = self._register(base, attributes)
 

@@ -1,7 +1,7 @@
 """Doorbells: Celery messages that say only "there is work for this queue".
 
-Owns their form and how they are rung.  Must never carry a payload, wait without a bound, or fail a caller: a doorbell that
-cannot be rung is rung by the pump.
+Owns their form and how they are rung.  Must never carry a payload, wait without a bound, or fail a caller: a doorbell
+that cannot be rung is rung by the pump.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Bell:
 
 
 def connection_options(app: Any) -> dict[str, Any]:
-    """Return what a `Bell` needs to reach the broker that `app` writes to; plain values that can be sent to a process."""
+    """Return what a `Bell` needs to reach the broker that `app` writes to: plain values that a process can be sent."""
     connection = app.connection_for_write()
     info = connection.info()
     return {

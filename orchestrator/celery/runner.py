@@ -36,7 +36,7 @@ class StepTimeout(TimeoutError):
     """The step overran its start_to_close_timeout and was interrupted; its outcome is in doubt."""
 
 
-class _RolledBack(Exception):  # noqa: N818
+class _RolledBack(Exception):
     """Leaves the transaction of a step that failed; `invocation` says with what."""
 
     def __init__(self, invocation: Invocation) -> None:
@@ -56,7 +56,7 @@ class Runner:
         self._app = app
         self._open_transactions = transactions
         self._events = events
-        self._attempt: Attempt | None = None  # the one whose outcome is not committed yet
+        self._attempts: dict[int, Attempt | None] = {}  # by fence: those whose outcome is not committed yet
         self._tracers: dict[str, Callable[..., Any]] = {}
         self._transactions: Transactions | None = None
 
@@ -120,7 +120,7 @@ class Runner:
 
     def finished(self, taken: Taken, outcome: AttemptEnded) -> None:
         """Send the task's events, after the commit."""
-        attempt, self._attempt = self._attempt, None
+        attempt = self._attempts.pop(taken.fence or 0, None)
         if taken.role != "once" and not taken.refused:
             self._events.finish(attempt, taken, outcome, taken.again)
 
@@ -133,14 +133,15 @@ class Runner:
             self._tracers[taken.task] = tracer
         request = {
             "id": task_id(taken), "root_id": taken.run_id, "retries": taken.attempt - 1,
-            "hostname": self.worker, "ignore_result": True, "is_eager": True,  # so that retry() raises and sends nothing
+            "hostname": self.worker, "ignore_result": True,
+            "is_eager": True,  # so that retry() raises and sends nothing
             "delivery_info": {"routing_key": taken.queue, "exchange": "", "redelivered": taken.attempt > 1},
             **self._events.representations,
         }  # fmt: skip
         invoked, current = _invoked.set(True), current_step.set(context)
         seconds = (context.deadline - taken.now).total_seconds()
         limit = _limit.set(seconds)
-        attempt = self._attempt = self._events.begin(taken)
+        attempt = self._attempts[taken.fence or 0] = self._events.begin(taken)
         try:
             guard = contextlib.nullcontext() if isinstance(task, steps_base()) else time_limit(seconds)
             with guard:

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 import click
+from rich.table import Table
 from rich.text import Text
 
 from orchestrator.cli import words
@@ -125,9 +126,13 @@ def _await(ctx: click.Context, result: SagaResult, seconds: float, json_: bool) 
         ctx.exit(1)
 
 
+_STATES = [state.value for state in RunState]
+
+
 # -- list --------------------------------------------------------------------------------------------------------------
 @click.command(name="list", cls=Command)
-@click.option("--state", "states", multiple=True, type=click.Choice(list(RunState)), help="Only these; repeatable.")
+@click.option("--state", "states", multiple=True, type=click.Choice(_STATES), metavar="STATE",
+              help="Only runs in this state, such as parked; repeatable.")  # fmt: skip
 @click.option("--saga", "saga_name", default="", help="Only runs of this saga.")
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 10_000), help="At most so many.")
 @as_json
@@ -235,20 +240,18 @@ def _parked(item: dict[str, Any]) -> str:
     return f"{item['key'] or 'the run itself'} ({item['role']}): {item['why']}"
 
 
-def _work_table(work: list[Outstanding], now: datetime) -> Any:
+def _work_table(work: list[Outstanding], now: datetime) -> Table:
     table = grid("OUTSTANDING", "WHAT", "QUEUE", "ATTEMPT", "WHEN")
     for item in work:
         attempt = "" if item.role == "turn" else str(item.attempt + (not item.begun))
-        at = item.begun_at if item.begun and item.begun_at else item.due_at
-        when = ("running since " if item.begun else "due " if at <= now else "") + words.ago(at, now)
-        table.add_row(
-            item.key or "(next turn)",
-            item.role,
-            item.queue,
-            attempt,
-            when.replace("since", "for").removesuffix(" ago") if item.begun else when,
-        )
+        table.add_row(item.key or "(next turn)", item.role, item.queue, attempt, _when(item, now))
     return table
+
+
+def _when(item: Outstanding, now: datetime) -> str:
+    if item.begun and item.begun_at:
+        return f"running for {words.duration(now - item.begun_at)}"
+    return words.ago(item.due_at, now) if item.due_at > now else f"due {words.ago(item.due_at, now)}"
 
 
 def _work_json(item: Outstanding) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -38,7 +38,7 @@ from orchestrator.machine.journal import (
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.machine.turn import CodeError, CodeMissing, Execution, Script, Turn
 from orchestrator.store import runs, turns
-from orchestrator.store.connection import Connection
+from orchestrator.store.connection import REFUSED, UNAVAILABLE, Connection
 from orchestrator.store.turns import Commit, Loaded, RunRow, Taken
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,20 @@ class Made:
     written: bool = True
 
 
+@dataclass(slots=True)
+class Prepared:
+    """A turn that is computed and not committed yet."""
+
+    execution: Execution
+    turn: Turn
+    now: datetime
+    consumed: list[int]
+    done: Taken | None
+    holds_turn: bool
+    first: Begun | None = None
+
+
+IsShort = Callable[[str], bool]
 AfterCommit = Callable[[Connection], list[Taken]]
 
 
@@ -122,7 +136,8 @@ class Advancer:
         """Take the turn that a run owes; returns the work that was begun by it."""
         assert taken.run is not None
         self.clock.set(taken.now)
-        if taken.run.position == 0 and taken.run_id not in self._cache:
+        # Nothing was left for a run that begins when it was to; before that, whoever woke it is heard first.
+        if taken.run.position == 0 and taken.run_id not in self._cache and taken.now >= taken.run.started_at:
             made = self._attempt(connection, Loaded(taken.run, taken.now, [], []), None, holds_turn=True)
             if made.written:
                 return self._go_on(connection, taken.run_id, made)
@@ -142,11 +157,109 @@ class Advancer:
             return []
         return self._advance(connection, taken.run_id)
 
+    def start_turns(self, connection: Connection, items: list[Taken], is_short: IsShort) -> list[Taken]:
+        """Take the first turns of several runs with one commit; returns the work that was begun by them.
+
+        Only the first may begin what is not known to be short: whoever waits behind it is better off with another
+        child.
+        """
+        prepared: list[Prepared] = []
+        for item in items:
+            assert item.run is not None
+            if item.run.position == 0 and item.run_id not in self._cache:
+                made = self._prepare(connection, Loaded(item.run, item.now, [], []), None, holds_turn=True)
+                if made is not None:
+                    prepared.append(made)
+        begun, written = self._commit_together(connection, prepared, is_short)
+        for item in items:
+            if item.run_id not in written:
+                begun += self._advance(connection, item.run_id, holds_turn=True, may_begin=not begun)
+        return begun
+
+    def record_together(
+        self, connection: Connection, ended: list[tuple[Taken, AttemptEnded]], is_short: IsShort
+    ) -> list[Taken]:
+        """Record the outcomes of attempts of different runs with one commit; returns the work that they began."""
+        prepared: list[Prepared] = []
+        for taken, outcome in ended:
+            with suppress(CodeMissing):
+                loaded = self._known(connection, taken.run_id)
+                made = self._prepare(connection, loaded, outcome, done=taken) if loaded else None
+                if made is not None:
+                    prepared.append(made)
+        begun, written = self._commit_together(connection, prepared, is_short)
+        for taken, outcome in ended:
+            if taken.run_id not in written:
+                begun += self.record(connection, taken, outcome)
+        return begun
+
+    def _commit_together(
+        self, connection: Connection, prepared: list[Prepared], is_short: IsShort
+    ) -> tuple[list[Taken], set[str]]:
+        """Commit turns of different runs at once, in order of their ids; returns what they began, and which were written.
+
+        If one of them fails they all roll back, and are for the caller to commit one by one.
+        """
+        for made in prepared:
+            own = None if made is prepared[0] else is_short
+            made.first = self._begin_next(made.execution.info, made.turn, made.now, own)
+        try:
+            committed = self._write_together(connection, prepared)
+        except BaseException as error:
+            for made in prepared:
+                made.execution.discard()
+            if isinstance(error, UNAVAILABLE) or not isinstance(error, REFUSED):
+                raise
+            return [], set()
+        begun: list[Taken] = []
+        written: set[str] = set()
+        for made, result in zip(prepared, committed, strict=True):
+            if not result.written:
+                made.execution.discard()
+                continue
+            written.add(made.execution.info.id)
+            after = self._after(connection, made.execution, made.turn, made.first, result.owed, made.done)
+            begun += self._go_on(connection, made.execution.info.id, after)
+        return begun, written
+
+    def _write_together(self, connection: Connection, prepared: list[Prepared]) -> list[turns.Committed]:
+        commits = [
+            self._commit_of(made.execution, made.turn, made.first, made.consumed, made.done, made.holds_turn)
+            for made in prepared
+        ]
+        in_order = sorted(commits, key=lambda commit: commit.run_id)
+        by_run = dict(
+            zip((commit.run_id for commit in in_order), turns.commit_turns(connection, in_order), strict=True)
+        )
+        committed = [by_run[commit.run_id] for commit in commits]
+        for made in prepared:
+            made.execution.committed_wake = made.turn.wake
+        return committed
+
+    def _prepare(
+        self,
+        connection: Connection,
+        loaded: Loaded,
+        outcome: AttemptEnded | None,
+        *,
+        done: Taken | None = None,
+        holds_turn: bool = False,
+    ) -> Prepared | None:
+        """Compute a turn that is committed together with others; None if it is for itself."""
+        try:
+            execution, turn = self._compute(connection, loaded, outcome)
+        except CodeMissing:
+            return None
+        if execution is None or turn.was_ended or turn.corrections:
+            return None
+        consumed = [id for id, _ in loaded.arrivals]
+        return Prepared(execution, turn, loaded.now, consumed, done, holds_turn)
+
     def record_within(self, connection: Connection, taken: Taken, outcome: AttemptEnded) -> AfterCommit | None:
         """Record an outcome in the caller's open transaction; does not commit.
 
-        Returns what is to be called after the commit with the child's own connection, or None if the fence was lost: then
-        the caller rolls back.
+        Returns what is to be called after the commit with the child's own connection, or None if the fence was lost:
+        then the caller rolls back.
         """
         drivable = True
         loaded = None
@@ -295,12 +408,20 @@ class Advancer:
             self._forget(loaded.run.id)
             execution.discard()
             return Made([], committed.owed, written=False)
+        return self._after(connection, execution, turn, first, committed.owed, done)
+
+    def _after(
+        self,
+        connection: Connection,
+        execution: Execution,
+        turn: Turn,
+        first: Begun | None,
+        owed: bool,
+        done: Taken | None = None,
+    ) -> Made:
+        """After the commit: keep the coroutine, ring, say whether to look again for arrivals."""
         if done is not None:
             done.again = any(work.key == done.key and work.role == done.role for work in turn.work)
-        return self._after(connection, execution, turn, first, committed.owed)
-
-    def _after(self, connection: Connection, execution: Execution, turn: Turn, first: Begun | None, owed: bool) -> Made:
-        """After the commit: keep the coroutine, ring, say whether to look again for arrivals."""
         run_id = execution.info.id
         if turn.state in TERMINAL:
             execution.discard()
@@ -358,8 +479,24 @@ class Advancer:
         done: Taken | None,
         holds_turn: bool,
     ) -> turns.Committed:
+        commit = self._commit_of(execution, turn, first, consumed, done, holds_turn)
+        execution.committed_wake = turn.wake
+        committed = turns.commit_turn(connection, commit)
+        if committed.now is not None:
+            self.clock.set(committed.now)
+        return committed
+
+    def _commit_of(
+        self,
+        execution: Execution,
+        turn: Turn,
+        first: Begun | None,
+        consumed: list[int],
+        done: Taken | None,
+        holds_turn: bool,
+    ) -> Commit:
         info = execution.info
-        commit = Commit(
+        return Commit(
             run_id=info.id,
             position=turn.position,
             at=turn.at,
@@ -384,23 +521,19 @@ class Advancer:
             consumed=consumed,
             summary=_summary(execution, turn),
         )
-        execution.committed_wake = turn.wake
-        committed = turns.commit_turn(connection, commit)
-        if committed.now is not None:
-            self.clock.set(committed.now)
-        return committed
 
-    def _begin_next(self, info: RunInfo, turn: Turn, now: datetime) -> Begun | None:
+    def _begin_next(self, info: RunInfo, turn: Turn, now: datetime, is_short: IsShort | None = None) -> Begun | None:
         """Choose the work that this child goes on with: the first that is due and can run here."""
         if turn.state in TERMINAL or not self._scope.may_begin():
             return None
         for work in turn.work:
             target, queue = target_of(info, work), work.queue or info.queue
-            if (work.due is None or work.due <= now) and queue in self._scope.queues and target in self._scope.targets:
+            here = queue in self._scope.queues and target in self._scope.targets
+            if here and (work.due is None or work.due <= now) and (is_short is None or is_short(work.task)):
                 deadline = now + timedelta(seconds=work.call["t"]) if "t" in work.call else None
                 taken = Taken(
-                    info.id, work.key, work.role, target, queue, work.task, work.attempt + 1, work.call, new_fence(), deadline,
-                    now,
+                    info.id, work.key, work.role, target, queue, work.task, work.attempt + 1, work.call, new_fence(),
+                    deadline, now,
                 )  # fmt: skip
                 return Begun(work, taken)
         return None

@@ -6,10 +6,10 @@ Owns when a drain ends and what happens to a connection that breaks.  Must never
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 class Invocation:
     """What came of running a step's code: a result already encoded, or the error.
 
-    `pause` (seconds) is what Celery's own retry asked for; `harmless` says that no code ran, or that all it did was rolled
-    back.
+    `pause` (seconds) is what Celery's own retry asked for; `harmless` says that no code ran, or that all it did was
+    rolled back.
     """
 
     result: Json = None
@@ -92,6 +92,8 @@ class Drainer:
         self._advancer: Advancer | None = None
         self._reconnected = False
         self._permit: Permit | None = None
+        self._until = math.inf
+        self._steps = 0
         self._recent_s: dict[str, float] = {}  # how long each task took the last time
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -116,28 +118,33 @@ class Drainer:
         connection, advancer = self._ready()
         identity = advancer.identity
         queues = list(self._worker.scope.queues)
-        until = time.monotonic() + self._settings.drain_seconds
-        done = 0
+        self._until = time.monotonic() + self._settings.drain_seconds
+        self._steps = 0
         while True:
-            full = time.monotonic() >= until or done >= self._settings.drain_steps or self._worker.stopping()
+            full = not self._may_begin()
             taken = [] if full else self._take(connection, advancer)
             if taken:
-                done += self._perform(taken)
+                self._perform(taken)
                 connection, advancer = self._ready()
                 continue
             liveness.leave(connection, identity.incarnation, identity.child)
             if self._worker.stopping():
-                return done
+                return self._steps
             if full:
                 self._ring_if_due(connection)
-                return done
+                return self._steps
             # Look once more after the mark is gone: who added work before that saw the mark and did not ring.
             taken = self._take(connection, advancer)
             if not taken:
-                return done
+                return self._steps
             liveness.enter(connection, identity.incarnation, identity.child, queues)
-            done += self._perform(taken)
+            self._perform(taken)
             connection, advancer = self._ready()
+
+    def _may_begin(self) -> bool:
+        """Whether this drain goes on: other tasks of this worker get their turn, and a worker that stops begins nothing."""
+        within = time.monotonic() < self._until and self._steps < self._settings.drain_steps
+        return within and not self._worker.stopping()
 
     def _ring_if_due(self, connection: Connection) -> None:
         for queue, rows in liveness.due(connection, self._settings.reservation).items():
@@ -160,23 +167,62 @@ class Drainer:
             self._ring(connection, taken[-1].queue, len(taken))
         return taken
 
-    def _perform(self, taken: list[Taken]) -> int:
-        """Do what is held, and what each of it begins in turn; returns the number of steps run."""
-        pending = deque(taken)
-        done = 0
+    def _perform(self, taken: list[Taken]) -> None:
+        """Do what is held, and what that begins in turn.
+
+        In waves: first turns share a commit, and so do the outcomes of steps that are known to be short.
+        """
+        pending = taken
         while pending:
-            item = pending.popleft()
-            if item.role == "turn" and self._worker.stopping():
-                self._give_back([item, *pending])
-                return done
+            firsts = [item for item in pending if item.role == "turn"]
+            if firsts and self._worker.stopping():
+                self._give_back(firsts)
+                firsts = []
+            attempts = [item for item in pending if item.role != "turn"]
+            self._steps += len(attempts)
+            pending = self._start_turns(firsts)
+            short = [item for item in attempts if self._is_short(item.task) and item.role == "do"]
+            if len(short) > 1:
+                pending += self._run_together(short)
+                attempts = [item for item in attempts if item not in short]
+            for item in attempts:
+                pending += self._run(item)
+
+    def _start_turns(self, items: list[Taken]) -> list[Taken]:
+        if not items:
+            return []
+        connection, advancer = self._ready()
+        if len(items) == 1:
+            return self._start_turn(connection, advancer, items[0])
+        try:
+            return advancer.start_turns(connection, items, self._is_short)
+        except (*UNAVAILABLE, StoreUnavailableError):
+            raise
+        except Exception:
+            logger.exception("the turns of %s runs failed together; each is tried alone", len(items))
+        begun: list[Taken] = []
+        for item in items:
+            begun += self._start_turn(connection, advancer, item)
+        return begun
+
+    def _is_short(self, task: str) -> bool:
+        """Whether a task lately took so little time that others may wait for it."""
+        return self._recent_s.get(task, 1.0) < _TOGETHER_S and not self._worker.runner.is_transactional(task)
+
+    def _run_together(self, items: list[Taken]) -> list[Taken]:
+        """Run short steps one after the other and record their outcomes with one commit."""
+        ended = [(item, self._attempt(item)) for item in items]
+        try:
             connection, advancer = self._ready()
-            if item.role == "turn":
-                begun = self._start_turn(connection, advancer, item)
-            else:
-                begun = self._run(item)
-                done += 1
-            pending.extendleft(reversed(begun))
-        return done
+            begun = advancer.record_together(connection, ended, self._is_short)
+        except (*UNAVAILABLE, StoreUnavailableError):
+            self._drop_connection()
+            begun = []
+            for item, outcome in ended:
+                begun += self._record(item, outcome, broken=True)
+        for item, outcome in ended:
+            self._worker.runner.finished(item, outcome)
+        return begun
 
     def _start_turn(self, connection: Connection, advancer: Advancer, item: Taken) -> list[Taken]:
         """A turn that fails for a reason nobody foresaw must neither stop the others nor be tried in a tight loop."""
@@ -197,22 +243,24 @@ class Drainer:
     # -- one attempt ---------------------------------------------------------------------------------------------------
     def _run(self, taken: Taken) -> list[Taken]:
         runner = self._worker.runner
-        context = self._context(taken)
         if taken.role in ("do", "undo") and runner.is_transactional(taken.task):
-            return self._run_in_transaction(taken, context)
-        if taken.role == "once":
-            connection, advancer = self._ready()
-            invocation = _run_once(advancer.function_of(connection, taken))
-        else:
-            if self._recent_s.get(taken.task, 1.0) > _SHORT_S:
-                self._lend_connection()
-            began = time.monotonic()
-            invocation = runner.invoke(taken, context)
-            self._recent_s[taken.task] = time.monotonic() - began
-        outcome = self._outcome(taken, invocation)
+            return self._run_in_transaction(taken, self._context(taken))
+        outcome = self._attempt(taken)
         begun = self._record(taken, outcome)
         runner.finished(taken, outcome)
         return begun
+
+    def _attempt(self, taken: Taken) -> AttemptEnded:
+        """Run the code of one attempt."""
+        if taken.role == "once":
+            connection, advancer = self._ready()
+            return self._outcome(taken, _run_once(advancer.function_of(connection, taken)))
+        if self._recent_s.get(taken.task, 1.0) > _SHORT_S:
+            self._lend_connection()
+        began = time.monotonic()
+        invocation = self._worker.runner.invoke(taken, self._context(taken))
+        self._recent_s[taken.task] = time.monotonic() - began
+        return self._outcome(taken, invocation)
 
     def _run_in_transaction(self, taken: Taken, context: StepContext) -> list[Taken]:
         after: list[AfterCommit] = []
@@ -235,8 +283,10 @@ class Drainer:
             outcome = self._outcome(taken, Invocation(error=error), harmless=True)
             return self._record(taken, outcome, broken=True)
         except LostFence:
-            logger.warning("run %s step %s: attempt %s has lost its fence, its transaction is rolled back", taken.run_id,
-                           taken.key, taken.attempt)  # fmt: skip
+            logger.warning(
+                "run %s step %s: attempt %s has lost its fence, its transaction is rolled back",
+                taken.run_id, taken.key, taken.attempt,
+            )  # fmt: skip
             return []
         if invocation.error is None and after:
             self._worker.runner.finished(taken, reported[0])
@@ -302,7 +352,7 @@ class Drainer:
         names = set(described.get("mro") or ())
         return bool(policy and policy.refuses(names)) or any(name in names for name in (taken.call or {}).get("x", ()))
 
-    # -- recording, whatever happens to the connection -------------------------------------------------------------------
+    # -- recording, whatever happens to the connection -----------------------------------------------------------------
     def _record(self, taken: Taken, outcome: AttemptEnded, broken: bool = False) -> list[Taken]:
         """Record an outcome; if the connection breaks, find out what became of it and go on."""
         pause, until = 0.05, time.monotonic() + _PATIENCE
@@ -325,7 +375,7 @@ class Drainer:
     def _recover(
         self, connection: Connection, advancer: Advancer, taken: Taken, outcome: AttemptEnded
     ) -> list[Taken] | None:
-        """After a connection was lost at a commit: None if the outcome can still be recorded, else what is to be done."""
+        """After a connection was lost at a commit: None if the outcome can still be recorded, else what to do next."""
         assert taken.fence is not None
         fence = new_fence()
         if turns.refence(connection, taken.run_id, taken.key, taken.fence, fence):
@@ -351,9 +401,8 @@ class Drainer:
                 self._connection, identity.incarnation, identity.child, list(self._worker.scope.queues)
             ):
                 raise StoreUnavailableError("this worker was declared dead and is taking a new incarnation; try again")
-            self._advancer = Advancer(
-                self._worker.script_of, self._worker.scope, identity, self._ring, self._settings.cache_runs
-            )
+            scope = replace(self._worker.scope, may_begin=self._may_begin)
+            self._advancer = Advancer(self._worker.script_of, scope, identity, self._ring, self._settings.cache_runs)
         return self._connection, self._advancer
 
     def _ring(self, connection: Connection, queue: str, rows: int) -> None:
@@ -399,7 +448,8 @@ class Drainer:
         self._drop_connection()
 
 
-_BATCH = 4
+_BATCH = 8
+_TOGETHER_S = 0.01  # steps shorter than this may share a commit
 _SHORT_S = 0.02  # opening a connection takes about half of this
 _PATIENCE = 600.0
 

@@ -42,6 +42,7 @@ class Pump:
         self._lease = lease.total_seconds()
         self._reservation = reservation
         self._seen: dict[int, _Seen] = {}
+        self._looked_at = monotonic()
         self._rounds = 0
 
     def connection_broke(self) -> None:
@@ -72,6 +73,9 @@ class Pump:
         """Declare dead whose lease this pump itself saw unrenewed for a whole lease."""
         died = 0
         now = monotonic()
+        if now - self._looked_at > self._lease:
+            self._seen.clear()  # it stood still itself, and so may have everybody whose lease it would judge
+        self._looked_at = now
         living = liveness.alive(connection)
         for incarnation, beats, node, _, _ in living:
             seen = self._seen.get(incarnation)

@@ -35,9 +35,9 @@ class Recorder(Protocol):
 class Request:
     """What saga code asks for, before it has a key.
 
-    `asked` makes the journal entry for a key; `same` tells whether recorded arguments equal these ones; `decode` turns a
-    result into a value; `failure` turns an unsuccessful outcome into the exception that the awaiting code gets; `run` is
-    the function of a ``saga.once``.
+    `asked` makes the journal entry for a key; `same` tells whether recorded arguments equal these ones; `decode` turns
+    a result into a value; `failure` turns an unsuccessful outcome into the exception that the awaiting code gets; `run`
+    is the function of a ``saga.once``.
     """
 
     name: str
@@ -99,7 +99,7 @@ class SagaCode:
         self._closed = False
         self.drift: DriftError | None = None
 
-    # -- driven by the turn ----------------------------------------------------------------------------------------------
+    # -- driven by the turn --------------------------------------------------------------------------------------------
     def resume(self, rows: Iterable[tuple[datetime, list[str]]], recorder: Recorder) -> None:
         """Let time pass and deliver what was settled, row by row.  Raises: DriftError."""
         self._recorder = recorder
@@ -188,7 +188,7 @@ class SagaCode:
         for future in self._futures.values():
             future._log_traceback = False
 
-    # -- called by saga code -----------------------------------------------------------------------------------------------
+    # -- called by saga code -------------------------------------------------------------------------------------------
     @property
     def branch(self) -> Branch:
         """The branch of the running task.  Raises: UsageError outside of saga code."""
@@ -233,7 +233,7 @@ class SagaCode:
         return maximum
 
     def abandon(self, key: str) -> None:
-        """Note that nobody waits for `key` any more, not even if its outcome is on record and only not delivered yet."""
+        """Note that nobody waits for `key` any more, not even if its outcome is on record and just not delivered."""
         step = self.fold.steps.get(key)
         if not self._closed and step is not None and not step.abandoned:
             assert self._recorder is not None
@@ -243,7 +243,7 @@ class SagaCode:
         """Return journal time."""
         return self.fold.info.started + timedelta(seconds=self.loop.time())
 
-    # -- drift -------------------------------------------------------------------------------------------------------------
+    # -- drift ---------------------------------------------------------------------------------------------------------
     @property
     def _outstanding_records(self) -> bool:
         return self._asked_again < len(self.fold.steps)

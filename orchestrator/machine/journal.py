@@ -274,8 +274,9 @@ Entry = (
 class AttemptEnded:
     """A worker, or the pump for a worker that is gone, reports an attempt.
 
-    `verdict` is succeeded, rejected, failed (it may be tried again and certainly had no effect) or doubt; `quiet` is the instant (ISO 8601, UTC) until which an effect may still
-    land because the attempt's process is not known dead; `pause` overrides the policy's pause, in seconds.
+    `verdict` is succeeded, rejected, failed (it may be tried again and certainly had no effect) or doubt; `quiet` is
+    the instant (ISO 8601, UTC) until which an effect may still land because the attempt's process is not known dead;
+    `pause` overrides the policy's pause, in seconds.
     """
 
     tag: ClassVar[str] = "outcome"

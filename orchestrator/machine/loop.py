@@ -33,7 +33,7 @@ _TIMER_SLACK = 1e-6  # journal time has microseconds; a timer is due within one 
 
 
 class SagaTask(asyncio.Task[Any]):
-    """A task that knows its branch of the saga; sets of tasks, as a TaskGroup has one, keep the same order everywhere."""
+    """A task that knows its branch of the saga; sets of tasks, as in a TaskGroup, keep the same order everywhere."""
 
     branch: Branch
 
@@ -78,7 +78,7 @@ class SagaLoop(asyncio.AbstractEventLoop):
             events._set_running_loop(outer)
 
     def pending_tasks(self) -> list[SagaTask]:
-        """Return the tasks that are not done, oldest first; asyncio would look through those of all loops, unordered."""
+        """Return the tasks that are not done, oldest first; asyncio would look through all loops' tasks, unordered."""
         return list(self._tasks.values())
 
     def advance_to(self, seconds: float) -> None:

@@ -34,7 +34,8 @@ from orchestrator.machine.journal import (
 from orchestrator.machine.states import TERMINAL, Forward, RunState
 
 CODE_ERRORS = (
-    TypeError, NameError, AttributeError, ImportError, AssertionError, KeyError, IndexError, UsageError, DefinitionError,
+    TypeError, NameError, AttributeError, ImportError, AssertionError, KeyError, IndexError,
+    UsageError, DefinitionError,
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from orchestrator.errors import StoreUnavailableError, UsageError
 
 Connection = psycopg.Connection[Any]
 UNAVAILABLE = (psycopg.OperationalError, psycopg.InterfaceError)
+REFUSED = psycopg.Error  # what is not a lost connection: a statement that the database refused
 
 
 def open_connection(dsn: str, *, name: str, prepare: bool = True) -> Connection:

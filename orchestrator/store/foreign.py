@@ -73,9 +73,10 @@ async def aexecute(transaction: Any, statement: str, values: dict[str, Any]) -> 
 
 
 def after_commit(transaction: Any, ring: Callable[[], None]) -> None:
-    """Call `ring` once the transaction's connection goes back to its pool, where SQLAlchemy can tell; else the pump rings.
+    """Call `ring` once the transaction's connection goes back to its pool.
 
-    After a rollback it is called as well, which costs one needless doorbell.
+    Where SQLAlchemy cannot tell, the pump rings.  After a rollback it is called as well, which costs one needless
+    doorbell.
     """
     if _is_async(transaction, "AsyncSession") or _is_async(transaction, "AsyncConnection"):
         transaction = getattr(transaction, "sync_session", None) or transaction.sync_connection
@@ -122,8 +123,8 @@ def _refuse_autocommit(connection: Any) -> None:
 
 def _no_schema() -> SchemaError:
     return SchemaError(
-        "the database of transaction= has no orchestrator schema: a run can only join a transaction of the database that "
-        "holds the runs; migrate it with `celery -A <your app> saga migrate`, or start the run after your commit"
+        "the database of transaction= has no orchestrator schema: a run can only join a transaction of the database "
+        "that holds the runs; migrate it with `celery -A <your app> saga migrate`, or start the run after your commit"
     )
 
 

@@ -67,7 +67,8 @@ def declare_dead(
 # `quiet` is empty when the process is known to be gone; otherwise an effect may land until the attempt's deadline.
 _LOST = """
 WITH lost AS (
-    SELECT run_id, key, role, attempt, fence, deadline_at, begun_at, (call ->> 'n') IS NOT NULL AS harmless FROM orchestrator.work
+    SELECT run_id, key, role, attempt, fence, deadline_at, begun_at, (call ->> 'n') IS NOT NULL AS harmless
+    FROM orchestrator.work
     WHERE fence IS NOT NULL AND {which}
     ORDER BY run_id, key LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 ), gone AS (
@@ -189,12 +190,13 @@ def due(
     return {queue: count for queue, count in rows if count}
 
 
-# Arrivals older than a moment whose run has no turn row: both their author and the turn before them missed them.
+# Arrivals older than a moment whose run has no turn due (a timer's row may be there, due much later): both their author
+# and the turn before them missed them.
 _FORGOTTEN = f"""
 SELECT DISTINCT run_id FROM (
     SELECT run_id FROM orchestrator.arrivals a
     WHERE at < {CLOCK} - interval '1 second'
-      AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.run_id = a.run_id AND w.key = '')
+      AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.run_id = a.run_id AND w.key = '' AND w.due_at <= {CLOCK})
     ORDER BY id LIMIT %(limit)s
 ) AS page ORDER BY run_id
 """
@@ -232,7 +234,8 @@ def sweep(connection: Connection, keep: timedelta = timedelta(hours=1), now: dat
     """Delete marks of dead incarnations, and dead incarnations that hold nothing any more."""
     connection.execute(
         """DELETE FROM orchestrator.drainers d
-           WHERE NOT EXISTS (SELECT FROM orchestrator.incarnations i WHERE i.id = d.incarnation AND i.dead_at IS NULL)"""
+           WHERE NOT EXISTS (
+               SELECT FROM orchestrator.incarnations i WHERE i.id = d.incarnation AND i.dead_at IS NULL)"""
     )
     connection.execute(
         f"""DELETE FROM orchestrator.incarnations i WHERE dead_at < {CLOCK} - %(keep)s::interval

@@ -35,8 +35,8 @@ class Permits:
                     os.close(descriptor)
             if time.monotonic() > until:
                 raise StoreUnavailableError(
-                    f"all {len(self._paths)} {self._kind} database connections of this worker were in use for {timeout_s:g} s; "
-                    "raise ORCHESTRATOR_MAX_CONNECTIONS or lower the worker's concurrency"
+                    f"all {len(self._paths)} {self._kind} database connections of this worker were in use for "
+                    f"{timeout_s:g} s; raise ORCHESTRATOR_MAX_CONNECTIONS or lower the worker's concurrency"
                 )
             time.sleep(pause)
             pause = min(pause * 2, 0.05)

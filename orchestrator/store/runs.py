@@ -26,7 +26,8 @@ _AT = """greatest(coalesce(CAST(%(now)s AS timestamptz), orchestrator.now()) + m
         CAST(%(eta)s AS timestamptz))"""
 START = f"""
 WITH run AS (
-    INSERT INTO orchestrator.runs (id, saga, version, input, queue, priority, root_id, parent_id, started_at, deadline_at)
+    INSERT INTO orchestrator.runs (
+        id, saga, version, input, queue, priority, root_id, parent_id, started_at, deadline_at)
     VALUES (%(id)s, %(saga)s, %(version)s, CAST(%(input)s AS jsonb), %(queue)s, %(priority)s, %(id)s, %(parent)s,
         {_AT}, {_AT} + make_interval(secs => %(deadline)s))
     ON CONFLICT (id) DO NOTHING RETURNING id, started_at

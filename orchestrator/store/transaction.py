@@ -134,8 +134,8 @@ class _without_endings:  # noqa: N801 - a context manager reads like a function
 def _refusal(name: str) -> Callable[..., None]:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise UsageError(
-            f"{name}() on the connection of a transactional step: its transaction belongs to the saga and commits with the "
-            "step's completion; raise an exception to roll back, or use begin_nested() for a part"
+            f"{name}() on the connection of a transactional step: its transaction belongs to the saga and commits with "
+            "the step's completion; raise an exception to roll back, or use begin_nested() for a part"
         )
 
     return refuse

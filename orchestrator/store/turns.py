@@ -28,8 +28,8 @@ _TAKE = "SELECT * FROM orchestrator.take_1(%s, %s, %s, %s, %s, %s, %s, %s)"
 class Taken:
     """A row of work that this process holds: reserved if it is a turn, begun otherwise.
 
-    Once its outcome is recorded, `refused` tells that the fence was lost and `again` that another attempt follows (None:
-    another turn decides that).
+    Once its outcome is recorded, `refused` tells that the fence was lost and `again` that another attempt follows
+    (None: another turn decides that).
     """
 
     run_id: str
@@ -143,8 +143,8 @@ class Commit:
     """A turn as it is written.
 
     `done_key` and `done_fence` name the attempt whose outcome this turn records, if it records one.  `next` is the work
-    that this child begins with `next_fence`; `work` is what others may take.  `holds_turn` says that the run's turn row is
-    reserved by this child; `wake` is when the run wants its next turn by itself, and is written only if `rewake` or
+    that this child begins with `next_fence`; `work` is what others may take.  `holds_turn` says that the run's turn row
+    is reserved by this child; `wake` is when the run wants its next turn by itself, and is written only if `rewake` or
     `holds_turn`.  `shared` says that others may be committing turns of this run now, so that its row is not waited for.
     """
 
@@ -171,6 +171,16 @@ class Commit:
     withdraw: Sequence[str] = ()
     consumed: Sequence[int] = ()
     summary: dict[str, Json] | None = None
+
+    def values(self, now: datetime | None) -> tuple[Any, ...]:
+        """Return the parameters of the function."""
+        more = self.rarer()
+        return (
+            self.run_id, self.position, self.at, dumps(self.entries), self.state, self.incarnation,
+            self.child, self.done_key, self.done_fence, self.shared,
+            None if self.next is None else dumps(self.next),
+            self.next_fence, None if more is None else dumps(more), now,
+        )  # fmt: skip
 
     def rarer(self) -> dict[str, Json] | None:
         """Return what most turns do not need, as the function takes it."""
@@ -200,8 +210,8 @@ class Committed:
     now: datetime | None
 
 
-# The body is the function commit_turn_1 of migration 0001.  Lock order: the run's row by its position, the attempt's row
-# by its fence (primary key), then journal, other work of the run, arrivals (primary keys).
+# The body is the function commit_turn_1 of migration 0001.  Lock order: the run's row by its position, the attempt's
+# row by its fence (primary key), then journal, other work of the run, arrivals (primary keys).
 _COMMIT = "SELECT * FROM orchestrator.commit_turn_1(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
 _FENCE_LOST = "OR001"
 
@@ -211,21 +221,25 @@ def commit_turn(connection: Connection, commit: Commit, now: datetime | None = N
 
     Does not commit by itself: with autocommit the statement is the transaction, inside the caller's it is a savepoint.
     """
-    more = commit.rarer()
-    values = (
-        commit.run_id, commit.position, commit.at, dumps(commit.entries), commit.state, commit.incarnation, commit.child,
-        commit.done_key, commit.done_fence, commit.shared, None if commit.next is None else dumps(commit.next),
-        commit.next_fence, None if more is None else dumps(more), now,
-    )  # fmt: skip
     try:
         with contextlib.nullcontext() if connection.autocommit else connection.transaction():
-            row = connection.execute(_COMMIT, values).fetchone()
+            row = connection.execute(_COMMIT, commit.values(now)).fetchone()
     except psycopg.Error as error:
         if error.sqlstate != _FENCE_LOST:
             raise
         return Committed(False, False, None)
     assert row is not None
     return Committed(*row)
+
+
+def commit_turns(connection: Connection, commits: Sequence[Commit], now: datetime | None = None) -> list[Committed]:
+    """Write turns of different runs in one transaction and one round trip, in the order given.
+
+    One that is not at its position is left out; a lost fence rolls all of them back.  Raises: psycopg.Error.
+    """
+    with connection.transaction(), connection.pipeline():
+        cursors = [connection.execute(_COMMIT, commit.values(now)) for commit in commits]
+    return [Committed(*cursor.fetchone()) for cursor in cursors]  # type: ignore[misc]
 
 
 # Deletes the attempt's row (primary key) if its fence is the expected one, and only then leaves the arrival.
@@ -249,7 +263,8 @@ def arrive(connection: Connection, run_id: str, key: str, fence: int, arrival: J
 _OWE_TURN = f"""
 INSERT INTO orchestrator.work AS w (run_id, key, role, target, queue, priority, due_at)
 SELECT id, '', 'turn',
-    CASE WHEN %(anyone)s OR state = 'compensating' OR finished_at IS NOT NULL THEN %(any)s ELSE saga || '@' || version END,
+    CASE WHEN %(anyone)s OR state = 'compensating' OR finished_at IS NOT NULL THEN %(any)s
+         ELSE saga || '@' || version END,
     queue, priority, {CLOCK}
 FROM orchestrator.runs WHERE id = %(run_id)s
 ON CONFLICT (run_id, key) DO UPDATE SET
@@ -261,7 +276,10 @@ ANYONE = "*"
 
 
 def owe_turn(connection: Connection, run_id: str, now: datetime | None = None, *, anyone: bool = False) -> str | None:
-    """Make the run's turn due, for `anyone` or for who has its code; returns the queue to ring, None without such a run."""
+    """Make the run's turn due, for `anyone` or for who has its code.
+
+    Returns the queue to ring, None without such a run.
+    """
     row = connection.execute(_OWE_TURN, {"run_id": run_id, "now": now, "anyone": anyone, "any": ANYONE}).fetchone()
     return row[0] if row else None
 
@@ -278,7 +296,8 @@ def pass_on(connection: Connection, run_id: str) -> None:
 
 
 _POSTPONE = f"""
-UPDATE orchestrator.work SET due_at = {CLOCK} + %(pause)s::interval, reserved_at = NULL, incarnation = NULL, child = NULL
+UPDATE orchestrator.work
+SET due_at = {CLOCK} + %(pause)s::interval, reserved_at = NULL, incarnation = NULL, child = NULL
 WHERE run_id = %(run_id)s AND key = ''
 """
 
@@ -360,7 +379,8 @@ def ignore(connection: Connection, run_id: str, ids: Sequence[int]) -> None:
 
 _SEED = """
 WITH moved AS (
-    UPDATE orchestrator.runs SET position = 1, state = 'compensating' WHERE id = %(run_id)s AND position = 0 RETURNING id
+    UPDATE orchestrator.runs SET position = 1, state = 'compensating'
+    WHERE id = %(run_id)s AND position = 0 RETURNING id
 )
 INSERT INTO orchestrator.journal (run_id, seq, at, entries) SELECT id, 0, %(at)s, %(entries)s::json FROM moved
 """
@@ -371,7 +391,8 @@ def seed_journal(connection: Connection, run_id: str, at: datetime, entries: lis
     connection.execute(_SEED, {"run_id": run_id, "at": at, "entries": dumps(entries)})
 
 
-# After a lost connection: what this child holds begun, which may be more than it was told (primary key, index work_begun).
+# After a lost connection: what this child holds begun, which may be more than it was told (primary key, index
+# work_begun).
 _HELD = f"""
 SELECT run_id, key, role, target, queue, task, attempt, call, fence, deadline_at, {CLOCK}
 FROM orchestrator.work WHERE fence IS NOT NULL AND incarnation = %(incarnation)s AND child = %(child)s
@@ -385,7 +406,8 @@ def held(connection: Connection, incarnation: int, child: int, now: datetime | N
 
 
 _REFENCE = """
-UPDATE orchestrator.work SET fence = %(new)s WHERE run_id = %(run_id)s AND key = %(key)s AND fence = %(fence)s RETURNING 1
+UPDATE orchestrator.work SET fence = %(new)s
+WHERE run_id = %(run_id)s AND key = %(key)s AND fence = %(fence)s RETURNING 1
 """
 
 

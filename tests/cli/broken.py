@@ -85,7 +85,8 @@ async def chance() -> None:
 
 @saga.define
 async def outside() -> None:
-    open("file")  # SG203
+    with open("file"):  # SG203
+        pass
     web.urlopen("http://example.com")  # SG203
 
 

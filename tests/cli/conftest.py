@@ -146,20 +146,8 @@ def _worked(request: pytest.FixtureRequest, _postgres_url: str, _template: str) 
         **os.environ, "ORCHESTRATOR_DATABASE_URL": database_url, "CELERY_BROKER_URL": broker_url,
         "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "celery",
-        "-A",
-        "tests.cli.shop",
-        "worker",
-        "-c",
-        "1",
-        "-n",
-        "w@here",
-        "-l",
-        "INFO",
-    ]
+    options = ["worker", "--concurrency", "1", "--hostname", "w@here"]
+    command = [sys.executable, "-m", "celery", "-A", "tests.cli.shop", *options]
     worker = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )

@@ -127,10 +127,15 @@ def compensated(worked: Terminal) -> str:
 def test_history_tells_input_attempts_output_and_undo_in_order(worked: Terminal, compensated: str) -> None:
     said = worked.ok("history", compensated)
     order = [
-        "shop.charge#0 asked with", 'result "charge of bad"', "shop.ship#0 attempt 1 failed", "ValueError: no such address",
-        "rollback begins", "undo of tests.cli.shop.charge#0 asked: refund", "undo of tests.cli.shop.charge#0 done",
+        "shop.charge#0 asked with",
+        'result "charge of bad"',
+        "shop.ship#0 attempt 1 failed",
+        "ValueError: no such address",
+        "rollback begins",
+        "undo of tests.cli.shop.charge#0 asked: refund",
+        "undo of tests.cli.shop.charge#0 done",
         "compensated",
-    ]  # fmt: skip
+    ]
     places = [said.find(part) for part in order]
     assert -1 not in places and places == sorted(places), said
     assert "Traceback" not in said

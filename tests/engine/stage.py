@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -25,7 +26,7 @@ from orchestrator.step import StepContext
 from orchestrator.step import registry as steps
 from orchestrator.store import liveness, runs
 from orchestrator.store.connection import Connection, open_connection
-from orchestrator.store.transaction import Transactions
+from orchestrator.store.transaction import TransactionFailed, Transactions
 from orchestrator.store.turns import Taken
 
 QUEUE = "celery"
@@ -53,9 +54,13 @@ class Calls:
             settle(connection, invocation)
             return True
 
-        return self._transactions.run(
-            False, _timeout(taken), lambda connection: self._call(taken, context, connection), finish
-        )
+        timeout = timedelta(seconds=taken.call["t"])
+        try:
+            return self._transactions.run(
+                False, timeout, lambda connection: self._call(taken, context, connection), finish
+            )
+        except TransactionFailed as failed:
+            return Invocation(error=failed.reason, harmless=True)
 
     def _call(self, taken: Taken, context: StepContext, *injected: Any) -> Invocation:
         self.calls.append((taken.role, taken.key, taken.attempt))
@@ -82,12 +87,6 @@ class Calls:
 
     def close(self) -> None:
         self._transactions.dispose()
-
-
-def _timeout(taken: Taken) -> Any:
-    from datetime import timedelta
-
-    return timedelta(seconds=taken.call["t"])
 
 
 class Child:

@@ -126,7 +126,8 @@ DECLARE
 BEGIN
     -- Index work_due, once per level of priority that can be there, so that what sleeps is never looked at.
     FOR v_level IN REVERSE CASE WHEN EXISTS (
-        SELECT FROM orchestrator.work WHERE fence IS NULL AND queue = ANY (p_queues) AND priority > 0 AND due_at <= v_now
+        SELECT FROM orchestrator.work
+        WHERE fence IS NULL AND queue = ANY (p_queues) AND priority > 0 AND due_at <= v_now
     ) THEN 9 ELSE 0 END .. 0 LOOP
         FOREACH v_queue IN ARRAY p_queues LOOP
             -- Rows that somebody else holds are skipped, rows that nobody here can do as well.
@@ -142,12 +143,13 @@ BEGIN
                     v_seconds := (w.call ->> 't')::double precision;
                     UPDATE orchestrator.work SET
                         reserved_at = v_now, begun_at = v_now, incarnation = p_incarnation, child = p_child,
-                        fence = p_fence, attempt = w.attempt + 1, deadline_at = v_now + make_interval(secs => v_seconds),
+                        fence = p_fence, attempt = w.attempt + 1,
+                        deadline_at = v_now + make_interval(secs => v_seconds),
                         expires_at = v_now + make_interval(
                             secs => least(v_seconds + 5, (w.call ->> 'h')::double precision))
                     WHERE run_id = w.run_id AND key = w.key;
-                    RETURN QUERY SELECT w.run_id, w.key, w.role, w.target, w.queue, w.task, w.attempt + 1, w.call, p_fence,
-                        v_now + make_interval(secs => v_seconds), v_now, NULL::text, NULL::integer, NULL::text,
+                    RETURN QUERY SELECT w.run_id, w.key, w.role, w.target, w.queue, w.task, w.attempt + 1, w.call,
+                        p_fence, v_now + make_interval(secs => v_seconds), v_now, NULL::text, NULL::integer, NULL::text,
                         NULL::jsonb, NULL::timestamptz, NULL::timestamptz, NULL::smallint, NULL::integer, NULL::text;
                     RETURN;
                 END IF;
@@ -155,8 +157,8 @@ BEGIN
                 UPDATE orchestrator.work SET reserved_at = v_now, incarnation = p_incarnation, child = p_child
                 WHERE run_id = w.run_id AND key = w.key;
                 RETURN QUERY SELECT w.run_id, w.key, w.role, w.target, w.queue, w.task, w.attempt, w.call, NULL::bigint,
-                    NULL::timestamptz, v_now, r.saga, r.version, r.queue, r.input, r.started_at, r.deadline_at, r.priority,
-                    r.position, r.state
+                    NULL::timestamptz, v_now, r.saga, r.version, r.queue, r.input, r.started_at, r.deadline_at,
+                    r.priority, r.position, r.state
                     FROM orchestrator.runs r WHERE r.id = w.run_id;
             END LOOP;
             EXIT WHEN v_taken >= p_limit;
@@ -172,8 +174,9 @@ END $$
 
 _COMMIT_TURN = """
 CREATE FUNCTION orchestrator.commit_turn_1(
-    p_run text, p_position integer, p_at timestamptz, p_entries json, p_state text, p_incarnation bigint, p_child integer,
-    p_done_key text, p_done_fence bigint, p_shared boolean, p_next json, p_next_fence bigint, p_more json, p_now timestamptz,
+    p_run text, p_position integer, p_at timestamptz, p_entries json, p_state text, p_incarnation bigint,
+    p_child integer, p_done_key text, p_done_fence bigint, p_shared boolean, p_next json, p_next_fence bigint,
+    p_more json, p_now timestamptz,
     OUT written boolean, OUT owed boolean, OUT now timestamptz
 ) LANGUAGE plpgsql AS $$
 DECLARE
@@ -200,11 +203,12 @@ BEGIN
         RETURN;
     END IF;
     IF p_more IS NULL OR p_more -> 'summary' IS NULL THEN
-        UPDATE orchestrator.runs SET position = p_position + 1, state = p_state WHERE id = p_run AND position = p_position;
+        UPDATE orchestrator.runs SET position = p_position + 1, state = p_state
+        WHERE id = p_run AND position = p_position;
     ELSE
         UPDATE orchestrator.runs SET position = p_position + 1, state = p_state,
-            output = s.output, error = s.error, left_effects = s.left_effects, parked = s.parked, past_pivot = s.past_pivot,
-            finished_at = CASE WHEN s.ended THEN commit_turn_1.now END
+            output = s.output, error = s.error, left_effects = s.left_effects, parked = s.parked,
+            past_pivot = s.past_pivot, finished_at = CASE WHEN s.ended THEN commit_turn_1.now END
         FROM json_to_record(p_more -> 'summary') AS s (
             output jsonb, error jsonb, left_effects jsonb, parked jsonb, past_pivot boolean, ended boolean)
         WHERE id = p_run AND position = p_position;
@@ -220,8 +224,8 @@ BEGIN
     END IF;
     IF p_done_key IS NULL THEN
         IF p_next IS NOT NULL THEN
-            INSERT INTO orchestrator.work (run_id, key, role, target, queue, task, priority, due_at, attempt, call, fence,
-                reserved_at, incarnation, child, begun_at, deadline_at, expires_at)
+            INSERT INTO orchestrator.work (run_id, key, role, target, queue, task, priority, due_at, attempt, call,
+                fence, reserved_at, incarnation, child, begun_at, deadline_at, expires_at)
             VALUES (p_run, v_next.key, v_next.role, v_next.target, v_next.queue, v_next.task, v_next.priority, now,
                 v_next.attempt, v_next.call, p_next_fence, now, p_incarnation, p_child, now,
                 now + make_interval(secs => v_seconds),
@@ -272,7 +276,8 @@ BEGIN
         v_withdraw := ARRAY(SELECT json_array_elements_text(p_more -> 'withdraw'));
         -- Only what no committed begin names may be withdrawn; whoever began it is told to stop.
         WITH gone AS (
-            DELETE FROM orchestrator.work WHERE run_id = p_run AND key = ANY (v_withdraw) AND fence IS NULL RETURNING key
+            DELETE FROM orchestrator.work WHERE run_id = p_run AND key = ANY (v_withdraw) AND fence IS NULL
+            RETURNING key
         )
         INSERT INTO orchestrator.arrivals (run_id, arrival)
         SELECT p_run, json_build_object('e', 'withdrawn', 'key', key) FROM gone;
@@ -285,12 +290,14 @@ BEGIN
     -- The turn row: whoever asked for a turn meanwhile has lifted the reservation, and then it stays due.
     IF v_holds AND v_wake IS NULL THEN
         DELETE FROM orchestrator.work
-        WHERE run_id = p_run AND key = '' AND reserved_at IS NOT NULL AND incarnation = p_incarnation AND child = p_child;
+        WHERE run_id = p_run AND key = '' AND reserved_at IS NOT NULL
+          AND incarnation = p_incarnation AND child = p_child;
     ELSIF v_wake IS NOT NULL THEN
         INSERT INTO orchestrator.work AS w (run_id, key, role, target, queue, priority, due_at)
         VALUES (p_run, '', 'turn', p_more ->> 'target', p_more ->> 'queue', (p_more ->> 'priority')::smallint, v_wake)
         ON CONFLICT (run_id, key) DO UPDATE SET
-            due_at = CASE WHEN v_holds AND w.reserved_at IS NOT NULL AND w.incarnation = p_incarnation AND w.child = p_child
+            due_at = CASE WHEN v_holds AND w.reserved_at IS NOT NULL
+                               AND w.incarnation = p_incarnation AND w.child = p_child
                           THEN EXCLUDED.due_at ELSE least(w.due_at, EXCLUDED.due_at) END,
             reserved_at = NULL, incarnation = NULL, child = NULL;
     END IF;

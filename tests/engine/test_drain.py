@@ -1,0 +1,527 @@
+"""Drainers on a real database, their steps plain functions: what is recorded when outcomes race, fail to commit, or come late."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import Connection as SqlConnection
+from sqlalchemy import text
+
+from orchestrator import Effect, Rejected, RetryPolicy, StoreUnavailableError, saga, step
+from orchestrator.client import Client
+from orchestrator.machine.journal import Cancel, Operate, encode
+from orchestrator.machine.turn import Script
+from orchestrator.settings import Settings
+from orchestrator.store import liveness, runs, turns
+from orchestrator.store.connection import Connection
+from tests.engine.proxy import Proxy
+from tests.engine.stage import Child, entries, kinds, script_of, start, state, work
+
+AT_ONCE = RetryPolicy(initial_interval=timedelta(0), maximum_interval=timedelta(0), maximum_attempts=3)
+DONE: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    DONE.clear()
+
+
+@step(retry=AT_ONCE)
+def take_back(name: str, result: str | None) -> None:
+    DONE.append(f"undo {name} {result}")
+
+
+@step(compensate=take_back, retry=AT_ONCE)
+def act(name: str) -> str:
+    DONE.append(f"do {name}")
+    if name == "bad":
+        raise Rejected(name)
+    return f"{name}!"
+
+
+@step(effect=Effect.NONE, retry=AT_ONCE)
+def look(n: int) -> int:
+    return n
+
+
+@step(transactional=True, retry=AT_ONCE)
+def write(conn: SqlConnection, name: str) -> str:
+    conn.execute(text("INSERT INTO written VALUES (:name)"), {"name": name})
+    return f"{name} written"
+
+
+@saga.define
+async def in_a_row(names: list[str]) -> list[str]:
+    return [await saga.step(act, name) for name in names]
+
+
+@saga.define
+async def side_by_side(n: int) -> int:
+    return sum(await asyncio.gather(*(saga.step(look, i) for i in range(n))))
+
+
+@saga.define
+async def beside_a_sleep(names: list[str]) -> list[str]:
+    sleeping = asyncio.create_task(asyncio.sleep(3600))
+    done = list(await asyncio.gather(*(saga.step(act, name) for name in names)))
+    sleeping.cancel()
+    return done
+
+
+@saga.define
+async def written(names: list[str]) -> list[str]:
+    return [await saga.step(write, name) for name in names]
+
+
+@pytest.fixture
+def table(connection: Connection) -> None:
+    connection.execute("CREATE TABLE written (name text)")
+
+
+def drain_all(connection: Connection, *children: Child) -> None:
+    """Drain until nothing is due for any of them."""
+    while any(child.drain() for child in children) or connection.execute(
+        "SELECT EXISTS (SELECT FROM orchestrator.work WHERE fence IS NULL AND reserved_at IS NULL "
+        "AND due_at <= orchestrator.now())"
+    ).fetchone() == (True,):
+        pass
+
+
+# -- the ordinary way --------------------------------------------------------------------------------------------------
+def test_a_run_from_start_to_end(child: Child, connection: Connection) -> None:
+    start(connection, in_a_row, ["a", "b"])
+    assert child.drain() == 2
+    assert (state(connection), work(connection)) == ("completed", [])
+    assert kinds(connection) == ["asked", "settled", "asked", "settled", "returned", "ended"]
+    assert liveness.children(connection, child.incarnation) == []
+
+
+def test_a_run_with_an_undo(child: Child, connection: Connection) -> None:
+    start(connection, in_a_row, ["a", "b", "bad"])
+    drain_all(connection, child)
+    assert state(connection) == "compensated"
+    assert DONE == ["do a", "do b", "do bad", "undo b b!", "undo a a!"]
+
+
+def test_a_sequential_step_costs_one_commit(child: Child, connection: Connection) -> None:
+    def commits() -> int:
+        connection.execute("SELECT pg_stat_force_next_flush()")
+        row = connection.execute(
+            "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
+        ).fetchone()
+        return int(row[0]) if row else 0
+
+    start(connection, in_a_row, ["warm"], run_id="warm")
+    child.drain()
+    rows = connection.execute("SELECT count(*) FROM orchestrator.journal WHERE run_id = 'warm'").fetchone()
+    start(connection, in_a_row, [str(n) for n in range(50)])
+    assert child.drain() == 50
+    written_rows = connection.execute("SELECT count(*) FROM orchestrator.journal WHERE run_id = 'run'").fetchone()
+    assert rows == (2,) and written_rows == (51,), "one turn for the start, one for every outcome"
+    assert commits() > 0
+
+
+# -- parallel outcomes -------------------------------------------------------------------------------------------------
+def test_two_drainers_that_meet_at_a_run_leave_arrivals_and_lose_none(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    left, right = new_child(), new_child()
+    meet = threading.Barrier(2, timeout=10)
+    met = iter((True,))
+
+    def before(taken: Any) -> None:
+        if taken.role == "do" and next(met, False) is False and meet.n_waiting == 1:
+            return
+
+    left.runner.before = right.runner.before = before
+    start(connection, side_by_side, 60)
+    threads = [left.in_background(), right.in_background()]
+    for thread in threads:
+        thread.join(20)
+    drain_all(connection, left, right)
+    assert state(connection) == "completed"
+    (output,) = connection.execute("SELECT output FROM orchestrator.runs").fetchone()  # type: ignore[misc]
+    assert output == sum(range(60))
+    assert len(left.runner.calls) + len(right.runner.calls) == 60
+    assert connection.execute("SELECT count(*) FROM orchestrator.arrivals").fetchone() == (0,)
+    assert len({key for _, key, _ in left.runner.calls + right.runner.calls}) == 60
+
+
+def test_an_outcome_that_meets_a_locked_run_is_an_arrival(
+    child: Child, new_child: Callable[..., Child], connection: Connection, database_url: str
+) -> None:
+    other = new_child()
+    locked = psycopg.connect(database_url)
+
+    def lock(taken: Any) -> None:
+        if taken.role == "do" and taken.attempt == 1 and "0/" in taken.key:
+            locked.execute("SELECT FROM orchestrator.runs WHERE id = 'run' FOR UPDATE")
+
+    child.runner.after = lock
+    start(connection, side_by_side, 2)
+    child.settings  # noqa: B018
+    child.drain()
+    waiting = connection.execute("SELECT count(*) FROM orchestrator.arrivals").fetchone()
+    locked.rollback()
+    locked.close()
+    child.runner.after = lambda taken: None
+    connection.execute("UPDATE orchestrator.arrivals SET at = at - interval '5 seconds'")
+    liveness.wake_forgotten(connection)
+    drain_all(connection, child, other)
+    assert waiting in ((0,), (1,), (2,))
+    assert state(connection) == "completed"
+
+
+def test_parallel_outcomes_cost_a_turn_each_at_most(child: Child, connection: Connection) -> None:
+    start(connection, side_by_side, 200)
+    drain_all(connection, child)
+    (rows,) = connection.execute("SELECT count(*) FROM orchestrator.journal").fetchone()  # type: ignore[misc]
+    assert rows <= 202
+    (largest,) = connection.execute(
+        "SELECT max(length(entries::text)) FROM orchestrator.journal WHERE seq > 0"
+    ).fetchone()  # type: ignore[misc]
+    assert largest < 1000, "an outcome's row does not grow with the run"
+
+
+def test_an_arrival_whose_author_died_is_found_although_the_run_has_a_timer(
+    child: Child, connection: Connection
+) -> None:
+    """The run's turn row is due in an hour; who left the arrival died before it could take the turn."""
+    start(connection, beside_a_sleep, ["a", "b"])
+    for thing in child.drainer._take(*child.drainer._ready()):
+        assert thing.role == "turn"
+        (begun,) = child.drainer._ready()[1].start_turn(child.drainer._ready()[0], thing)
+    outcome = {"e": "outcome", "key": begun.key, "role": "do", "attempt": 1, "verdict": "succeeded", "result": "a!"}
+    assert turns.arrive(connection, "run", begun.key, begun.fence or 0, outcome)
+    child.drain()
+    connection.execute("UPDATE orchestrator.arrivals SET at = at - interval '5 seconds'")
+    if connection.execute("SELECT count(*) FROM orchestrator.arrivals").fetchone() == (1,):
+        assert liveness.wake_forgotten(connection) == ["celery"]
+    drain_all(connection, child)
+    assert state(connection) == "completed"
+
+
+def test_the_pump_finds_an_arrival_behind_a_timer(child: Child, connection: Connection) -> None:
+    @saga.define(name="sleeps for an hour")
+    async def sleeps() -> None:
+        await asyncio.sleep(3600)
+
+    child.targets.append(sleeps.target)
+    start(connection, sleeps)
+    child.drain()
+    assert [row[:2] for row in work(connection)] == [("", "turn")]
+    connection.execute(
+        "INSERT INTO orchestrator.arrivals (run_id, at, arrival) VALUES ('run', orchestrator.now() - interval '5 s', %s)",
+        [psycopg.types.json.Json(encode(Cancel("ann", "it is late")))],
+    )
+    assert liveness.wake_forgotten(connection) == ["celery"]
+    child.drain()
+    assert state(connection) == "cancelled"
+
+
+# -- code that changes -------------------------------------------------------------------------------------------------
+def versions_of(child: Child, main: Any) -> None:
+    child.scripts = lambda name, version: Script(main) if name == in_a_row.name else script_of(name, version)
+    child.drainer.close()
+
+
+def test_drift_parks_with_a_diff_and_goes_on_once_the_code_is_back(child: Child, connection: Connection) -> None:
+    async def other(encoded: Any) -> Any:
+        await saga.step(look, 1)
+        return await in_a_row.script().main(encoded)
+
+    child.runner.after = lambda taken: versions_of(child, other) if DONE == ["do a"] else None
+    start(connection, in_a_row, ["a", "b"])
+    child.drain()
+    found = runs.outcomes(connection, ["run"])["run"]
+    assert found.state == "parked" and DONE == ["do a"]
+    (item,) = found.parked
+    assert item["role"] == "drift" and "look#0" in item["why"] and "act#0" in item["why"]  # type: ignore[index,call-overload]
+    assert kinds(connection)[:2] == ["asked", "settled"], "the outcome is on record"
+    child.scripts = script_of
+    child.drainer.close()
+    with connection.transaction():
+        turns.leave_arrival(connection, "run", encode(Operate("retry", "", "ann", "rolled back")))
+    child.drain()
+    assert (state(connection), DONE) == ("completed", ["do a", "do b"])
+
+
+def test_a_code_error_parks_and_a_cancel_undoes_without_the_code(child: Child, connection: Connection) -> None:
+    async def broken(encoded: Any) -> Any:
+        await saga.step(act, "a")
+        raise KeyError("oops")
+
+    versions_of(child, broken)
+    start(connection, in_a_row, ["a", "b"])
+    child.drain()
+    assert state(connection) == "parked" and DONE == ["do a"]
+    child.scripts = lambda name, version: None  # the code is gone for good
+    child.drainer.close()
+    with connection.transaction():
+        turns.leave_arrival(connection, "run", encode(Cancel("ann", "")), anyone=True)
+    child.drain()
+    assert (state(connection), DONE) == ("cancelled", ["do a", "undo a a!"])
+
+
+# -- leases that are lost ----------------------------------------------------------------------------------------------
+def lose_the_lease(connection: Connection, child: Child) -> None:
+    assert liveness.declare_dead(connection, child.incarnation)
+    connection.execute("UPDATE orchestrator.work SET deadline_at = orchestrator.now() WHERE fence IS NOT NULL")
+    liveness.give_back_dead(connection)
+    child.reborn()
+
+
+def test_a_late_success_is_an_entry_and_changes_nothing_if_another_attempt_succeeded(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    slow, quick = new_child(), new_child()
+
+    def overtake(taken: Any) -> None:
+        slow.runner.before = lambda taken: None
+        lose_the_lease(connection, slow)
+        quick.drain()
+
+    slow.runner.before = overtake
+    start(connection, in_a_row, ["a"])
+    slow.drain()
+    drain_all(connection, quick)
+    assert state(connection) == "completed"
+    assert [entry["attempt"] for entry in entries(connection) if entry["e"] == "settled"] == [2]
+    assert len({context.idempotency_key for child in (slow, quick) for context in child.runner.contexts}) == 1
+    assert DONE == ["do a", "do a"]
+
+
+def test_a_late_success_after_the_undo_has_begun_orders_the_undo_again_with_its_result(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    slow, quick = new_child(), new_child()
+
+    def overtake(taken: Any) -> None:
+        slow.runner.before = lambda taken: None
+        lose_the_lease(connection, slow)
+        with connection.transaction():
+            turns.leave_arrival(connection, "run", encode(Cancel("ann", "")))
+
+        def late(undoing: Any) -> None:
+            quick.runner.before = lambda taken: None
+            release.set()
+            background.join(10)
+
+        quick.runner.before = late
+        undoers.append(quick.in_background())
+        assert release.wait(10)
+
+    release, undoers = threading.Event(), list[threading.Thread]()
+    slow.runner.before = overtake
+    start(connection, in_a_row, ["a"])
+    background = slow.in_background()
+    background.join(20)
+    undoers[0].join(20)
+    drain_all(connection, quick)
+    assert "late" in kinds(connection)
+    assert state(connection) == "cancelled"
+    assert DONE[0] == "do a" and DONE[-1] == "undo a a!"
+    keys = [c.idempotency_key for c in quick.runner.contexts if c.idempotency_key.split(":")[-1] != "undo"]
+    assert keys and all(":undo" in key for key in keys), "the second undo has a key of its own"
+
+
+def test_a_late_success_after_the_end_is_undone_by_a_run_of_its_own(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    slow, quick = new_child(), new_child()
+
+    def overtake(taken: Any) -> None:
+        slow.runner.before = lambda taken: None
+        lose_the_lease(connection, slow)
+        with connection.transaction():
+            turns.leave_arrival(connection, "run", encode(Cancel("ann", "")))
+        quick.drain()
+        assert state(connection) == "cancelled"
+
+    slow.runner.before = overtake
+    start(connection, in_a_row, ["a"])
+    slow.drain()
+    drain_all(connection, quick)
+    (correcting,) = connection.execute("SELECT id, state FROM orchestrator.runs WHERE parent_id = 'run'").fetchall()
+    assert correcting[1] == "compensated"
+    assert DONE == ["undo a None", "do a", "undo a a!"]
+
+
+def test_a_stale_transactional_step_is_rolled_back(
+    new_child: Callable[..., Child], connection: Connection, table: None
+) -> None:
+    slow, quick = new_child(), new_child()
+
+    def overtake(taken: Any) -> None:
+        slow.runner.before = lambda taken: None
+        lose_the_lease(connection, slow)
+        quick.drain()
+
+    slow.runner.before = overtake
+    start(connection, written, ["a"])
+    slow.drain()
+    drain_all(connection, quick)
+    assert state(connection) == "completed"
+    assert connection.execute("SELECT name FROM written").fetchall() == [("a",)]
+    assert "late" not in kinds(connection)
+
+
+# -- commits whose answer is lost --------------------------------------------------------------------------------------
+def is_commit(data: bytes) -> bool:
+    return b"commit_turn_1" in data or b"COMMIT" in data
+
+
+def swallow_at(proxy: Proxy, child: Child, key: str, asked: Callable[[bytes], bool]) -> None:
+    def arm(taken: Any) -> None:
+        if key in taken.key and taken.attempt == 1 and not proxy.swallowed:
+            proxy.swallow(asked)
+
+    child.runner.after = arm
+
+
+def test_an_outcome_whose_commit_was_not_answered_is_not_recorded_twice(
+    new_child: Callable[..., Child], connection: Connection, proxy: Proxy
+) -> None:
+    child = new_child(dsn=proxy.url)
+    start(connection, in_a_row, ["warm", "up"], run_id="warm")
+    child.drain()
+    DONE.clear()
+    swallow_at(proxy, child, "act#1", lambda data: True)
+    start(connection, in_a_row, ["a", "b", "c"])
+    drain_all(connection, child)
+    assert proxy.swallowed == 1
+    assert (state(connection), DONE) == ("completed", ["do a", "do b", "do c"])
+    assert kinds(connection).count("settled") == 3
+
+
+def test_a_connection_that_breaks_before_the_commit_is_recorded_on_the_next(
+    new_child: Callable[..., Child], connection: Connection, proxy: Proxy
+) -> None:
+    child = new_child(dsn=proxy.url)
+
+    def cut(taken: Any) -> None:
+        if taken.attempt == 1 and "#1" in taken.key:
+            proxy.cut()
+            proxy.restore()
+
+    child.runner.after = cut
+    start(connection, in_a_row, ["a", "b", "c"])
+    drain_all(connection, child)
+    assert (state(connection), DONE) == ("completed", ["do a", "do b", "do c"])
+
+
+def test_a_terminated_backend_costs_no_step(child: Child, connection: Connection) -> None:
+    def terminate(taken: Any) -> None:
+        if "#1" in taken.key:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND application_name LIKE 'orchestrator child%'"
+            )
+
+    child.runner.after = terminate
+    start(connection, in_a_row, ["a", "b", "c"])
+    drain_all(connection, child)
+    assert (state(connection), DONE) == ("completed", ["do a", "do b", "do c"])
+
+
+def test_a_transactional_step_whose_commit_was_not_answered_took_effect_once(
+    new_child: Callable[..., Child], connection: Connection, proxy: Proxy, table: None
+) -> None:
+    child = new_child(dsn=proxy.url)
+    swallow_at(proxy, child, "write#0", lambda data: b"COMMIT" in data)
+    start(connection, written, ["a", "b"])
+    drain_all(connection, child)
+    assert proxy.swallowed == 1
+    assert state(connection) == "completed"
+    assert connection.execute("SELECT name FROM written").fetchall() == [("a",), ("b",)]
+
+
+def test_a_transactional_step_whose_connection_breaks_before_the_commit_is_done_again_once(
+    new_child: Callable[..., Child], connection: Connection, proxy: Proxy, table: None
+) -> None:
+    child = new_child(dsn=proxy.url)
+
+    def cut(taken: Any) -> None:
+        if taken.attempt == 1 and "#0" in taken.key:
+            proxy.cut()
+            proxy.restore()
+
+    child.runner.after = cut
+    start(connection, written, ["a", "b"])
+    drain_all(connection, child)
+    assert state(connection) == "completed"
+    assert connection.execute("SELECT name FROM written").fetchall() == [("a",), ("b",)]
+
+
+@pytest.mark.parametrize("statement", [b"take_1", b"commit_turn_1"])
+def test_a_step_whose_begin_was_not_answered_is_not_left_to_its_timeout(
+    new_child: Callable[..., Child], connection: Connection, proxy: Proxy, statement: bytes
+) -> None:
+    """The begin is committed, the child never hears of it: nobody runs the step, and nobody may wait five minutes."""
+    child = new_child(dsn=proxy.url)
+    start(connection, side_by_side, 2, run_id="warm")
+    drain_all(connection, child)
+    child.drainer.close()
+    start(connection, in_a_row, ["a"])
+    begun = "SELECT count(*) FROM orchestrator.work WHERE fence IS NOT NULL"
+    if statement == b"take_1":  # a retry that is due is begun by taking it
+        turn = child.drainer._take(*child.drainer._ready())
+        connection.execute("UPDATE orchestrator.work SET reserved_at = NULL")
+        first = child.drainer._ready()[1].start_turn(child.drainer._ready()[0], turn[0])[0]
+        connection.execute("UPDATE orchestrator.work SET fence = NULL, incarnation = NULL, reserved_at = NULL, attempt = 0")
+        assert first.key.endswith("act#0")
+        child.drainer.close()
+    proxy.swallow(lambda data: statement in data)
+    with pytest.raises(StoreUnavailableError):
+        child.drain()
+    assert proxy.swallowed == 1
+    child.drain()
+    drain_all(connection, child)
+    assert connection.execute(begun).fetchone() == (0,)
+    assert (state(connection), DONE) == ("completed", ["do a"])
+
+
+# -- stopping, limits --------------------------------------------------------------------------------------------------
+def test_a_child_that_stops_finishes_its_step_and_begins_no_other(child: Child, connection: Connection) -> None:
+    def stop(taken: Any) -> None:
+        child.stopping = True
+
+    child.runner.after = stop
+    start(connection, in_a_row, ["a", "b"])
+    start(connection, in_a_row, ["c"], run_id="other")
+    assert child.drain() == 1
+    assert DONE == ["do a"]
+    (row,) = work(connection)
+    assert row[1:] == ("do", 0, False), "the next step waits for another child, no attempt burned"
+    assert kinds(connection) == ["asked", "settled", "asked"]
+
+
+def test_a_drain_ends_after_its_share_and_rings_for_the_rest(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    child = new_child(drain_steps=3)
+    start(connection, in_a_row, ["a"], run_id="first")
+    for n in range(20):
+        start(connection, side_by_side, 1, run_id=f"r{n}")
+    child.drain()
+    assert 0 < len(child.runner.calls) < 21
+    assert child.rings == ["celery"] or "celery" in child.rings
+    drain_all(connection, child)
+    assert {state(connection, f"r{n}") for n in range(20)} == {"completed"}
+
+
+def test_a_bell_that_cannot_be_rung_keeps_no_start_from_succeeding(database_url: str, connection: Connection) -> None:
+    def broken(queue: str, times: int) -> None:
+        raise OSError("no broker")
+
+    liveness.register(connection, node="n", host="h", pid=1, queues=["celery"], targets=[], slots=1)
+    client = Client(Settings.from_environment({}, database_url=database_url), broken, lambda: "celery")
+    result = client.start(in_a_row, (["a"],), {}, {})
+    assert result.status == "pending"
+    client.pool.close()
