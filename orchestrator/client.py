@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import getpass
 import logging
 import os
 import secrets
@@ -73,7 +74,7 @@ class Client:
         Commits before it returns, or joins `transaction`.
         Raises: PayloadError, ConflictError, StoreUnavailableError, SchemaError, UsageError.
         """
-        new, transaction = self._new(saga, saga.codec.encode_call(args, kwargs), options)
+        new, transaction = self.prepare(saga, saga.codec.encode_call(args, kwargs), options)
         return self.start_encoded(saga, new, transaction)
 
     def start_encoded(self, saga: Saga[Any, Any], new: runs.Start, transaction: Any = None) -> SagaResult:
@@ -92,7 +93,7 @@ class Client:
         self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
     ) -> SagaResult:
         """Start a run without blocking the event loop; `transaction` may be async.  Raises: as `start`."""
-        new, transaction = self._new(saga, saga.codec.encode_call(args, kwargs), options)
+        new, transaction = self.prepare(saga, saga.codec.encode_call(args, kwargs), options)
         if transaction is None:
             return await asyncio.to_thread(self.start_encoded, saga, new)
         created = await foreign.aexecute(transaction, runs.START, new.values()) is not None
@@ -114,7 +115,11 @@ class Client:
             if _due_now(new):
                 self.ring_for(connection, new.queue, 1)
 
-    def _new(self, saga: Saga[Any, Any], encoded: Json, options: dict[str, Any]) -> tuple[runs.Start, Any]:
+    def prepare(self, saga: Saga[Any, Any], encoded: Json, options: dict[str, Any]) -> tuple[runs.Start, Any]:
+        """Return what is to be started for an encoded input and start options, and the caller's transaction if any.
+
+        Raises: PayloadError, UsageError.
+        """
         for name in options:
             if name in _CANVAS and options[name]:
                 raise UsageError(
@@ -484,7 +489,10 @@ class _Poller:
 
 def whoami() -> str:
     """Return the name of the person at the keyboard, for the record of an operator's decision."""
-    return os.environ.get("USER") or os.environ.get("LOGNAME") or f"uid {os.getuid()}"
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def _new_id() -> str:

@@ -5,9 +5,12 @@ The database comes from ORCHESTRATOR_DATABASE_URL, the broker from CELERY_BROKER
 
 from __future__ import annotations
 
-from celery import Celery
+from typing import Any
+
+from celery import Celery, signals
 
 from orchestrator import Orchestrator
+from tasks.database import create_tables, ledger_engine
 
 app = Celery(
     "tasks",
@@ -22,3 +25,11 @@ app = Celery(
     ],
 )
 orchestrator = Orchestrator(app)
+
+
+@signals.worker_init.connect
+def prepare(**_: Any) -> None:
+    """Create the business tables, so that ``saga dev`` has something to work on; they are kept if they are there."""
+    engine = ledger_engine()
+    create_tables(engine)
+    engine.dispose()  # the pool forks next, and a child opens its own

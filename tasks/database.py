@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from sqlalchemy import Engine, MetaData, create_engine, make_url
+from sqlalchemy import Engine, MetaData, create_engine, make_url, text
 from sqlalchemy.schema import CreateSchema
 
 metadata = MetaData()
@@ -40,6 +40,7 @@ def outside_engine() -> Engine:
 def create_tables(engine: Engine) -> None:
     """Create every schema and table that the imported task modules declare; keep what exists."""
     with engine.begin() as connection:
+        connection.execute(text("SELECT pg_advisory_xact_lock(4201)"))  # several workers may start at once
         for schema in sorted({table.schema for table in metadata.tables.values() if table.schema}):
             connection.execute(CreateSchema(schema, if_not_exists=True))
         metadata.create_all(connection)

@@ -122,7 +122,7 @@ class Orchestrator:
         saga = sagas.registry.latest(name)
         self.refuse_plain_messages(name)
         encoded = saga.codec.encode_call(tuple(args), dict(kwargs), from_json=True)
-        new, _ = self.client._new(saga, encoded, {"task_id": run_id})
+        new, _ = self.client.prepare(saga, encoded, {"task_id": run_id})
         return self.client.start_encoded(saga, new).id
 
     def refuse_plain_messages(self, name: str) -> None:

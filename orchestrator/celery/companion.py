@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import selectors
 import shutil
@@ -31,6 +32,7 @@ from orchestrator.store.connection import UNAVAILABLE, Connection, open_connecti
 
 logger = logging.getLogger(__name__)
 _CHILDREN_GRACE_S = 10.0
+_AFTER_DUE_S = 0.01  # so that a round finds what the one before it saw coming
 
 
 @dataclass(slots=True)
@@ -76,6 +78,7 @@ class Companion:
         self._incarnation = config.incarnation
         self._main_ended_at: float | None = None
         self._retry_at = 0.0
+        self._next_due_at = math.inf
 
     def run(self) -> None:
         """Live as long as the worker.  Raises: OrchestratorError if the start is impossible."""
@@ -95,8 +98,9 @@ class Companion:
                 self._safely(self._renew)
                 next_renewal = now + self._config.lease_s / 4
             if now >= next_pump:
+                self._next_due_at = math.inf
                 self._safely(self._run_pump)
-                next_pump = now + self._config.pump_s
+                next_pump = min(now + self._config.pump_s, self._next_due_at)
         self._end_life()
 
     # -- the database --------------------------------------------------------------------------------------------------
@@ -147,7 +151,8 @@ class Companion:
     def _run_pump(self) -> None:
         self._find_gone()
         self._end_stuck_children()
-        self._pump.run_once(self._connect())
+        next_due = self._pump.run_once(self._connect()).next_due_s
+        self._next_due_at = math.inf if next_due is None else monotonic() + max(next_due, 0.0) + _AFTER_DUE_S
 
     def _find_gone(self) -> None:
         """Children may have died while no companion was there to see it."""

@@ -88,7 +88,7 @@ def start(
     client = client_of(ctx)
     saga = saga_named(name)
     options = {"task_id": run_id, "countdown": countdown, "priority": priority}
-    new, _ = client._new(saga, _encoded(saga, args, kwargs), {k: v for k, v in options.items() if v is not None})
+    new, _ = client.prepare(saga, _encoded(saga, args, kwargs), {k: v for k, v in options.items() if v is not None})
     result = client.start_encoded(saga, new)
     if wait is None:
         if json_:

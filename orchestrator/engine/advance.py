@@ -196,7 +196,9 @@ class Advancer:
     def _commit_together(
         self, connection: Connection, prepared: list[Prepared], is_short: IsShort
     ) -> tuple[list[Taken], set[str]]:
-        """Commit turns of different runs at once, in order of their ids; returns what they began, and which were written.
+        """Commit turns of different runs at once, in order of their ids.
+
+        Returns what they began, and which were written.
 
         If one of them fails they all roll back, and are for the caller to commit one by one.
         """

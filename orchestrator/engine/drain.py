@@ -142,7 +142,7 @@ class Drainer:
             connection, advancer = self._ready()
 
     def _may_begin(self) -> bool:
-        """Whether this drain goes on: other tasks of this worker get their turn, and a worker that stops begins nothing."""
+        """Whether this drain goes on: other tasks of this worker get their turn, a worker that stops begins nothing."""
         within = time.monotonic() < self._until and self._steps < self._settings.drain_steps
         return within and not self._worker.stopping()
 

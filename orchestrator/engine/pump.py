@@ -21,11 +21,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Pumped:
-    """What one round did: doorbells by queue, attempts given back, incarnations declared dead."""
+    """What one round did: doorbells by queue, attempts given back, incarnations declared dead; the next due time."""
 
     rung: Counter[str] = field(default_factory=Counter)
     given_back: int = 0
     died: int = 0
+    next_due_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -64,6 +65,7 @@ class Pump:
             if times:
                 self._ring(queue, times)
                 pumped.rung[queue] += times
+        pumped.next_due_s = liveness.next_due(connection)
         self._rounds += 1
         if self._rounds % 60 == 0:
             liveness.sweep(connection)

@@ -190,6 +190,24 @@ def due(
     return {queue: count for queue, count in rows if count}
 
 
+# When the next row of a served queue falls due (index work_due, one probe per level of priority).
+_NEXT_DUE = f"""
+SELECT extract(epoch FROM min(w.due_at) - {CLOCK})::float8
+FROM (SELECT DISTINCT unnest(queues) AS queue FROM orchestrator.incarnations WHERE dead_at IS NULL) AS q
+CROSS JOIN generate_series(0, 9) AS level
+CROSS JOIN LATERAL (
+    SELECT due_at FROM orchestrator.work
+    WHERE fence IS NULL AND queue = q.queue AND priority = level AND due_at > {CLOCK} ORDER BY due_at LIMIT 1
+) AS w
+"""
+
+
+def next_due(connection: Connection, now: datetime | None = None) -> float | None:
+    """Return in how many seconds the next row of a served queue falls due; None if nothing waits."""
+    row = connection.execute(_NEXT_DUE, {"now": now}).fetchone()
+    return None if row is None or row[0] is None else float(row[0])
+
+
 # Arrivals older than a moment whose run has no turn due (a timer's row may be there, due much later): both their author
 # and the turn before them missed them.
 _FORGOTTEN = f"""

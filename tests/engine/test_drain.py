@@ -495,11 +495,13 @@ def test_a_child_that_stops_finishes_its_step_and_begins_no_other(child: Child, 
     child.runner.after = stop
     start(connection, in_a_row, ["a", "b"])
     start(connection, in_a_row, ["c"], run_id="other")
+    connection.execute("UPDATE orchestrator.work SET due_at = due_at - interval '1 s' WHERE run_id = 'run'")
     assert child.drain() == 1
     assert DONE == ["do a"]
     (row,) = work(connection)
     assert row[1:] == ("do", 0, False), "the next step waits for another child, no attempt burned"
     assert kinds(connection) == ["asked", "settled", "asked"]
+    assert work(connection, "other") == [("", "turn", 0, False)]
 
 
 def test_a_drain_ends_after_its_share_and_rings_for_the_rest(

@@ -1,0 +1,84 @@
+"""The schema: made by migrations, the same as the tables in code, checked before anything uses it."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, text
+
+from orchestrator import SchemaError, StoreUnavailableError, store
+from orchestrator.store.connection import Connection, open_connection
+from orchestrator.store.tables import SCHEMA, metadata
+
+
+def test_the_tables_in_code_are_those_that_the_migrations_make(database_url: str) -> None:
+    engine = create_engine(database_url.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.connect() as connection:
+        options = {
+            "include_schemas": True,
+            "version_table_schema": SCHEMA,
+            "compare_type": True,
+            "include_name": lambda name, kind, parents: kind != "schema" or name == SCHEMA,
+        }
+        found = compare_metadata(MigrationContext.configure(connection, opts=options), metadata)
+        nullable = connection.execute(
+            text("SELECT table_name, column_name, is_nullable FROM information_schema.columns WHERE table_schema = :s"),
+            {"s": SCHEMA},
+        ).all()
+    engine.dispose()
+    assert found == []
+    known = {(table.name, column.name): column.nullable for table in metadata.tables.values() for column in table.c}
+    made = {(table, column): null == "YES" for table, column, null in nullable}
+    assert {name: null for name, null in made.items() if name in known} == known
+
+
+def test_migrating_twice_changes_nothing(database_url: str) -> None:
+    assert store.migrate(database_url) == []
+
+
+def test_many_may_migrate_at_once(empty_database_url: str) -> None:
+    applied: list[list[str]] = []
+    threads = [
+        threading.Thread(target=lambda: applied.append(store.migrate(empty_database_url)), daemon=True) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(applied) == 4 and sorted(map(bool, applied)) == [False, False, False, True]
+
+
+def test_a_missing_and_a_newer_schema_are_named(empty_database_url: str, database_url: str) -> None:
+    with open_connection(empty_database_url, name="test") as connection:
+        with pytest.raises(SchemaError, match="saga migrate"):
+            store.check(connection)
+    with open_connection(database_url, name="test") as connection:
+        store.check(connection)
+        connection.execute("UPDATE orchestrator.alembic_version SET version_num = '9999'")
+        with pytest.raises(SchemaError, match="newer"):
+            store.check(connection)
+        connection.execute("UPDATE orchestrator.alembic_version SET version_num = '0000'")
+        with pytest.raises(SchemaError, match="saga migrate"):
+            store.check(connection)
+    with pytest.raises(SchemaError):
+        store.migrate(database_url)
+
+
+def test_without_a_database_a_migration_says_so() -> None:
+    with pytest.raises(StoreUnavailableError, match="cannot be reached"):
+        store.migrate("postgresql://me:s3cret@127.0.0.1:1/nothing")
+
+
+def test_a_terminal_state_and_its_instant_belong_together(connection: Connection) -> None:
+    import psycopg
+
+    insert = (
+        "INSERT INTO orchestrator.runs (id, saga, version, state, input, root_id, queue, started_at, finished_at) "
+        "VALUES ('r', 's', 1, %s, '{}', 'r', 'q', now(), %s)"
+    )
+    for state, finished in (("completed", None), ("running", "2026-01-01"), ("dreaming", None)):
+        with pytest.raises(psycopg.errors.CheckViolation):
+            connection.execute(insert, [state, finished])

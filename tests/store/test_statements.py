@@ -1,0 +1,407 @@
+"""The statements of the hot path: what they write, what they refuse, whom they wait for, by which index."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pytest
+
+from orchestrator.store import liveness, runs, turns
+from orchestrator.store.connection import Connection
+from orchestrator.store.turns import Commit, Committed, Taken
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+RESERVATION = timedelta(milliseconds=100)
+CALL = {"a": {}, "t": 60.0}
+Connect = Callable[[], Connection]
+
+
+def start(connection: Connection, run_id: str = "r", **options: Any) -> None:
+    new = runs.Start(id=run_id, saga="s", version=1, input={}, queue="q", **options)
+    assert runs.start(connection, new)
+
+
+def take(connection: Connection, child: int = 1, limit: int = 4, **options: Any) -> list[Taken]:
+    given: dict[str, Any] = {"queues": ["q"], "targets": ["s@1", "t"], "incarnation": 1, "fence": 100 + child}
+    return turns.take(connection, **{**given, **options}, child=child, limit=limit, reservation=RESERVATION)
+
+
+def asked(key: str, fence: int | None = None) -> dict[str, Any]:
+    row = {"key": key, "role": "do", "target": "t", "queue": "q", "task": "t", "priority": 0, "attempt": 0}
+    return {**row, "call": CALL, "due": None, "fence": fence}
+
+
+def commit(connection: Connection, position: int = 0, **options: Any) -> Committed:
+    given: dict[str, Any] = {"run_id": "r", "at": NOW, "entries": [{"e": "deadline"}], "incarnation": 1, "child": 1}
+    given |= {"state": "running", "target": "s@1", "queue": "q", "position": position}
+    return turns.commit_turn(connection, Commit(**{**given, **options}))
+
+
+def summary(**changes: Any) -> dict[str, Any]:
+    known = {"output": None, "error": None, "left_effects": [], "parked": [], "past_pivot": False}
+    return {**known, **changes}
+
+
+def rows(connection: Connection, table: str) -> list[tuple[Any, ...]]:
+    order = {"work": "run_id, key", "runs": "id", "journal": "run_id, seq", "arrivals": "id"}[table]
+    return connection.execute(f"SELECT * FROM orchestrator.{table} ORDER BY {order}").fetchall()  # type: ignore[arg-type]
+
+
+def everything(connection: Connection) -> list[list[tuple[Any, ...]]]:
+    return [rows(connection, table) for table in ("runs", "work", "journal", "arrivals")]
+
+
+def keys(connection: Connection) -> list[tuple[str, bool]]:
+    found = connection.execute("SELECT key, fence IS NOT NULL FROM orchestrator.work ORDER BY key").fetchall()
+    return [(key, begun) for key, begun in found]
+
+
+@pytest.fixture
+def begun(connection: Connection) -> int:
+    """A run whose step k is begun; returns the fence."""
+    start(connection)
+    take(connection)
+    assert commit(connection, holds_turn=True, work=[asked("k")]).written
+    (taken,) = take(connection)
+    assert (taken.key, taken.attempt, taken.fence) == ("k", 1, 101)
+    return 101
+
+
+# -- starting ----------------------------------------------------------------------------------------------------------
+def test_a_start_with_a_taken_id_writes_nothing(connection: Connection) -> None:
+    start(connection)
+    before = everything(connection)
+    assert not runs.start(connection, runs.Start(id="r", saga="other", version=1, input=[1], queue="q"))
+    assert everything(connection) == before
+
+
+def test_countdown_eta_and_deadline_are_counted_by_the_database(connection: Connection) -> None:
+    new = runs.Start(id="r", saga="s", version=1, input={}, queue="q", delay=60.0, deadline=10.0)
+    assert runs.start(connection, new, now=NOW)
+    new = runs.Start(id="r2", saga="s", version=1, input={}, queue="q", delay=1.0, eta=NOW + timedelta(days=1))
+    assert runs.start(connection, new, now=NOW)
+    found = connection.execute("SELECT due_at FROM orchestrator.work ORDER BY run_id").fetchall()
+    assert [due for (due,) in found] == [NOW + timedelta(seconds=60), NOW + timedelta(days=1)]
+    run = runs.run(connection, "r")
+    assert run is not None and run["deadline_at"] == NOW + timedelta(seconds=70)
+
+
+# -- taking ------------------------------------------------------------------------------------------------------------
+def test_a_turn_is_reserved_for_a_moment_and_no_attempt_is_counted(connection: Connection) -> None:
+    start(connection)
+    (taken,) = take(connection)
+    assert (taken.role, taken.fence, taken.attempt) == ("turn", None, 0)
+    assert taken.run is not None and (taken.run.saga, taken.run.position) == ("s", 0)
+    assert take(connection, child=2) == []
+    connection.execute("UPDATE orchestrator.work SET reserved_at = reserved_at - interval '101 ms'")
+    assert [each.run_id for each in take(connection, child=2)] == ["r"]
+
+
+def test_priority_goes_before_time_and_what_nobody_here_can_do_is_left(connection: Connection) -> None:
+    for number, priority in enumerate((0, 9, 0, 5)):
+        start(connection, f"r{number}", priority=priority)
+    connection.execute("UPDATE orchestrator.work SET due_at = due_at - interval '1 s' WHERE run_id = 'r2'")
+    connection.execute("UPDATE orchestrator.work SET target = 'else@1' WHERE run_id = 'r3'")
+    start(connection, "later", delay=60.0)
+    assert [each.run_id for each in take(connection)] == ["r1", "r2", "r0"]
+
+
+def test_only_one_step_is_begun_at_a_time(connection: Connection) -> None:
+    start(connection)
+    take(connection)
+    commit(connection, holds_turn=True, work=[asked("a"), asked("b")])
+    assert [each.key for each in take(connection)] == ["a"]
+    assert keys(connection) == [("a", True), ("b", False)]
+    assert [each.key for each in take(connection, child=2)] == ["b"]
+    assert take(connection, child=3) == []
+
+
+def test_a_row_that_somebody_holds_is_skipped_without_waiting(connect: Connect) -> None:
+    one, two = connect(), connect()
+    start(one, "a")
+    start(one, "b")
+    with one.transaction():
+        assert [each.run_id for each in take(one, limit=1)] == ["a"]
+        two.execute("SET lock_timeout = '100ms'")
+        assert [each.run_id for each in take(two, child=2)] == ["b"]
+
+
+# -- committing a turn -------------------------------------------------------------------------------------------------
+def test_a_turn_is_written_whole(connection: Connection, begun: int) -> None:
+    done = commit(connection, 1, done_key="k", done_fence=begun, work=[asked("l")], wake=NOW, rewake=True)
+    assert (done.written, done.owed) == (True, False)
+    assert keys(connection) == [("", False), ("l", False)]
+    assert [(seq, entries) for _, seq, _, entries in rows(connection, "journal")] == [
+        (0, [{"e": "deadline"}]),
+        (1, [{"e": "deadline"}]),
+    ]
+    run = runs.run(connection, "r")
+    assert run is not None and (run["position"], run["state"]) == (2, "running")
+
+
+@pytest.mark.parametrize("wrong", [{"position": 0}, {"position": 2}, {"done_fence": 7}, {"done_key": "other"}])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_wrong_position_or_fence_writes_nothing_at_all(
+    connection: Connection, begun: int, wrong: dict[str, Any], shared: bool, goes_on: bool
+) -> None:
+    turns.leave_arrival(connection, "r", {"e": "cancel"})
+    before = everything(connection)
+    options: dict[str, Any] = {"position": 1, "done_key": "k", "done_fence": begun, "shared": shared}
+    options |= {"work": [asked("l")], "withdraw": ["k"], "wake": NOW, "rewake": True, "summary": summary()}
+    if goes_on:
+        options |= {"next": asked("n"), "next_fence": 9}
+    assert not commit(connection, **{**options, **wrong}).written
+    assert everything(connection) == before
+    with connection.transaction():
+        connection.execute("CREATE TABLE mine (x int)")
+        assert not commit(connection, **{**options, **wrong}).written
+        connection.execute("INSERT INTO mine VALUES (1)")
+    assert everything(connection) == before
+    assert connection.execute("SELECT x FROM mine").fetchall() == [(1,)], "the caller's transaction lives on"
+
+
+def test_the_next_step_is_begun_in_the_same_transaction(connection: Connection, begun: int) -> None:
+    turns.heartbeat(connection, "r", "k", begun, {"done": 1})
+    assert commit(connection, 1, done_key="k", done_fence=begun, next={**asked("n"), "attempt": 1}, next_fence=9).written
+    (held,) = turns.held(connection, 1, 1)
+    assert (held.key, held.attempt, held.fence, held.call) == ("n", 1, 9, CALL)
+    assert connection.execute("SELECT details, stop, begun_at IS NULL FROM orchestrator.work").fetchone() == (
+        None,
+        False,
+        False,
+    )
+
+
+def test_a_shared_run_is_not_waited_for_and_one_alone_is(connect: Connect) -> None:
+    one, two = connect(), connect()
+    start(one)
+    two.execute("SET lock_timeout = '200ms'")
+    with one.transaction():
+        one.execute("SELECT FROM orchestrator.runs WHERE id = 'r' FOR UPDATE")
+        assert not commit(two, shared=True).written
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            commit(two, shared=False)
+    assert commit(two, shared=True).written
+
+
+def test_the_run_is_locked_before_its_work(connect: Connect, begun: int) -> None:
+    """One order for all: whoever waits for the run holds no row of its work."""
+    one, two = connect(), connect()
+    with one.transaction():
+        one.execute("SELECT FROM orchestrator.runs WHERE id = 'r' FOR UPDATE")
+        assert not commit(two, 1, done_key="k", done_fence=begun).written
+        one.execute("SELECT FROM orchestrator.work WHERE key = 'k' FOR UPDATE NOWAIT")
+
+
+def test_withdrawal_takes_back_what_was_not_begun_and_tells_the_rest(connection: Connection, begun: int) -> None:
+    assert commit(connection, 1, work=[asked("l")], withdraw=["k", "missing"]).written
+    done = commit(connection, 2, withdraw=["k", "l"])
+    assert (done.written, done.owed) == (True, True)
+    assert [arrival for *_, arrival in rows(connection, "arrivals")] == [{"e": "withdrawn", "key": "l"}]
+    assert turns.heartbeat(connection, "r", "k", begun, None) is True, "it is told to stop"
+    assert turns.heartbeat(connection, "r", "k", 5, None) is None, "it has lost its fence"
+
+
+def test_an_end_clears_the_work_and_waits_for_what_was_left_meanwhile(connection: Connection, begun: int) -> None:
+    turns.leave_arrival(connection, "r", {"e": "cancel"})
+    ((arrival_id, *_),) = rows(connection, "arrivals")
+    end: dict[str, Any] = {"state": "terminated", "ended": True, "summary": summary()}
+    refused = commit(connection, 1, **end)
+    assert (refused.written, refused.owed) == (False, True)
+    assert commit(connection, 1, consumed=[arrival_id], **end).written
+    assert (rows(connection, "work"), rows(connection, "arrivals")) == ([], [])
+    run = runs.run(connection, "r")
+    assert run is not None and run["finished_at"] is not None
+    assert not turns.arrive(connection, "r", "k", begun, {"e": "outcome"})
+
+
+# -- turns that are owed -----------------------------------------------------------------------------------------------
+def test_owing_a_turn_lifts_a_reservation_so_that_its_holder_cannot_delete_it(connection: Connection) -> None:
+    start(connection)
+    take(connection)
+    assert turns.holds_turn(connection, "r", 1, 1)
+    with connection.transaction():
+        assert turns.leave_arrival(connection, "r", {"e": "cancel"}) == "q"
+    assert not turns.holds_turn(connection, "r", 1, 1)
+    done = commit(connection, holds_turn=True)
+    assert (done.written, done.owed) == (True, True)
+    assert keys(connection) == [("", False)]
+    assert [each.run_id for each in take(connection, child=2)] == ["r"]
+
+
+def test_a_held_turn_is_deleted_or_moved_to_its_next_wake(connection: Connection) -> None:
+    start(connection)
+    take(connection)
+    assert commit(connection, holds_turn=True, wake=NOW + timedelta(days=9000)).written
+    assert [due for (due,) in connection.execute("SELECT due_at FROM orchestrator.work").fetchall()] == [
+        NOW + timedelta(days=9000)
+    ]
+    turns.owe_turn(connection, "r")
+    take(connection)
+    assert commit(connection, 1, holds_turn=True).written
+    assert keys(connection) == []
+    assert turns.owe_turn(connection, "nobody") is None
+
+
+def test_arrivals_need_the_fence_and_are_left_once(connection: Connection, begun: int) -> None:
+    assert not turns.arrive(connection, "r", "k", 7, {"e": "outcome"})
+    assert turns.arrive(connection, "r", "k", begun, {"e": "outcome", "key": "k", "attempt": 1, "worker": "w"})
+    assert not turns.arrive(connection, "r", "k", begun, {"e": "outcome"})
+    assert turns.has_arrivals(connection, "r")
+    assert turns.recorded(connection, "r", "k", 1, "w")
+    assert not turns.recorded(connection, "r", "k", 2, "w")
+
+
+def test_a_new_fence_waits_for_a_commit_in_flight(connect: Connect, begun: int) -> None:
+    one, two = connect(), connect()
+    two.execute("SET lock_timeout = '100ms'")
+    with one.transaction():
+        assert commit(one, 1, done_key="k", done_fence=begun).written
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            turns.refence(two, "r", "k", begun, 5)
+    assert not turns.refence(two, "r", "k", begun, 5)
+
+
+# -- liveness ----------------------------------------------------------------------------------------------------------
+def worker(connection: Connection, **options: Any) -> int:
+    given: dict[str, Any] = {"node": "n", "host": "h", "pid": 1, "queues": ["q"], "targets": ["t"], "slots": 2}
+    return liveness.register(connection, **{**given, **options})
+
+
+def test_a_lease_is_renewed_until_it_is_declared_dead(connection: Connection) -> None:
+    incarnation = worker(connection)
+    assert liveness.renew(connection, incarnation)
+    ((_, beats, *_),) = liveness.alive(connection)
+    assert liveness.renew(connection, incarnation)
+    assert not liveness.declare_dead(connection, incarnation, beats), "it has renewed since"
+    assert liveness.declare_dead(connection, incarnation, beats + 1)
+    assert not liveness.declare_dead(connection, incarnation)
+    assert not liveness.renew(connection, incarnation)
+    assert not liveness.enter(connection, incarnation, 1, ["q"])
+
+
+def test_rings_help_up_to_the_free_slots(connection: Connection) -> None:
+    assert runs.rings_needed(connection, "q", 5) == 0
+    first, second = worker(connection), worker(connection, slots=1)
+    assert [runs.rings_needed(connection, "q", n) for n in (1, 5)] == [1, 3]
+    assert liveness.enter(connection, first, 1, ["q"]) and liveness.enter(connection, first, 1, ["q"])
+    assert runs.rings_needed(connection, "q", 5) == 2
+    liveness.declare_dead(connection, first)
+    assert runs.rings_needed(connection, "q", 5) == 1, "neither the slots nor the marks of the dead count"
+    liveness.leave(connection, second, 1)
+    assert runs.rings_needed(connection, "elsewhere", 5) == 0
+
+
+def test_what_is_due_is_counted_per_queue_that_somebody_serves(connection: Connection) -> None:
+    worker(connection)
+    for number in range(3):
+        start(connection, f"r{number}", priority=number)
+    start(connection, "later", delay=60.0)
+    assert liveness.due(connection, RESERVATION) == {"q": 3}
+    assert liveness.due(connection, RESERVATION, limit=2) == {"q": 2}
+    take(connection, limit=1)
+    assert liveness.due(connection, RESERVATION) == {"q": 2}
+
+
+def test_expired_attempts_are_given_back_in_pages_that_pumps_share(connect: Connect, begun: int) -> None:
+    one, two = connect(), connect()
+    one.execute("UPDATE orchestrator.work SET expires_at = now() - interval '1 hour'")
+    assert liveness.expired_children(one, 1) == [1]
+    with one.transaction():
+        assert liveness.give_back_expired(one) == ["q"]
+        two.execute("SET lock_timeout = '100ms'")
+        assert liveness.give_back_expired(two) == []
+    ((*_, arrival),) = rows(one, "arrivals")
+    assert (arrival["key"], arrival["attempt"], arrival["verdict"], arrival["role"]) == ("k", 1, "doubt", "do")
+    assert arrival["quiet"], "its process may be at work until its deadline"
+    assert keys(one) == [("", False)]
+
+
+def test_a_lost_attempt_of_a_transactional_step_certainly_had_no_effect(connection: Connection, begun: int) -> None:
+    connection.execute("""UPDATE orchestrator.work SET call = '{"a": {}, "t": 60, "n": 1}'""")
+    assert liveness.give_back_dead(connection) == ["q"], "incarnation 1 is not among the living"
+    ((*_, arrival),) = rows(connection, "arrivals")
+    assert arrival["verdict"] == "failed" and not arrival.get("quiet")
+
+
+@pytest.mark.parametrize("timer", [True, False])
+def test_forgotten_arrivals_are_found_behind_a_timer_too(connection: Connection, begun: int, timer: bool) -> None:
+    if timer:
+        assert commit(connection, 1, wake=NOW + timedelta(days=9000), rewake=True).written
+    connection.execute(
+        "INSERT INTO orchestrator.arrivals (run_id, at, arrival) VALUES ('r', now() - interval '2 s', '{}')"
+    )
+    assert liveness.wake_forgotten(connection) == ["q"]
+    assert liveness.wake_forgotten(connection) == [], "its turn is due now"
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+MANY = """
+INSERT INTO orchestrator.runs (id, saga, version, input, root_id, queue, started_at, state, finished_at)
+SELECT 'r' || n, 's', 1, '{}', 'r' || n, 'q', now(), 'completed', now() FROM generate_series(1, 20000) n;
+INSERT INTO orchestrator.journal SELECT 'r' || n, 0, now(), '[]' FROM generate_series(1, 20000) n;
+INSERT INTO orchestrator.arrivals (run_id, arrival) SELECT 'r' || n, '{}' FROM generate_series(1, 5000) n;
+INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at)
+SELECT 'r' || n, '', 'turn', 's@1', 'q', now() + interval '1 day' FROM generate_series(1, 20000) n;
+INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, call)
+SELECT 'r' || n, 'k', 'do', 't', 'q', now(), '{"a": {}, "t": 60}' FROM generate_series(1, 200) n;
+ANALYZE;
+"""
+
+
+@pytest.fixture
+def plans(connection: Connection, request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """The plan of every statement that this connection runs from now on, inside of functions too."""
+    connection.execute(MANY)
+    worker(connection)
+    seen: list[str] = []
+    connection.add_notice_handler(lambda notice: seen.append(notice.message_primary or ""))
+    connection.execute("LOAD 'auto_explain'")
+    for setting in ("log_min_duration = 0", "log_nested_statements = on", "log_level = notice"):
+        connection.execute(f"SET auto_explain.{setting}")  # type: ignore[arg-type]
+    seen.clear()
+    yield seen
+
+
+HOT: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
+    "start": (lambda c: start(c), set()),
+    "identity": (lambda c: runs.identity(c, "r7"), {"runs_pkey"}),
+    "outcomes": (lambda c: runs.outcomes(c, ["r7", "r8"]), {"runs_pkey"}),
+    "history": (lambda c: runs.history(c, "r7"), {"journal_pkey"}),
+    "outstanding": (lambda c: runs.outstanding(c, "r7"), {"work_pkey"}),
+    "take": (lambda c: take(c), {"work_due"}),
+    "load": (lambda c: turns.load(c, "r7"), {"runs_pkey", "journal_pkey", "arrivals_by_run"}),
+    "commit": (
+        lambda c: commit(c, run_id="r7", work=[asked("x")], withdraw=["k"], consumed=[7], wake=NOW, rewake=True),
+        {"runs_pkey", "work_pkey", "arrivals_pkey"},
+    ),
+    "arrive": (lambda c: turns.arrive(c, "r7", "k", 1, {}), {"work_pkey"}),
+    "owe_turn": (lambda c: turns.owe_turn(c, "r7"), {"runs_pkey"}),
+    "has_arrivals": (lambda c: turns.has_arrivals(c, "r7"), {"arrivals_by_run"}),
+    "heartbeat": (lambda c: turns.heartbeat(c, "r7", "k", 1, None), {"work_pkey"}),
+    "refence": (lambda c: turns.refence(c, "r7", "k", 1, 2), {"work_pkey"}),
+    "recorded": (lambda c: turns.recorded(c, "r7", "k", 1, "w"), {"journal_pkey", "arrivals_by_run"}),
+    "give_back": (lambda c: turns.give_back(c, ["r7"], 1, 1), {"work_pkey"}),
+    "held": (lambda c: turns.held(c, 1, 1), {"work_begun"}),
+    "give_back_dead": (lambda c: liveness.give_back_dead(c), {"work_begun"}),
+    "give_back_gone": (lambda c: liveness.give_back_gone(c, 1), {"work_begun"}),
+    "give_back_child": (lambda c: liveness.give_back_child(c, 1, 1), {"work_begun"}),
+    "give_back_expired": (lambda c: liveness.give_back_expired(c), {"work_begun"}),
+    "due": (lambda c: liveness.due(c, RESERVATION), {"work_due"}),
+}
+LARGE = re.compile(r"Seq Scan on (runs|journal|work|arrivals)\b")
+
+
+@pytest.mark.parametrize("name", HOT)
+def test_every_hot_statement_keeps_its_index(connection: Connection, plans: list[str], name: str) -> None:
+    call, indexes = HOT[name]
+    call(connection)
+    text = "\n".join(plans)
+    assert plans, "auto_explain shows the plans"
+    assert not LARGE.search(text), text
+    assert {index for index in indexes if index not in text} == set(), text
