@@ -198,9 +198,8 @@ class Advancer:
     ) -> tuple[list[Taken], set[str]]:
         """Commit turns of different runs at once, in order of their ids.
 
-        Returns what they began, and which were written.
-
-        If one of them fails they all roll back, and are for the caller to commit one by one.
+        Returns what they began, and which were written.  If one of them fails they all roll back, and are for the
+        caller to commit one by one.
         """
         for made in prepared:
             own = None if made is prepared[0] else is_short

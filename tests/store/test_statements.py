@@ -147,7 +147,7 @@ def test_a_turn_is_written_whole(connection: Connection, begun: int) -> None:
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_wrong_position_or_fence_writes_nothing_at_all(
-    connection: Connection, begun: int, wrong: dict[str, Any], shared: bool, goes_on: bool
+    connection: Connection, database_url: str, begun: int, wrong: dict[str, Any], shared: bool, goes_on: bool
 ) -> None:
     turns.leave_arrival(connection, "r", {"e": "cancel"})
     before = everything(connection)
@@ -157,10 +157,10 @@ def test_a_wrong_position_or_fence_writes_nothing_at_all(
         options |= {"next": asked("n"), "next_fence": 9}
     assert not commit(connection, **{**options, **wrong}).written
     assert everything(connection) == before
-    with connection.transaction():
-        connection.execute("CREATE TABLE mine (x int)")
-        assert not commit(connection, **{**options, **wrong}).written
-        connection.execute("INSERT INTO mine VALUES (1)")
+    with psycopg.connect(database_url) as callers:
+        callers.execute("CREATE TABLE mine (x int)")
+        assert not commit(callers, **{**options, **wrong}).written
+        callers.execute("INSERT INTO mine VALUES (1)")
     assert everything(connection) == before
     assert connection.execute("SELECT x FROM mine").fetchall() == [(1,)], "the caller's transaction lives on"
 
@@ -342,14 +342,16 @@ def test_forgotten_arrivals_are_found_behind_a_timer_too(connection: Connection,
 
 # -- plans -------------------------------------------------------------------------------------------------------------
 MANY = """
-INSERT INTO orchestrator.runs (id, saga, version, input, root_id, queue, started_at, state, finished_at)
-SELECT 'r' || n, 's', 1, '{}', 'r' || n, 'q', now(), 'completed', now() FROM generate_series(1, 20000) n;
+INSERT INTO orchestrator.runs (id, saga, version, input, root_id, queue, started_at, position)
+SELECT 'r' || n, 's', 1, '{}', 'r' || n, 'q', now(), 1 FROM generate_series(1, 20000) n;
 INSERT INTO orchestrator.journal SELECT 'r' || n, 0, now(), '[]' FROM generate_series(1, 20000) n;
 INSERT INTO orchestrator.arrivals (run_id, arrival) SELECT 'r' || n, '{}' FROM generate_series(1, 5000) n;
 INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at)
 SELECT 'r' || n, '', 'turn', 's@1', 'q', now() + interval '1 day' FROM generate_series(1, 20000) n;
 INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, call)
 SELECT 'r' || n, 'k', 'do', 't', 'q', now(), '{"a": {}, "t": 60}' FROM generate_series(1, 200) n;
+INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, call, fence, incarnation, child)
+SELECT 'r' || n, 'b', 'do', 't', 'q', now(), '{"a": {}, "t": 60}', n, 1000 + n / 100, 1 FROM generate_series(1, 5000) n;
 ANALYZE;
 """
 
@@ -377,7 +379,7 @@ HOT: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
     "take": (lambda c: take(c), {"work_due"}),
     "load": (lambda c: turns.load(c, "r7"), {"runs_pkey", "journal_pkey", "arrivals_by_run"}),
     "commit": (
-        lambda c: commit(c, run_id="r7", work=[asked("x")], withdraw=["k"], consumed=[7], wake=NOW, rewake=True),
+        lambda c: commit(c, 1, run_id="r7", work=[asked("x")], withdraw=["k"], consumed=[7], wake=NOW, rewake=True),
         {"runs_pkey", "work_pkey", "arrivals_pkey"},
     ),
     "arrive": (lambda c: turns.arrive(c, "r7", "k", 1, {}), {"work_pkey"}),
