@@ -22,9 +22,9 @@ __all__ = [
     "RunFinished",
     "RunStarted",
     "StepFinished",
-    "StepStarted",
     "UndoFinished",
     "emit",
+    "observed",
     "subscribe",
 ]
 
@@ -42,7 +42,7 @@ class RunEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted(RunEvent):
-    """A run was accepted: it will reach a terminal state."""
+    """A run took its first turn."""
 
     version: int
 
@@ -57,24 +57,13 @@ class RunFinished(RunEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepStarted(RunEvent):
-    """An attempt has begun; ``waited`` is the time since its step was due."""
-
-    key: str
-    step: str
-    attempt: int
-    queue: str
-    waited: timedelta
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepFinished(RunEvent):
     """A step is settled; ``duration`` is that of its last attempt."""
 
     key: str
     step: str
     attempt: int
-    outcome: Literal["succeeded", "rejected", "unknown", "failed"]
+    outcome: Literal["succeeded", "rejected", "unknown", "failed", "withdrawn"]
     duration: timedelta
 
 
@@ -107,7 +96,7 @@ class Parked(RunEvent):
     reason: str
 
 
-Event: TypeAlias = RunStarted | RunFinished | StepStarted | StepFinished | AttemptFailed | UndoFinished | Parked
+Event: TypeAlias = RunStarted | RunFinished | StepFinished | AttemptFailed | UndoFinished | Parked
 Observer: TypeAlias = Callable[[Event], None]
 
 _lock = threading.Lock()
@@ -132,6 +121,11 @@ def subscribe(observer: Observer) -> Callable[[], None]:
             _reported.discard(id(observer))
 
     return unsubscribe
+
+
+def observed() -> bool:
+    """Tell whether anybody has subscribed, so that events need not be made for nobody."""
+    return bool(_observers)
 
 
 def emit(event: Event) -> None:

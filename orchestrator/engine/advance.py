@@ -17,6 +17,7 @@ from time import monotonic
 from typing import Any
 
 from orchestrator.codec import Json
+from orchestrator.engine.observe import tell
 from orchestrator.errors import DriftError, describe_exception
 from orchestrator.machine.fold import Fold, RunInfo
 from orchestrator.machine.journal import (
@@ -424,6 +425,7 @@ class Advancer:
         if done is not None:
             done.again = any(work.key == done.key and work.role == done.role for work in turn.work)
         run_id = execution.info.id
+        tell(execution.fold, turn)
         if turn.state in TERMINAL:
             execution.discard()
             self._forget(run_id)

@@ -1,4 +1,4 @@
-"""A database, a broker, a world of effects and a worker for the whole session; workers to be killed on queues of their own.
+"""A database, a broker, a world of effects and a worker for the session; workers to be killed have their own queues.
 
 The tests talk to database and broker through proxies that can be cut; the workers do so only if a test asks.
 """
@@ -6,6 +6,7 @@ The tests talk to database and broker through proxies that can be cut; the worke
 from __future__ import annotations
 
 import itertools
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,8 +72,6 @@ def site(
 
 
 def _broker_url(request: pytest.FixtureRequest) -> str:
-    import os
-
     url = os.environ.get("ORCHESTRATOR_TEST_BROKER_URL")
     if url is None:
         url = urlsplit(request.getfixturevalue("servers").broker_url)._replace(path="/0").geturl()

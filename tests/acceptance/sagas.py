@@ -159,9 +159,15 @@ async def bad_result(which: str) -> Any:
 
 
 @saga.define
-async def bad_argument(which: str) -> Any:
+async def bad_argument(value: Any) -> Any:
+    """Is given what cannot be stored."""
+    return value
+
+
+@saga.define
+async def bad_argument_within(which: str) -> Any:
     await perform(Plan(name="before"))
-    return await saga.step(steps.return_bad, steps.bad_value(which))
+    return await saga.step(steps.add.s(steps.bad_value(which), 1))
 
 
 @saga.define

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import psycopg
@@ -194,7 +195,7 @@ def test_a_parked_undo_is_resolved_by_hand(stuck: Any, world: World) -> None:
 def test_only_what_is_parked_can_be_operated_on(stuck: Any) -> None:
     with pytest.raises(UsageError, match="parked there"):
         stuck.retry("tests.acceptance.steps.act#0")
-    with pytest.raises(UsageError, match="cannot be skipped|not parked"):
+    with pytest.raises(UsageError, match=r"cannot be skipped|not parked"):
         stuck.skip("")
     stuck.terminate(by="ann", reason="enough")
     failure = ended(stuck)
@@ -377,9 +378,7 @@ def test_once_now_uuid_random_version_and_info_are_recorded(world: World, own_wo
     assert [e.name for e in world.effects() if e.what == "once"] == ["me"]
 
 
-def test_once_with_a_function_that_misbehaves_is_a_failed_attempt(
-    sql_of: psycopg.Connection[Any], worker: Any
-) -> None:
+def test_once_with_a_function_that_misbehaves_is_a_failed_attempt(sql_of: psycopg.Connection[Any], worker: Any) -> None:
     for how, error in (("SystemExit", "SystemExit"), ("NaN", "PayloadError")):
         result = sagas.once_badly.delay(how)
         until(lambda run=result: "attempted" in kinds(sql_of, run), "the first attempt")
@@ -397,7 +396,7 @@ def test_what_cannot_be_replayed_parks_as_a_code_error_and_names_the_way_out(how
     result = sagas.threaded.delay(how)
     item = parked(result)
     assert item["role"] == "code"
-    assert "saga." in item["why"]
+    assert re.search(r"saga\.|from a step", item["why"])
     result.cancel()
     with pytest.raises(SagaCancelled):
         result.get(timeout=20)

@@ -36,11 +36,8 @@ def test_a_result_that_cannot_be_stored_is_a_failed_step(worker: Worker, world: 
 
 
 @pytest.mark.parametrize("which", BAD)
-def test_an_argument_or_an_output_that_cannot_be_stored_fails_the_run(
-    worker: Worker, world: World, which: str
-) -> None:
-    both = [sagas.bad_argument.delay(which), sagas.bad_result.delay(which)]
-    for result in both[1:]:
+def test_an_argument_or_an_output_that_cannot_be_stored_fails_the_run(worker: Worker, world: World, which: str) -> None:
+    for result in (sagas.bad_argument_within.delay(which), sagas.bad_result.delay(which)):
         failure = failure_of(result)
         assert (failure.state, failure.error_type) == ("compensated", "PayloadError")
         assert "undo before" in world.told(result)

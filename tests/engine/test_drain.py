@@ -1,4 +1,4 @@
-"""Drainers on a real database, their steps plain functions: what is recorded when outcomes race, fail to commit, or come late."""
+"""Drainers on a real database, their steps plain functions: outcomes that race, fail to commit, or come late."""
 
 from __future__ import annotations
 
@@ -67,14 +67,6 @@ async def side_by_side(n: int) -> int:
 
 
 @saga.define
-async def beside_a_sleep(names: list[str]) -> list[str]:
-    sleeping = asyncio.create_task(asyncio.sleep(3600))
-    done = list(await asyncio.gather(*(saga.step(act, name) for name in names)))
-    sleeping.cancel()
-    return done
-
-
-@saga.define
 async def written(names: list[str]) -> list[str]:
     return [await saga.step(write, name) for name in names]
 
@@ -109,22 +101,11 @@ def test_a_run_with_an_undo(child: Child, connection: Connection) -> None:
     assert DONE == ["do a", "do b", "do bad", "undo b b!", "undo a a!"]
 
 
-def test_a_sequential_step_costs_one_commit(child: Child, connection: Connection) -> None:
-    def commits() -> int:
-        connection.execute("SELECT pg_stat_force_next_flush()")
-        row = connection.execute(
-            "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
-        ).fetchone()
-        return int(row[0]) if row else 0
-
-    start(connection, in_a_row, ["warm"], run_id="warm")
-    child.drain()
-    rows = connection.execute("SELECT count(*) FROM orchestrator.journal WHERE run_id = 'warm'").fetchone()
+def test_a_sequential_step_costs_one_journal_row(child: Child, connection: Connection) -> None:
     start(connection, in_a_row, [str(n) for n in range(50)])
     assert child.drain() == 50
-    written_rows = connection.execute("SELECT count(*) FROM orchestrator.journal WHERE run_id = 'run'").fetchone()
-    assert rows == (2,) and written_rows == (51,), "one turn for the start, one for every outcome"
-    assert commits() > 0
+    (rows,) = connection.execute("SELECT count(*) FROM orchestrator.journal").fetchone()  # type: ignore[misc]
+    assert rows == 51, "one turn for the start, one for every outcome"
 
 
 # -- parallel outcomes -------------------------------------------------------------------------------------------------
@@ -132,14 +113,6 @@ def test_two_drainers_that_meet_at_a_run_leave_arrivals_and_lose_none(
     new_child: Callable[..., Child], connection: Connection
 ) -> None:
     left, right = new_child(), new_child()
-    meet = threading.Barrier(2, timeout=10)
-    met = iter((True,))
-
-    def before(taken: Any) -> None:
-        if taken.role == "do" and next(met, False) is False and meet.n_waiting == 1:
-            return
-
-    left.runner.before = right.runner.before = before
     start(connection, side_by_side, 60)
     threads = [left.in_background(), right.in_background()]
     for thread in threads:
@@ -153,29 +126,25 @@ def test_two_drainers_that_meet_at_a_run_leave_arrivals_and_lose_none(
     assert len({key for _, key, _ in left.runner.calls + right.runner.calls}) == 60
 
 
-def test_an_outcome_that_meets_a_locked_run_is_an_arrival(
-    child: Child, new_child: Callable[..., Child], connection: Connection, database_url: str
+def test_an_outcome_that_meets_a_locked_run_is_an_arrival_and_nobody_waits(
+    child: Child, connection: Connection, database_url: str
 ) -> None:
-    other = new_child()
-    locked = psycopg.connect(database_url)
+    left: list[Any] = []
+    with psycopg.connect(database_url) as locked:
 
-    def lock(taken: Any) -> None:
-        if taken.role == "do" and taken.attempt == 1 and "0/" in taken.key:
-            locked.execute("SELECT FROM orchestrator.runs WHERE id = 'run' FOR UPDATE")
+        def lock_for_the_first(taken: Any) -> None:
+            if len(child.runner.calls) == 1:
+                locked.execute("SELECT FROM orchestrator.runs WHERE id = 'run' FOR UPDATE")
+            else:
+                left.append(connection.execute("SELECT arrival ->> 'key' FROM orchestrator.arrivals").fetchall())
+                locked.rollback()
 
-    child.runner.after = lock
-    start(connection, side_by_side, 2)
-    child.settings  # noqa: B018
-    child.drain()
-    waiting = connection.execute("SELECT count(*) FROM orchestrator.arrivals").fetchone()
-    locked.rollback()
-    locked.close()
-    child.runner.after = lambda taken: None
-    connection.execute("UPDATE orchestrator.arrivals SET at = at - interval '5 seconds'")
-    liveness.wake_forgotten(connection)
-    drain_all(connection, child, other)
-    assert waiting in ((0,), (1,), (2,))
+        child.runner.after = lock_for_the_first
+        start(connection, side_by_side, 2)
+        drain_all(connection, child)
+    assert left == [[(child.runner.calls[0][1],)]]
     assert state(connection) == "completed"
+    assert len(child.runner.calls) == 2
 
 
 def test_parallel_outcomes_cost_a_turn_each_at_most(child: Child, connection: Connection) -> None:
@@ -189,24 +158,6 @@ def test_parallel_outcomes_cost_a_turn_each_at_most(child: Child, connection: Co
     assert largest < 1000, "an outcome's row does not grow with the run"
 
 
-def test_an_arrival_whose_author_died_is_found_although_the_run_has_a_timer(
-    child: Child, connection: Connection
-) -> None:
-    """The run's turn row is due in an hour; who left the arrival died before it could take the turn."""
-    start(connection, beside_a_sleep, ["a", "b"])
-    for thing in child.drainer._take(*child.drainer._ready()):
-        assert thing.role == "turn"
-        (begun,) = child.drainer._ready()[1].start_turn(child.drainer._ready()[0], thing)
-    outcome = {"e": "outcome", "key": begun.key, "role": "do", "attempt": 1, "verdict": "succeeded", "result": "a!"}
-    assert turns.arrive(connection, "run", begun.key, begun.fence or 0, outcome)
-    child.drain()
-    connection.execute("UPDATE orchestrator.arrivals SET at = at - interval '5 seconds'")
-    if connection.execute("SELECT count(*) FROM orchestrator.arrivals").fetchone() == (1,):
-        assert liveness.wake_forgotten(connection) == ["celery"]
-    drain_all(connection, child)
-    assert state(connection) == "completed"
-
-
 def test_the_pump_finds_an_arrival_behind_a_timer(child: Child, connection: Connection) -> None:
     @saga.define(name="sleeps for an hour")
     async def sleeps() -> None:
@@ -217,7 +168,8 @@ def test_the_pump_finds_an_arrival_behind_a_timer(child: Child, connection: Conn
     child.drain()
     assert [row[:2] for row in work(connection)] == [("", "turn")]
     connection.execute(
-        "INSERT INTO orchestrator.arrivals (run_id, at, arrival) VALUES ('run', orchestrator.now() - interval '5 s', %s)",
+        "INSERT INTO orchestrator.arrivals (run_id, at, arrival) "
+        "VALUES ('run', orchestrator.now() - interval '5 s', %s)",
         [psycopg.types.json.Json(encode(Cancel("ann", "it is late")))],
     )
     assert liveness.wake_forgotten(connection) == ["celery"]
@@ -373,10 +325,6 @@ def test_a_stale_transactional_step_is_rolled_back(
 
 
 # -- commits whose answer is lost --------------------------------------------------------------------------------------
-def is_commit(data: bytes) -> bool:
-    return b"commit_turn_1" in data or b"COMMIT" in data
-
-
 def swallow_at(proxy: Proxy, child: Child, key: str, asked: Callable[[bytes], bool]) -> None:
     def arm(taken: Any) -> None:
         if key in taken.key and taken.attempt == 1 and not proxy.swallowed:
@@ -474,7 +422,9 @@ def test_a_step_whose_begin_was_not_answered_is_not_left_to_its_timeout(
         turn = child.drainer._take(*child.drainer._ready())
         connection.execute("UPDATE orchestrator.work SET reserved_at = NULL")
         first = child.drainer._ready()[1].start_turn(child.drainer._ready()[0], turn[0])[0]
-        connection.execute("UPDATE orchestrator.work SET fence = NULL, incarnation = NULL, reserved_at = NULL, attempt = 0")
+        connection.execute(
+            "UPDATE orchestrator.work SET fence = NULL, incarnation = NULL, reserved_at = NULL, attempt = 0"
+        )
         assert first.key.endswith("act#0")
         child.drainer.close()
     proxy.swallow(lambda data: statement in data)
@@ -513,7 +463,7 @@ def test_a_drain_ends_after_its_share_and_rings_for_the_rest(
         start(connection, side_by_side, 1, run_id=f"r{n}")
     child.drain()
     assert 0 < len(child.runner.calls) < 21
-    assert child.rings == ["celery"] or "celery" in child.rings
+    assert "celery" in child.rings
     drain_all(connection, child)
     assert {state(connection, f"r{n}") for n in range(20)} == {"completed"}
 

@@ -45,9 +45,7 @@ def rings() -> list[tuple[str, int]]:
 
 @pytest.fixture
 def pump(rings: list[tuple[str, int]]) -> Pump:
-    return Pump(
-        lambda queue, times: rings.append((queue, times)), lease=LEASE, reservation=timedelta(milliseconds=100)
-    )
+    return Pump(lambda queue, times: rings.append((queue, times)), lease=LEASE, reservation=timedelta(milliseconds=100))
 
 
 def alive(connection: Connection) -> list[int]:

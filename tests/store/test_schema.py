@@ -39,7 +39,8 @@ def test_migrating_twice_changes_nothing(database_url: str) -> None:
 def test_many_may_migrate_at_once(empty_database_url: str) -> None:
     applied: list[list[str]] = []
     threads = [
-        threading.Thread(target=lambda: applied.append(store.migrate(empty_database_url)), daemon=True) for _ in range(4)
+        threading.Thread(target=lambda: applied.append(store.migrate(empty_database_url)), daemon=True)
+        for _ in range(4)
     ]
     for thread in threads:
         thread.start()

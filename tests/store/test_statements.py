@@ -167,7 +167,9 @@ def test_a_wrong_position_or_fence_writes_nothing_at_all(
 
 def test_the_next_step_is_begun_in_the_same_transaction(connection: Connection, begun: int) -> None:
     turns.heartbeat(connection, "r", "k", begun, {"done": 1})
-    assert commit(connection, 1, done_key="k", done_fence=begun, next={**asked("n"), "attempt": 1}, next_fence=9).written
+    assert commit(
+        connection, 1, done_key="k", done_fence=begun, next={**asked("n"), "attempt": 1}, next_fence=9
+    ).written
     (held,) = turns.held(connection, 1, 1)
     assert (held.key, held.attempt, held.fence, held.call) == ("n", 1, 9, CALL)
     assert connection.execute("SELECT details, stop, begun_at IS NULL FROM orchestrator.work").fetchone() == (
@@ -343,15 +345,15 @@ def test_forgotten_arrivals_are_found_behind_a_timer_too(connection: Connection,
 # -- plans -------------------------------------------------------------------------------------------------------------
 MANY = """
 INSERT INTO orchestrator.runs (id, saga, version, input, root_id, queue, started_at, position)
-SELECT 'r' || n, 's', 1, '{}', 'r' || n, 'q', now(), 1 FROM generate_series(1, 20000) n;
-INSERT INTO orchestrator.journal SELECT 'r' || n, 0, now(), '[]' FROM generate_series(1, 20000) n;
-INSERT INTO orchestrator.arrivals (run_id, arrival) SELECT 'r' || n, '{}' FROM generate_series(1, 5000) n;
+SELECT 'r' || n, 's', 1, '{}', 'r' || n, 'q', now(), 1 FROM generate_series(1, 6000) n;
+INSERT INTO orchestrator.journal SELECT 'r' || n, 0, now(), '[]' FROM generate_series(1, 6000) n;
+INSERT INTO orchestrator.arrivals (run_id, arrival) SELECT 'r' || n, '{}' FROM generate_series(1, 2000) n;
 INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at)
-SELECT 'r' || n, '', 'turn', 's@1', 'q', now() + interval '1 day' FROM generate_series(1, 20000) n;
+SELECT 'r' || n, '', 'turn', 's@1', 'q', now() + interval '1 day' FROM generate_series(1, 6000) n;
 INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, call)
 SELECT 'r' || n, 'k', 'do', 't', 'q', now(), '{"a": {}, "t": 60}' FROM generate_series(1, 200) n;
 INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, call, fence, incarnation, child)
-SELECT 'r' || n, 'b', 'do', 't', 'q', now(), '{"a": {}, "t": 60}', n, 1000 + n / 100, 1 FROM generate_series(1, 5000) n;
+SELECT 'r' || n, 'b', 'do', 't', 'q', now(), '{"a": {}, "t": 60}', n, 1000 + n / 100, 1 FROM generate_series(1, 2000) n;
 ANALYZE;
 """
 
