@@ -79,7 +79,7 @@ class Saga(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Refuse: a saga is started, not called.  Raises: UsageError."""
         if inside_saga():
-            raise UsageError(f"{self.name} was called in saga code; a saga is started from a step or from outside")
+            raise UsageError(f"{self.name} was called in saga code; start it from a step (`await saga.step(...)`)")
         raise UsageError(
             f"{self.name} is a saga: start it with {self.__name__}.delay(...), or in a unit test run it with "
             f"orchestrator.testing.run({self.__name__}, ...)"
@@ -93,7 +93,7 @@ class Saga(Generic[P, R]):
     # -- starting ------------------------------------------------------------------------------------------------------
     def _starter(self) -> Starter:
         if inside_saga():
-            raise UsageError(f"{self.name} was started in saga code, which is replayed; start it from a step")
+            raise UsageError(f"{self.name} was started in saga code, which is replayed; start it from a step (`await saga.step(...)`)")
         if self.starter is None:
             raise UsageError(f"saga {self.name} belongs to no Celery app yet; create `Orchestrator(app)` first")
         return self.starter

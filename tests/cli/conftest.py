@@ -48,6 +48,14 @@ def _import_shop() -> Any:
     return shop
 
 
+@pytest.fixture(autouse=True)
+def only_the_shop(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the command line see the sagas of its own app, not those that other tests have declared in this process."""
+    registry = sys.modules["orchestrator.saga"].registry
+    mine = {key: saga for key, saga in registry.sagas.items() if saga.__module__.startswith("tests.cli")}
+    monkeypatch.setattr(registry, "sagas", mine)
+
+
 @pytest.fixture(scope="session")
 def shop() -> Any:
     """The app's module."""

@@ -50,9 +50,8 @@ def test_many_may_migrate_at_once(empty_database_url: str) -> None:
 
 
 def test_a_missing_and_a_newer_schema_are_named(empty_database_url: str, database_url: str) -> None:
-    with open_connection(empty_database_url, name="test") as connection:
-        with pytest.raises(SchemaError, match="saga migrate"):
-            store.check(connection)
+    with open_connection(empty_database_url, name="test") as empty, pytest.raises(SchemaError, match="saga migrate"):
+        store.check(empty)
     with open_connection(database_url, name="test") as connection:
         store.check(connection)
         connection.execute("UPDATE orchestrator.alembic_version SET version_num = '9999'")

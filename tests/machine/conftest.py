@@ -1,0 +1,18 @@
+"""The machine alone: no app that other tests have bound in this process routes its steps."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from orchestrator.step import set_router
+
+
+@pytest.fixture(autouse=True)
+def no_routes() -> Iterator[None]:
+    router = sys.modules["orchestrator.step"]._router
+    set_router(lambda name: "")
+    yield
+    set_router(router)
