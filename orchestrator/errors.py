@@ -140,7 +140,7 @@ class DriftError(OrchestratorError):
 
 
 class UnknownSagaError(OrchestratorError):
-    """Report a saga, a saga version or a run that is not known under that name."""
+    """Name a saga that is not registered here."""
 
 
 class UnknownRunError(OrchestratorError):

@@ -93,7 +93,7 @@ class Saga(Generic[P, R]):
     # -- starting ------------------------------------------------------------------------------------------------------
     def _starter(self) -> Starter:
         if inside_saga():
-            raise UsageError(f"{self.name} was started in saga code, which is replayed; start it from a step (`await saga.step(...)`)")
+            raise UsageError(f"{self.name} was started in saga code, so start it from a step (`await saga.step(...)`)")
         if self.starter is None:
             raise UsageError(f"saga {self.name} belongs to no Celery app yet; create `Orchestrator(app)` first")
         return self.starter

@@ -22,7 +22,7 @@ from orchestrator.celery import events, guard, runner, worker
 from orchestrator.celery.doorbell import DRAIN, Bell, connection_options
 from orchestrator.client import Client, SagaResult
 from orchestrator.codec import set_limit
-from orchestrator.engine.advance import Scope
+from orchestrator.engine.commit import Scope
 from orchestrator.engine.drain import Drainer, Worker
 from orchestrator.errors import DefinitionError, OrchestratorError, Rejected, StoreUnavailableError, UsageError
 from orchestrator.machine.turn import Script

@@ -28,7 +28,7 @@ from orchestrator import saga as sagas
 from orchestrator.celery.companion import Config
 from orchestrator.celery.doorbell import connection_options
 from orchestrator.celery.events import quiet_logs
-from orchestrator.engine.advance import Identity
+from orchestrator.engine.commit import Identity
 from orchestrator.errors import OrchestratorError, StoreUnavailableError
 
 logger = logging.getLogger(__name__)

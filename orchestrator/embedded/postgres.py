@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.embedded.place import HOST, EmbeddedError, Place, Programs, Settings, remove
 from orchestrator.embedded.processes import Processes
 
-_USER = "orchestrator"
+_USER = "dev"  # not the name of a schema: Postgres looks for unqualified tables in the user's own first
 _MAX_CONNECTIONS = 200
 
 

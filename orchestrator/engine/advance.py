@@ -6,60 +6,35 @@ Owns rule 1 (docs/concepts.md) and the cache of live coroutines.  Saga code runs
 from __future__ import annotations
 
 import logging
-import secrets
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
-from time import monotonic
 from typing import Any
 
-from orchestrator.codec import Json
+from orchestrator.engine.cache import Executions
+from orchestrator.engine.commit import Begun, Identity, IsShort, Scope, begin_next, commit_of, correction
 from orchestrator.engine.observe import tell
 from orchestrator.errors import DriftError, describe_exception
-from orchestrator.machine.fold import Fold, RunInfo
+from orchestrator.machine.fold import RunInfo
 from orchestrator.machine.journal import (
     Arrival,
-    Asked,
     AttemptEnded,
-    CancelAsked,
     Late,
     LateSuccess,
-    Operated,
     Parked,
-    RollbackBegan,
-    Settled,
-    Work,
     decode_arrival,
-    decode_entry,
     encode,
 )
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.machine.turn import CodeError, CodeMissing, Execution, Script, Turn
 from orchestrator.store import runs, turns
 from orchestrator.store.connection import REFUSED, UNAVAILABLE, Connection
-from orchestrator.store.turns import Commit, Loaded, RunRow, Taken
+from orchestrator.store.turns import Loaded, Taken
 
 logger = logging.getLogger(__name__)
 _TRIES = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who holds work: an incarnation and a child of it."""
-
-    incarnation: int
-    child: int
-
-
-@dataclass(slots=True)
-class Begun:
-    """The work that a turn begins in the child that commits it."""
-
-    work: Work
-    taken: Taken
 
 
 @dataclass(slots=True)
@@ -84,33 +59,7 @@ class Prepared:
     first: Begun | None = None
 
 
-IsShort = Callable[[str], bool]
 AfterCommit = Callable[[Connection], list[Taken]]
-
-
-class Clock:
-    """The database's time, carried on between statements by this process's monotonic clock."""
-
-    def __init__(self) -> None:
-        self._at = datetime.now(UTC)
-        self._since = monotonic()
-
-    def __call__(self) -> datetime:
-        return self._at + timedelta(seconds=monotonic() - self._since)
-
-    def set(self, now: datetime) -> datetime:
-        """Take over the database's time."""
-        self._at, self._since = now, monotonic()
-        return now
-
-
-@dataclass(slots=True)
-class Scope:
-    """What this process may begin: its queues and the targets registered here."""
-
-    queues: Collection[str]
-    targets: Collection[str]
-    may_begin: Callable[[], bool] = lambda: True
 
 
 class Advancer:
@@ -124,30 +73,31 @@ class Advancer:
         ring: Callable[[Connection, str, int], None],
         cache_runs: int = 1000,
     ) -> None:
-        self._script_of = script_of
+        self._runs = Executions(script_of, cache_runs)
         self._scope = scope
         self.identity = identity
         self._ring = ring
-        self._cache_runs = cache_runs
-        self._cache: OrderedDict[str, Execution] = OrderedDict()
-        self.clock = Clock()
 
     # -- what happens to a run -----------------------------------------------------------------------------------------
     def start_turn(self, connection: Connection, taken: Taken) -> list[Taken]:
         """Take the turn that a run owes; returns the work that was begun by it."""
         assert taken.run is not None
-        self.clock.set(taken.now)
-        # Nothing was left for a run that begins when it was to; before that, whoever woke it is heard first.
-        if taken.run.position == 0 and taken.run_id not in self._cache and taken.now >= taken.run.started_at:
+        self._runs.clock.set(taken.now)
+        if self._is_first_turn(taken):
             made = self._attempt(connection, Loaded(taken.run, taken.now, [], []), None, holds_turn=True)
             if made.written:
                 return self._go_on(connection, taken.run_id, made)
         return self._advance(connection, taken.run_id, holds_turn=True)
 
+    def _is_first_turn(self, taken: Taken) -> bool:
+        """Nothing was left for a run that begins when it was to; before that, whoever woke it is heard first."""
+        run = taken.run
+        return run is not None and run.position == 0 and taken.run_id not in self._runs and taken.now >= run.started_at
+
     def record(self, connection: Connection, taken: Taken, outcome: AttemptEnded) -> list[Taken]:
         """Record what came of an attempt, with its turn if possible; returns the work that was begun by it."""
         try:
-            loaded = self._known(connection, taken.run_id)
+            loaded = self._runs.known(connection, taken.run_id)
             made = self._attempt(connection, loaded, outcome, done=taken) if loaded else None
         except CodeMissing:
             self._leave(connection, taken, outcome, drivable=False)
@@ -167,7 +117,7 @@ class Advancer:
         prepared: list[Prepared] = []
         for item in items:
             assert item.run is not None
-            if item.run.position == 0 and item.run_id not in self._cache:
+            if self._is_first_turn(item):
                 made = self._prepare(connection, Loaded(item.run, item.now, [], []), None, holds_turn=True)
                 if made is not None:
                     prepared.append(made)
@@ -184,7 +134,7 @@ class Advancer:
         prepared: list[Prepared] = []
         for taken, outcome in ended:
             with suppress(CodeMissing):
-                loaded = self._known(connection, taken.run_id)
+                loaded = self._runs.known(connection, taken.run_id)
                 made = self._prepare(connection, loaded, outcome, done=taken) if loaded else None
                 if made is not None:
                     prepared.append(made)
@@ -204,7 +154,7 @@ class Advancer:
         """
         for made in prepared:
             own = None if made is prepared[0] else is_short
-            made.first = self._begin_next(made.execution.info, made.turn, made.now, own)
+            made.first = begin_next(self._scope, made.execution.info, made.turn, made.now, own)
         try:
             committed = self._write_together(connection, prepared)
         except BaseException as error:
@@ -226,7 +176,7 @@ class Advancer:
 
     def _write_together(self, connection: Connection, prepared: list[Prepared]) -> list[turns.Committed]:
         commits = [
-            self._commit_of(made.execution, made.turn, made.first, made.consumed, made.done, made.holds_turn)
+            commit_of(self.identity, made.execution, made.turn, made.first, made.consumed, made.done, made.holds_turn)
             for made in prepared
         ]
         in_order = sorted(commits, key=lambda commit: commit.run_id)
@@ -266,12 +216,12 @@ class Advancer:
         drivable = True
         loaded = None
         try:
-            loaded = self._known(connection, taken.run_id)
+            loaded = self._runs.known(connection, taken.run_id)
             execution, turn = self._compute(connection, loaded, outcome) if loaded else (None, _NO_TURN)
         except CodeMissing:
             execution, turn, drivable = None, _NO_TURN, False
         if execution is not None and loaded is not None:
-            first = self._begin_next(execution.info, turn, loaded.now)
+            first = begin_next(self._scope, execution.info, turn, loaded.now)
             consumed = [id for id, _ in loaded.arrivals]
             committed = self._write(connection, execution, turn, first, consumed, taken, holds_turn=False)
             if committed.written:
@@ -320,8 +270,8 @@ class Advancer:
 
     def function_of(self, connection: Connection, taken: Taken) -> Callable[[], Any] | None:
         """Return the function of a ``saga.once`` that was begun here."""
-        loaded = self._known(connection, taken.run_id)
-        execution = self._execution(loaded) if loaded else None
+        loaded = self._runs.known(connection, taken.run_id)
+        execution = self._runs.take(loaded) if loaded else None
         if execution is None:
             return None
         try:
@@ -330,13 +280,12 @@ class Advancer:
             execution.discard()
             logger.warning("run %s step %s: %s", taken.run_id, taken.key, error)
             return None
-        self._remember(execution)
+        self._runs.remember(execution)
         return function
 
     def discard(self) -> None:
         """Drop every live coroutine."""
-        while self._cache:
-            self._cache.popitem()[1].discard()
+        self._runs.discard()
 
     # -- turns ---------------------------------------------------------------------------------------------------------
     def _go_on(self, connection: Connection, run_id: str, made: Made) -> list[Taken]:
@@ -351,7 +300,7 @@ class Advancer:
         """Take the run's arrivals, until there are none or another process has the run."""
         begun: list[Taken] = []
         for _ in range(_TRIES):
-            loaded = self._load(connection, run_id)
+            loaded = self._runs.load(connection, run_id)
             if holds_turn:
                 holds_turn = turns.holds_turn(connection, run_id, self.identity.incarnation, self.identity.child)
             if loaded is None or not (loaded.arrivals or holds_turn):
@@ -390,7 +339,7 @@ class Advancer:
         execution, turn = self._compute(connection, loaded, outcome)
         if execution is None:
             return Made([], False, written=False)
-        first = self._begin_next(execution.info, turn, loaded.now) if may_begin else None
+        first = begin_next(self._scope, execution.info, turn, loaded.now) if may_begin else None
         consumed = [id for id, _ in loaded.arrivals]
         if turn.was_ended and done is not None:
             return Made([], False, written=False)  # its fence went with the end of the run; it may be a late effect
@@ -403,11 +352,11 @@ class Advancer:
                 for late in turn.corrections if committed.written else ():
                     self._correct(connection, execution, late)
         except BaseException:
-            self._forget(loaded.run.id)
+            self._runs.forget(loaded.run.id)
             execution.discard()
             raise
         if not committed.written:
-            self._forget(loaded.run.id)
+            self._runs.forget(loaded.run.id)
             execution.discard()
             return Made([], committed.owed, written=False)
         return self._after(connection, execution, turn, first, committed.owed, done)
@@ -428,9 +377,9 @@ class Advancer:
         tell(execution.fold, turn)
         if turn.state in TERMINAL:
             execution.discard()
-            self._forget(run_id)
+            self._runs.forget(run_id)
         else:
-            self._remember(execution)
+            self._runs.remember(execution)
         self._ring_for(connection, execution.info, turn, first)
         begun = [first.taken] if first else []
         others = execution.fold.in_flight > len(begun)
@@ -442,7 +391,7 @@ class Advancer:
         arrivals: list[Arrival] = [decode_arrival(arrival) for _, arrival in loaded.arrivals]
         if outcome is not None:
             arrivals.append(outcome)
-        execution = self._execution(loaded)
+        execution = self._runs.take(loaded)
         if execution is None:
             return None, _NO_TURN
         try:
@@ -450,7 +399,7 @@ class Advancer:
         except CodeMissing:
             raise
         except Exception as error:
-            self._forget(loaded.run.id)
+            self._runs.forget(loaded.run.id)
             execution.discard()
             return self._park(connection, loaded.run.id, arrivals, error)
 
@@ -466,8 +415,8 @@ class Advancer:
         else:
             logger.exception("run %s: its turn could not be computed", run_id)
             park = Parked("", "code", f"its turn could not be computed: {error!r:.500}", describe_exception(error))
-        again = self._load(connection, run_id)
-        execution = self._execution(again) if again else None
+        again = self._runs.load(connection, run_id)
+        execution = self._runs.take(again) if again else None
         if execution is None or again is None:
             return None, _NO_TURN
         return execution, execution.turn(arrivals, again.now, park)
@@ -482,64 +431,12 @@ class Advancer:
         done: Taken | None,
         holds_turn: bool,
     ) -> turns.Committed:
-        commit = self._commit_of(execution, turn, first, consumed, done, holds_turn)
+        commit = commit_of(self.identity, execution, turn, first, consumed, done, holds_turn)
         execution.committed_wake = turn.wake
         committed = turns.commit_turn(connection, commit)
         if committed.now is not None:
-            self.clock.set(committed.now)
+            self._runs.clock.set(committed.now)
         return committed
-
-    def _commit_of(
-        self,
-        execution: Execution,
-        turn: Turn,
-        first: Begun | None,
-        consumed: list[int],
-        done: Taken | None,
-        holds_turn: bool,
-    ) -> Commit:
-        info = execution.info
-        return Commit(
-            run_id=info.id,
-            position=turn.position,
-            at=turn.at,
-            entries=[encode(entry) for entry in turn.entries],
-            incarnation=self.identity.incarnation,
-            child=self.identity.child,
-            state=turn.state,
-            target=info.target,
-            queue=info.queue,
-            priority=info.priority,
-            ended=turn.state in TERMINAL and not turn.was_ended,
-            done_key=done.key if done else None,
-            done_fence=done.fence if done else None,
-            shared=done is None or execution.fold.in_flight > (first is not None),
-            holds_turn=holds_turn,
-            wake=turn.wake,
-            rewake=turn.wake is not None and turn.wake != execution.committed_wake,
-            next=_work_row(info, first.work, begun=True) if first else None,
-            next_fence=first.taken.fence if first else None,
-            work=[_work_row(info, work) for work in turn.work if first is None or work is not first.work],
-            withdraw=turn.withdraw,
-            consumed=consumed,
-            summary=_summary(execution, turn),
-        )
-
-    def _begin_next(self, info: RunInfo, turn: Turn, now: datetime, is_short: IsShort | None = None) -> Begun | None:
-        """Choose the work that this child goes on with: the first that is due and can run here."""
-        if turn.state in TERMINAL or not self._scope.may_begin():
-            return None
-        for work in turn.work:
-            target, queue = target_of(info, work), work.queue or info.queue
-            here = queue in self._scope.queues and target in self._scope.targets
-            if here and (work.due is None or work.due <= now) and (is_short is None or is_short(work.task)):
-                deadline = now + timedelta(seconds=work.call["t"]) if "t" in work.call else None
-                taken = Taken(
-                    info.id, work.key, work.role, target, queue, work.task, work.attempt + 1, work.call, new_fence(),
-                    deadline, now,
-                )  # fmt: skip
-                return Begun(work, taken)
-        return None
 
     def _ring_for(self, connection: Connection, info: RunInfo, turn: Turn, first: Begun | None) -> None:
         waiting: dict[str, int] = {}
@@ -561,124 +458,8 @@ class Advancer:
                 priority=info.priority, parent=info.id,
             )  # fmt: skip
             if runs.start(connection, new):
-                turns.seed_journal(connection, run_id, self.clock(), _correction(step.asked, late))
+                turns.seed_journal(connection, run_id, self._runs.clock(), correction(step.asked, late))
         self._ring(connection, info.queue, 1)
-
-    # -- executions ----------------------------------------------------------------------------------------------------
-    def _known(self, connection: Connection, run_id: str) -> Loaded | None:
-        """Return what the cache knows as a snapshot without arrivals, else load it; None if there is no such run."""
-        cached = self._cache.get(run_id)
-        if cached is not None:
-            info = cached.info
-            row = RunRow(info.id, info.saga, info.version, info.queue, info.input, info.started, info.deadline,
-                         info.priority, cached.fold.position, cached.fold.state)  # fmt: skip
-            return Loaded(row, self.clock(), [], [])
-        found = turns.run_row(connection, run_id)
-        if found is not None and found.needs_code and self._script_of(found.saga, found.version) is None:
-            raise CodeMissing
-        return self._load(connection, run_id)
-
-    def _load(self, connection: Connection, run_id: str) -> Loaded | None:
-        cached = self._cache.get(run_id)
-        loaded = turns.load(connection, run_id, cached.fold.position if cached else 0)
-        if loaded is not None:
-            self.clock.set(loaded.now)
-        return loaded
-
-    def _execution(self, loaded: Loaded) -> Execution | None:
-        """Return the execution of a run, caught up with what was loaded, out of the cache."""
-        run = loaded.run
-        execution = self._cache.pop(run.id, None)
-        if execution is None:
-            script = self._script_of(run.saga, run.version)
-            info = RunInfo(
-                run.id, run.saga, run.version, run.input, run.started_at, run.queue, run.deadline_at, run.priority
-            )
-            execution = Execution(info, script)
-        missing = loaded.rows[execution.fold.position - loaded.since : run.position - loaded.since]
-        if missing:
-            execution.catch_up((at, [decode_entry(entry) for entry in entries]) for at, entries in missing)
-            execution.committed_summary = _signature(execution)
-        return execution
-
-    def _remember(self, execution: Execution) -> None:
-        self._cache[execution.info.id] = execution
-        self._cache.move_to_end(execution.info.id)
-        if len(self._cache) > self._cache_runs:
-            self._cache.popitem(last=False)[1].discard()
-
-    def _forget(self, run_id: str) -> None:
-        self._cache.pop(run_id, None)
 
 
 _NO_TURN = Turn(0, datetime.min.replace(tzinfo=UTC), [], [], [], [], RunState.PENDING, None, False)
-
-
-def new_fence() -> int:
-    """Return 64 random bits as Postgres' bigint; never a counter, so that no stale holder can guess it."""
-    return secrets.randbits(64) - (1 << 63)
-
-
-def target_of(info: RunInfo, work: Work) -> str:
-    """Return who can run `work`: the saga itself if it is local to the driving worker, else its task."""
-    return info.target if work.local or work.role == "once" else work.task
-
-
-def _work_row(info: RunInfo, work: Work, *, begun: bool = False) -> Json:
-    return {
-        "key": work.key,
-        "role": work.role,
-        "target": target_of(info, work),
-        "queue": work.queue or info.queue,
-        "task": work.task,
-        "priority": work.priority or info.priority,
-        "due": work.due.isoformat() if work.due else None,
-        "attempt": work.attempt + begun,
-        "call": work.call,
-    }
-
-
-def _summary(execution: Execution, turn: Turn) -> dict[str, Any] | None:
-    """Return the columns that change seldom, if one of them changed."""
-    if turn.was_ended:
-        return None
-    fold = execution.fold
-    parked: list[Any] = [{"key": key, "role": entry.role, "why": entry.why} for key, entry in fold.parked_keys.items()]
-    if fold.parked is not None:
-        parked.insert(0, {"key": "", "role": fold.parked.role, "why": fold.parked.why})
-    changed = _signature(execution)
-    if turn.state not in TERMINAL and changed == execution.committed_summary:
-        return None
-    execution.committed_summary = changed
-    return {
-        "output": fold.returned.output if fold.returned and fold.ended and fold.ended.state == "completed" else None,
-        "error": _error(fold),
-        "left_effects": list(fold.ended.left) if fold.ended else [],
-        "parked": parked,
-        "past_pivot": fold.past_pivot,
-    }
-
-
-def _error(fold: Fold) -> Json:
-    """Return what a run ended in, or is going back from; somebody's order counts as such."""
-    order = fold.terminated or (fold.stop if fold.rollback and fold.rollback.cause == "cancel" else None)
-    if isinstance(order, (CancelAsked, Operated)):
-        done = "terminated" if fold.terminated else "cancelled"
-        reason = f": {order.reason}" if order.reason else ""
-        return {"type": done.capitalize(), "message": f"{done} by {order.by or 'an unnamed caller'}{reason}"}
-    return fold.raised or (fold.rollback.error if fold.rollback else None)
-
-
-def _signature(execution: Execution) -> tuple[Any, ...]:
-    """Return what decides whether the columns of `_summary` are up to date."""
-    fold = execution.fold
-    return (fold.parked, tuple(fold.parked_keys.values()), fold.past_pivot)
-
-
-def _correction(asked: Asked, late: Late) -> list[Json]:
-    """Return the journal that a correcting run begins with: the step, its late success, the decision to undo."""
-    return [
-        encode(asked),
-        encode(Settled(late.key, "succeeded", late.attempt, late.result)),
-        encode(RollbackBegan("late")),
-    ]

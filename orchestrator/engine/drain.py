@@ -14,7 +14,8 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from orchestrator.codec import Json, check, encode_any
-from orchestrator.engine.advance import Advancer, AfterCommit, Identity, Scope, new_fence
+from orchestrator.engine.advance import Advancer, AfterCommit
+from orchestrator.engine.commit import Identity, Scope, new_fence
 from orchestrator.errors import PayloadError, Rejected, StoreUnavailableError, describe_exception
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import RetryPolicy

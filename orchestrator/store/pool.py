@@ -52,6 +52,7 @@ class ClientPool:
             yield fairy.driver_connection
         except UNAVAILABLE as error:
             fairy.invalidate()
+            self._current().dispose()  # whatever ended this connection has most likely ended the idle ones too
             raise unavailable(error) from error
         finally:
             fairy.close()

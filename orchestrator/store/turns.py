@@ -222,7 +222,7 @@ def commit_turn(connection: Connection, commit: Commit, now: datetime | None = N
     Does not commit by itself: with autocommit the statement is the transaction, inside the caller's it is a savepoint.
     """
     try:
-        with contextlib.nullcontext() if connection.autocommit else connection.transaction():
+        with contextlib.nullcontext() if _is_idle(connection) else connection.transaction():
             row = connection.execute(_COMMIT, commit.values(now)).fetchone()
     except psycopg.Error as error:
         if error.sqlstate != _FENCE_LOST:
@@ -230,6 +230,10 @@ def commit_turn(connection: Connection, commit: Commit, now: datetime | None = N
         return Committed(False, False, None)
     assert row is not None
     return Committed(*row)
+
+
+def _is_idle(connection: Connection) -> bool:
+    return connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 
 def commit_turns(connection: Connection, commits: Sequence[Commit], now: datetime | None = None) -> list[Committed]:

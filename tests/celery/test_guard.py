@@ -279,9 +279,7 @@ def test_ordinary_messages_pass(broker_url: str, tmp_path: Path) -> None:
     then = {"task": "note", "args": [], "kwargs": {}, "options": {}}
     with site.worker():
         assert site.ask(body=[[2, 3], {}, None])["result"] == 5
-        assert (
-            site.ask(body=zlib.compress(b"[[2, 3], {}, {}]"), compression="application/x-gzip")["result"] == 5
-        )
+        assert site.ask(body=zlib.compress(b"[[2, 3], {}, {}]"), compression="application/x-gzip")["result"] == 5
         site.push(protocol_1(args=["old"]))
         assert site.ask(body=[[2, 3], {}, {"chain": [then]}], timelimit=[60, None])["result"] == 5
         until(lambda: site.redis.llen("noted") == 2, "the chain went on")

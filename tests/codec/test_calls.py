@@ -102,9 +102,7 @@ def test_a_value_that_does_not_fit_is_named_but_not_repeated() -> None:
     assert "4711" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "value", [(i for i in ()), object(), iter([]), print], ids=["gen", "obj", "iter", "func"]
-)
+@pytest.mark.parametrize("value", [(i for i in ()), object(), iter([]), print], ids=["gen", "obj", "iter", "func"])
 def test_a_value_that_is_not_data_names_function_and_parameter(value: Any) -> None:
     for call in ((value,), ([value],), ({"a": value},)):
         with pytest.raises(PayloadError, match=r"^bare: parameter 'a' cannot be stored"):

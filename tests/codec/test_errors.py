@@ -12,9 +12,7 @@ from orchestrator.codec import check, describe_exception
 
 ALL = [
     errors.Rejected("no"),
-    errors.StepFailed(
-        "m", run_id="r", key="k", outcome="rejected", error={"type": "ValueError", "message": "x"}
-    ),
+    errors.StepFailed("m", run_id="r", key="k", outcome="rejected", error={"type": "ValueError", "message": "x"}),
     errors.SagaFailed("m", run_id="r", state="compensated", left=("mail",)),
     errors.SagaCancelled("m", run_id="r", state="cancelled"),
     errors.PayloadError("m"),

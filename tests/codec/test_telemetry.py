@@ -9,9 +9,7 @@ import pytest
 
 from orchestrator import telemetry
 
-EVENT = telemetry.RunStarted(
-    run_id="order-42", saga="checkout", at=datetime(2026, 1, 1, tzinfo=UTC), version=1
-)
+EVENT = telemetry.RunStarted(run_id="order-42", saga="checkout", at=datetime(2026, 1, 1, tzinfo=UTC), version=1)
 
 
 def test_observers_see_events_until_they_unsubscribe() -> None:

@@ -87,9 +87,7 @@ decimals = st.decimals(allow_nan=False, allow_infinity=False)
 instants = st.datetimes(timezones=st.just(UTC))
 durations = st.timedeltas(timedelta(days=-10_000), timedelta(days=10_000))
 lines = st.builds(Line, sku=texts, price=decimals)
-orders = st.builds(
-    Order, id=st.uuids(), lines=st.lists(lines, max_size=3), placed=instants, tags=st.sets(texts)
-)
+orders = st.builds(Order, id=st.uuids(), lines=st.lists(lines, max_size=3), placed=instants, tags=st.sets(texts))
 
 TYPED: list[tuple[Any, st.SearchStrategy[Any]]] = [
     (bool, st.booleans()),
@@ -125,9 +123,7 @@ TYPED: list[tuple[Any, st.SearchStrategy[Any]]] = [
 
 
 @pytest.mark.parametrize(("annotation", "strategy"), TYPED, ids=[str(annotation) for annotation, _ in TYPED])
-def test_a_typed_value_comes_back_equal_and_of_its_type(
-    annotation: Any, strategy: st.SearchStrategy[Any]
-) -> None:
+def test_a_typed_value_comes_back_equal_and_of_its_type(annotation: Any, strategy: st.SearchStrategy[Any]) -> None:
     codec = ValueCodec(annotation)
 
     @given(strategy)
@@ -242,9 +238,7 @@ def test_infinity_is_refused_where_pydantic_would_write_null(value: Any) -> None
         encode_any(value)
 
 
-@pytest.mark.parametrize(
-    "annotation", [float, float | None, list[float], dict[str, float | None], Point], ids=str
-)
+@pytest.mark.parametrize("annotation", [float, float | None, list[float], dict[str, float | None], Point], ids=str)
 def test_a_typed_nan_never_becomes_null(annotation: Any) -> None:
     values = {Point: Point(math.nan), list[float]: [math.nan], dict[str, float | None]: {"a": math.nan}}
     with pytest.raises(PayloadError, match="nan"):

@@ -15,7 +15,7 @@ import psycopg
 
 from orchestrator import saga as sagas
 from orchestrator.codec import FunctionCodec
-from orchestrator.engine.advance import Identity, Scope
+from orchestrator.engine.commit import Identity, Scope
 from orchestrator.engine.drain import Drainer, Invocation, Worker
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import RetryPolicy

@@ -1,0 +1,98 @@
+"""The runs that this child knows: their folds and live coroutines, and the database's time.
+
+Owns loading and catching up; bounded, and always allowed to forget.  Must never commit anything.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from time import monotonic
+
+from orchestrator.engine.commit import signature
+from orchestrator.machine.fold import RunInfo
+from orchestrator.machine.journal import decode_entry
+from orchestrator.machine.turn import CodeMissing, Execution, Script
+from orchestrator.store import turns
+from orchestrator.store.connection import Connection
+from orchestrator.store.turns import Loaded, RunRow
+
+
+class Clock:
+    """The database's time, carried on between statements by this process's monotonic clock."""
+
+    def __init__(self) -> None:
+        self._at = datetime.now(UTC)
+        self._since = monotonic()
+
+    def __call__(self) -> datetime:
+        return self._at + timedelta(seconds=monotonic() - self._since)
+
+    def set(self, now: datetime) -> datetime:
+        """Take over the database's time."""
+        self._at, self._since = now, monotonic()
+        return now
+
+
+class Executions:
+    """Executions by run id, the least recently used dropped first."""
+
+    def __init__(self, script_of: Callable[[str, int], Script | None], limit: int) -> None:
+        self._script_of = script_of
+        self._limit = limit
+        self._live: OrderedDict[str, Execution] = OrderedDict()
+        self.clock = Clock()
+
+    def __contains__(self, run_id: str) -> bool:
+        return run_id in self._live
+
+    def known(self, connection: Connection, run_id: str) -> Loaded | None:
+        """Return what the cache knows as a snapshot without arrivals, else load it; None if there is no such run."""
+        cached = self._live.get(run_id)
+        if cached is not None:
+            info = cached.info
+            row = RunRow(info.id, info.saga, info.version, info.queue, info.input, info.started, info.deadline,
+                         info.priority, cached.fold.position, cached.fold.state)  # fmt: skip
+            return Loaded(row, self.clock(), [], [])
+        found = turns.run_row(connection, run_id)
+        if found is not None and found.needs_code and self._script_of(found.saga, found.version) is None:
+            raise CodeMissing
+        return self.load(connection, run_id)
+
+    def load(self, connection: Connection, run_id: str) -> Loaded | None:
+        cached = self._live.get(run_id)
+        loaded = turns.load(connection, run_id, cached.fold.position if cached else 0)
+        if loaded is not None:
+            self.clock.set(loaded.now)
+        return loaded
+
+    def take(self, loaded: Loaded) -> Execution | None:
+        """Return the execution of a run, caught up with what was loaded, out of the cache."""
+        run = loaded.run
+        execution = self._live.pop(run.id, None)
+        if execution is None:
+            script = self._script_of(run.saga, run.version)
+            info = RunInfo(
+                run.id, run.saga, run.version, run.input, run.started_at, run.queue, run.deadline_at, run.priority
+            )
+            execution = Execution(info, script)
+        missing = loaded.rows[execution.fold.position - loaded.since : run.position - loaded.since]
+        if missing:
+            execution.catch_up((at, [decode_entry(entry) for entry in entries]) for at, entries in missing)
+            execution.committed_summary = signature(execution)
+        return execution
+
+    def remember(self, execution: Execution) -> None:
+        self._live[execution.info.id] = execution
+        self._live.move_to_end(execution.info.id)
+        if len(self._live) > self._limit:
+            self._live.popitem(last=False)[1].discard()
+
+    def forget(self, run_id: str) -> None:
+        self._live.pop(run_id, None)
+
+    def discard(self) -> None:
+        """Drop every live coroutine."""
+        while self._live:
+            self._live.popitem()[1].discard()

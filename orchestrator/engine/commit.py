@@ -1,0 +1,170 @@
+"""From a computed turn to what is committed: the rows of its work, the columns of its run, what is begun with it.
+
+Owns that translation.  Must never touch the database: `orchestrator.store.turns` writes what is made here.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from orchestrator.codec import Json
+from orchestrator.machine.fold import Fold, RunInfo
+from orchestrator.machine.journal import Asked, CancelAsked, Late, Operated, RollbackBegan, Settled, Work, encode
+from orchestrator.machine.states import TERMINAL
+from orchestrator.machine.turn import Execution, Turn
+from orchestrator.store.turns import Commit, Taken
+
+IsShort = Callable[[str], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who holds work: an incarnation and a child of it."""
+
+    incarnation: int
+    child: int
+
+
+@dataclass(slots=True)
+class Scope:
+    """What this process may begin: its queues and the targets registered here."""
+
+    queues: Collection[str]
+    targets: Collection[str]
+    may_begin: Callable[[], bool] = lambda: True
+
+
+@dataclass(slots=True)
+class Begun:
+    """The work that a turn begins in the child that commits it."""
+
+    work: Work
+    taken: Taken
+
+
+def commit_of(
+    identity: Identity,
+    execution: Execution,
+    turn: Turn,
+    first: Begun | None,
+    consumed: list[int],
+    done: Taken | None,
+    holds_turn: bool,
+) -> Commit:
+    info = execution.info
+    return Commit(
+        run_id=info.id,
+        position=turn.position,
+        at=turn.at,
+        entries=[encode(entry) for entry in turn.entries],
+        incarnation=identity.incarnation,
+        child=identity.child,
+        state=turn.state,
+        target=info.target,
+        queue=info.queue,
+        priority=info.priority,
+        ended=turn.state in TERMINAL and not turn.was_ended,
+        done_key=done.key if done else None,
+        done_fence=done.fence if done else None,
+        shared=done is None or execution.fold.in_flight > (first is not None),
+        holds_turn=holds_turn,
+        wake=turn.wake,
+        rewake=turn.wake is not None and turn.wake != execution.committed_wake,
+        next=work_row(info, first.work, begun=True) if first else None,
+        next_fence=first.taken.fence if first else None,
+        work=[work_row(info, work) for work in turn.work if first is None or work is not first.work],
+        withdraw=turn.withdraw,
+        consumed=consumed,
+        summary=summary_of(execution, turn),
+    )
+
+
+def begin_next(scope: Scope, info: RunInfo, turn: Turn, now: datetime, is_short: IsShort | None = None) -> Begun | None:
+    """Choose the work that this child goes on with: the first that is due and can run here."""
+    if turn.state in TERMINAL or not scope.may_begin():
+        return None
+    for work in turn.work:
+        target, queue = target_of(info, work), work.queue or info.queue
+        here = queue in scope.queues and target in scope.targets
+        if here and (work.due is None or work.due <= now) and (is_short is None or is_short(work.task)):
+            deadline = now + timedelta(seconds=work.call["t"]) if "t" in work.call else None
+            taken = Taken(
+                info.id, work.key, work.role, target, queue, work.task, work.attempt + 1, work.call, new_fence(),
+                deadline, now,
+            )  # fmt: skip
+            return Begun(work, taken)
+    return None
+
+
+def new_fence() -> int:
+    """Return 64 random bits as Postgres' bigint; never a counter, so that no stale holder can guess it."""
+    return secrets.randbits(64) - (1 << 63)
+
+
+def target_of(info: RunInfo, work: Work) -> str:
+    """Return who can run `work`: the saga itself if it is local to the driving worker, else its task."""
+    return info.target if work.local or work.role == "once" else work.task
+
+
+def work_row(info: RunInfo, work: Work, *, begun: bool = False) -> Json:
+    return {
+        "key": work.key,
+        "role": work.role,
+        "target": target_of(info, work),
+        "queue": work.queue or info.queue,
+        "task": work.task,
+        "priority": work.priority or info.priority,
+        "due": work.due.isoformat() if work.due else None,
+        "attempt": work.attempt + begun,
+        "call": work.call,
+    }
+
+
+def summary_of(execution: Execution, turn: Turn) -> dict[str, Any] | None:
+    """Return the columns that change seldom, if one of them changed."""
+    if turn.was_ended:
+        return None
+    fold = execution.fold
+    parked: list[Any] = [{"key": key, "role": entry.role, "why": entry.why} for key, entry in fold.parked_keys.items()]
+    if fold.parked is not None:
+        parked.insert(0, {"key": "", "role": fold.parked.role, "why": fold.parked.why})
+    changed = signature(execution)
+    if turn.state not in TERMINAL and changed == execution.committed_summary:
+        return None
+    execution.committed_summary = changed
+    return {
+        "output": fold.returned.output if fold.returned and fold.ended and fold.ended.state == "completed" else None,
+        "error": _error(fold),
+        "left_effects": list(fold.ended.left) if fold.ended else [],
+        "parked": parked,
+        "past_pivot": fold.past_pivot,
+    }
+
+
+def _error(fold: Fold) -> Json:
+    """Return what a run ended in, or is going back from; somebody's order counts as such."""
+    order = fold.terminated or (fold.stop if fold.rollback and fold.rollback.cause == "cancel" else None)
+    if isinstance(order, (CancelAsked, Operated)):
+        done = "terminated" if fold.terminated else "cancelled"
+        reason = f": {order.reason}" if order.reason else ""
+        return {"type": done.capitalize(), "message": f"{done} by {order.by or 'an unnamed caller'}{reason}"}
+    return fold.raised or (fold.rollback.error if fold.rollback else None)
+
+
+def signature(execution: Execution) -> tuple[Any, ...]:
+    """Return what decides whether the columns of `_summary` are up to date."""
+    fold = execution.fold
+    return (fold.parked, tuple(fold.parked_keys.values()), fold.past_pivot)
+
+
+def correction(asked: Asked, late: Late) -> list[Json]:
+    """Return the journal that a correcting run begins with: the step, its late success, the decision to undo."""
+    return [
+        encode(asked),
+        encode(Settled(late.key, "succeeded", late.attempt, late.result)),
+        encode(RollbackBegan("late")),
+    ]
