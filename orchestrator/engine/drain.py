@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol
@@ -93,8 +95,10 @@ class Drainer:
         self._advancer: Advancer | None = None
         self._reconnected = False
         self._permit: Permit | None = None
+        self._queues = deque(sorted(worker.scope.queues))
         self._until = math.inf
         self._steps = 0
+        self._marked: Identity | None = None
         self._recent_s: dict[str, float] = {}  # how long each task took the last time
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -113,6 +117,19 @@ class Drainer:
         except BaseException:
             self._drop_connection()  # what is still begun is given back when the next drain connects
             raise
+        finally:
+            self._take_mark_back()
+
+    def _take_mark_back(self) -> None:
+        """A mark that stays would keep everybody from ringing for this child."""
+        marked, self._marked = self._marked, None
+        if marked is None:
+            return
+        with suppress(*UNAVAILABLE, StoreUnavailableError):
+            connection = self._connection or open_connection(self._settings.dsn, name="mark")
+            liveness.leave(connection, marked.incarnation, marked.child)
+            if connection is not self._connection:
+                connection.close()
 
     def _drain(self) -> int:
         self._enter()
@@ -123,12 +140,13 @@ class Drainer:
         self._steps = 0
         while True:
             full = not self._may_begin()
-            taken = [] if full else self._take(connection, advancer)
+            taken = [] if full else self._linger(connection, advancer)
             if taken:
                 self._perform(taken)
                 connection, advancer = self._ready()
                 continue
             liveness.leave(connection, identity.incarnation, identity.child)
+            self._marked = None
             if self._worker.stopping():
                 return self._steps
             if full:
@@ -139,8 +157,19 @@ class Drainer:
             if not taken:
                 return self._steps
             liveness.enter(connection, identity.incarnation, identity.child, queues)
+            self._marked = identity
             self._perform(taken)
             connection, advancer = self._ready()
+
+    def _linger(self, connection: Connection, advancer: Advancer) -> list[Taken]:
+        """Take what is due; after work, wait a moment for more of it, which is cheaper than a doorbell for each."""
+        taken = self._take(connection, advancer)
+        for pause in _LINGER_S if self._steps else ():
+            if taken or not self._may_begin():
+                break
+            time.sleep(pause)
+            taken = self._take(connection, advancer)
+        return taken
 
     def _may_begin(self) -> bool:
         """Whether this drain goes on: other tasks of this worker get their turn, a worker that stops begins nothing."""
@@ -154,9 +183,10 @@ class Drainer:
 
     def _take(self, connection: Connection, advancer: Advancer) -> list[Taken]:
         scope, identity = self._worker.scope, advancer.identity
+        self._queues.rotate(1)  # within a priority every queue comes first in its turn, so that none starves
         taken = turns.take(
             connection,
-            queues=list(scope.queues),
+            queues=list(self._queues),
             targets=[*scope.targets, turns.ANYONE],
             incarnation=identity.incarnation,
             child=identity.child,
@@ -442,7 +472,8 @@ class Drainer:
         if not liveness.enter(connection, identity.incarnation, identity.child, list(self._worker.scope.queues)):
             advancer.discard()
             self._advancer = None
-            self._ready()
+            _, advancer = self._ready()
+        self._marked = advancer.identity
 
     def close(self) -> None:
         """Close the connection and drop the coroutines."""
@@ -450,6 +481,7 @@ class Drainer:
 
 
 _BATCH = 8
+_LINGER_S = (0.002, 0.004, 0.008)
 _TOGETHER_S = 0.01  # steps shorter than this may share a commit
 _SHORT_S = 0.02  # opening a connection takes about half of this
 _PATIENCE = 600.0

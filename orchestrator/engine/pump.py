@@ -19,6 +19,9 @@ from orchestrator.store.connection import Connection
 logger = logging.getLogger(__name__)
 
 
+_DOUBT_ROUNDS = 3
+
+
 @dataclass(slots=True)
 class Pumped:
     """What one round did: doorbells by queue, attempts given back, incarnations declared dead; the next due time."""
@@ -45,6 +48,7 @@ class Pump:
         self._seen: dict[int, _Seen] = {}
         self._looked_at = monotonic()
         self._rounds = 0
+        self._waited: dict[str, int] = {}
 
     def connection_broke(self) -> None:
         """Forget what was seen: over a broken connection nobody may be judged."""
@@ -60,16 +64,23 @@ class Pump:
             *liveness.wake_forgotten(connection),
         ]
         pumped.given_back = len(queues)
-        for queue, rows in liveness.due(connection, self._reservation).items():
-            times = runs.rings_needed(connection, queue, rows)
+        due = liveness.due(connection, self._reservation)
+        for queue, rows in due.items():
+            times = runs.rings_needed(connection, queue, rows) or self._doubt(queue)
             if times:
                 self._ring(queue, times)
                 pumped.rung[queue] += times
+        self._waited = {queue: rounds for queue, rounds in self._waited.items() if queue in due}
         pumped.next_due_s = liveness.next_due(connection)
         self._rounds += 1
         if self._rounds % 60 == 0:
             liveness.sweep(connection)
         return pumped
+
+    def _doubt(self, queue: str) -> int:
+        """Every slot says that it drains and still work is due: ring now and then, should a mark be wrong."""
+        self._waited[queue] = self._waited.get(queue, 0) + 1
+        return int(self._waited[queue] % _DOUBT_ROUNDS == 0)
 
     def _judge(self, connection: Connection) -> int:
         """Declare dead whose lease this pump itself saw unrenewed for a whole lease."""

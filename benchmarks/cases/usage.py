@@ -1,0 +1,97 @@
+"""What a step costs besides time: CPU, write-ahead log, rows and bytes that stay, and a worker's memory."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import psycopg
+
+from benchmarks.cases.throughput import warm
+from benchmarks.report import Row
+from benchmarks.scale import Scale
+from benchmarks.stack import Side, Stack, cpu_seconds, memory_mb
+
+_SIZES = """
+SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::float,
+  (SELECT sum(pg_total_relation_size(c.oid))::float FROM pg_class c
+    WHERE c.relnamespace = 'orchestrator'::regnamespace AND c.relkind = 'r'),
+  (SELECT count(*) FROM orchestrator.runs) + (SELECT count(*) FROM orchestrator.journal)
+    + (SELECT count(*) FROM orchestrator.work) + (SELECT count(*) FROM orchestrator.arrivals)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Meter:
+    """What has been used so far."""
+
+    client: float
+    workers: float
+    postgres: float
+    valkey: float
+    wal: float
+    size: float
+    rows: float
+
+    @classmethod
+    def read(cls, stack: Stack, side: Side) -> Meter:
+        sizes = (0.0, 0.0, 0.0)
+        if side.database_url:
+            with psycopg.connect(side.database_url) as connection:
+                sizes = connection.execute(_SIZES).fetchone() or sizes
+        workers = sum(cpu_seconds(worker.pid) for worker in side.workers)
+        postgres = cpu_seconds(stack.servers.postgres_pid) if side.database_url else 0.0
+        return cls(
+            cpu_seconds(side.client.pid), workers, postgres, cpu_seconds(stack.servers.valkey_pid), *map(float, sizes)
+        )
+
+    def since(self, earlier: Meter, steps: int) -> Meter:
+        """Return what was used for each step."""
+        return Meter(*((now - then) / steps for now, then in zip(astuple(self), astuple(earlier), strict=True)))
+
+    @property
+    def cpu_ms(self) -> float:
+        return (self.client + self.workers + self.postgres + self.valkey) * 1000
+
+
+def usage(stack: Stack, scale: Scale) -> list[Row]:
+    """Per step, of runs of three steps from one client."""
+    with stack.engine() as engine, stack.raw() as raw:
+        for side in (engine, raw):
+            warm(side, "three", scale)
+        ours = [_used(stack, engine, scale.runs) for _ in scale.each_round()]
+        theirs = [_used(stack, raw, scale.runs) for _ in scale.each_round()]
+    parts = [(name, [getattr(used, name) * 1000 for used in ours], [getattr(used, name) * 1000 for used in theirs])
+             for name in ("client", "workers", "postgres", "valkey")]  # fmt: skip
+    cpu = Row("a step's CPU", "ms", [used.cpu_ms for used in ours], "raw chain", [used.cpu_ms for used in theirs],
+              most=0.6, of_value=True)  # fmt: skip
+    return [
+        cpu,
+        *(Row("a step's CPU", f"ms, {name}", mine, "raw chain", raws) for name, mine, raws in parts),
+        Row("a step's WAL", "bytes", [used.wal for used in ours], most=700),
+        Row("left by a step", "rows", [used.rows for used in ours]),
+        Row("left by a step", "bytes", [used.size for used in ours]),
+    ]
+
+
+def _used(stack: Stack, side: Side, runs: int) -> Meter:
+    before = Meter.read(stack, side)
+    side.client.ask("three", runs=runs)
+    return Meter.read(stack, side).since(before, runs * 3)
+
+
+def memory(stack: Stack, scale: Scale) -> list[Row]:
+    """A worker's memory (main, companion and children) after a tenth of the runs and after all."""
+    runs = scale.of(100_000)
+    with stack.engine() as engine:
+        warm(engine, "three", scale)
+        _in_portions(engine, runs // 10)
+        early = memory_mb(engine.workers[0].pid)
+        _in_portions(engine, runs - runs // 10)
+        late = memory_mb(engine.workers[0].pid)
+    return [Row(f"worker's memory, {runs:,} runs", "MB", [late], "after a tenth", [early], most=1.05)]
+
+
+def _in_portions(side: Side, runs: int) -> None:
+    while runs > 0:
+        side.client.ask("three", runs=min(runs, 1000))
+        runs -= 1000
