@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev test check clean
+.PHONY: help demo dev test check bench clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 14
@@ -26,6 +26,9 @@ check: $(INSTALLED) ## lint, format, types, layers
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+bench: $(INSTALLED) ## measure next to a raw Celery chain and bare commits (ARGS="--case three --runs 100")
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove what the commands above made
 	@rm -rf .venv .dev dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

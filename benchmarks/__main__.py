@@ -22,7 +22,7 @@ def main() -> int:
     console, rows, failed = Console(stderr=True), [], []
     scale = Scale(arguments.rounds, arguments.runs)
     with (
-        tempfile.TemporaryDirectory(prefix="orchestrator-bench-", ignore_cleanup_errors=True) as directory,
+        tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as directory,
         embedded.start(Path(directory)) as servers,
     ):
         stack = Stack(servers, Path(directory))

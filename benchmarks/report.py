@@ -32,8 +32,9 @@ class Row:
     @property
     def ratio(self) -> float | None:
         """Ours by theirs, the median of the rounds: both sides of a round had the same weather."""
-        pairs = list(zip(self.ours, self.theirs, strict=False))
-        return median(ours / theirs if theirs else float("inf") for ours, theirs in pairs) if pairs else None
+        if not self.theirs or min(*self.ours, *self.theirs) <= 0:
+            return None
+        return median(ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True))
 
     @property
     def met(self) -> bool | None:

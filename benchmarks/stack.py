@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -71,14 +70,6 @@ class Worker:
         self._process.wait(10.0)
         psutil.wait_procs(doomed, 10.0)
 
-    def stop(self) -> None:
-        """Shut it down warmly; kill it if that takes too long."""
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(15.0)
-        except subprocess.TimeoutExpired:
-            self.kill()
-
 
 class Client:
     """A client process, see `benchmarks.client`."""
@@ -134,6 +125,7 @@ class Side:
         self.database_url = environment.get("BENCH_DATABASE_URL", "")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("CELERY_", "ORCHESTRATOR_"))}
         environment = {**kept, **environment, "BENCH_EFFECTS": str(self.effects), "PYTHONPATH": str(ROOT)}
+        environment["TMPDIR"] = str(folder)  # so that what killed workers leave behind goes with it
         self.workers = [
             Worker(module, queues, environment, folder / f"{name}-{number}.log")
             for number, queues in enumerate(workers)
@@ -150,7 +142,7 @@ class Side:
     def stop(self) -> None:
         self.client.stop()
         for worker in self.workers:
-            worker.stop()
+            worker.kill()  # nothing that it would say at a warm shutdown is of interest
 
 
 class Stack:

@@ -113,7 +113,10 @@ class Terminal:
             found: dict[str, Any] = self.json("show", run_id)
             return found if found["state"] in states else None
 
-        found = eventually(look)
+        try:
+            found = eventually(look)
+        except AssertionError as error:
+            raise AssertionError(f"{self.ok('show', run_id)}\n{self.ok('explain', run_id)}") from error
         assert found is not None
         return found
 
