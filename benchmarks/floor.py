@@ -24,7 +24,7 @@ def sagas_per_second(url: str, sagas: int, connections: int) -> float:
     writers = [_FORK.Process(target=_commit, args=(url, share, together, times)) for _ in range(connections)]
     for writer in writers:
         writer.start()
-    spans = [times.get() for _ in writers]
+    spans: list[tuple[float, float]] = [times.get() for _ in writers]
     for writer in writers:
         writer.join(60.0)
     return share * connections / 3 / (max(end for _, end in spans) - min(begin for begin, _ in spans))

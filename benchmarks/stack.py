@@ -68,7 +68,7 @@ class Worker:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait(10.0)
-        psutil.wait_procs(doomed, 10.0)
+        until(lambda: not any(_runs(process) for process in doomed), "the worker is gone")
 
 
 class Client:
@@ -185,6 +185,13 @@ class Stack:
         url = urlsplit(self.servers.database_url)._replace(path=f"/{name}").geturl()
         store.migrate(url)
         return url
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Tell whether it runs; one that has ended, but is not reaped yet, does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def tree(pid: int) -> list[psutil.Process]:

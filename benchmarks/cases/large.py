@@ -76,7 +76,7 @@ def timers(stack: Stack, scale: Scale) -> list[Row]:
             runs = engine.client.ask("nap", runs=count, begin=begin)["runs"]
             until(lambda: _one(connection, _SLEEPING, runs) == count, "all runs sleep", begin - time.time())
             until(lambda: not _one(connection, _OPEN, runs), "all timers have fired", begin - time.time() + 120)
-            ends = dict(connection.execute(_FINISHED, [runs]).fetchall())
+            ends: dict[str, float] = dict(connection.execute(_FINISHED, [runs]).fetchall())
     late = [ends[run] - begin - number / count for number, run in enumerate(runs)]
     cuts = quantiles(late, n=100, method="inclusive") if count > 1 else late * 99
     case = f"{count:,} timers in one second"

@@ -145,7 +145,9 @@ def terminal(on: Callable[[str, str], Terminal], database_url: str, broker_url: 
 
 
 @pytest.fixture(scope="session")
-def _worked(request: pytest.FixtureRequest, _postgres_url: str, _template: str) -> Iterator[tuple[str, str]]:
+def _worked(
+    request: pytest.FixtureRequest, _postgres_url: str, _template: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, str]]:
     """A database and a broker with a worker that lives to the end."""
     name = f"cli_{uuid.uuid4().hex}"
     with psycopg.connect(_postgres_url, autocommit=True) as connection:
@@ -159,9 +161,15 @@ def _worked(request: pytest.FixtureRequest, _postgres_url: str, _template: str) 
     }  # fmt: skip
     options = ["worker", "--concurrency", "1", "--hostname", "w@here"]
     command = [sys.executable, "-m", "celery", "-A", "tests.cli.shop", *options]
-    worker = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    log = tmp_path_factory.mktemp("worker") / "log"
+    with log.open("w") as output:
+        worker = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        eventually(lambda: " ready." in log.read_text(), seconds=60)
+    except AssertionError as error:
+        raise AssertionError(log.read_text()) from error
     yield database_url, broker_url
     worker.terminate()
     worker.wait(20)
