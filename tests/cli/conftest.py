@@ -159,7 +159,7 @@ def _worked(
         **os.environ, "ORCHESTRATOR_DATABASE_URL": database_url, "CELERY_BROKER_URL": broker_url,
         "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    options = ["worker", "--concurrency", "1", "--hostname", "w@here"]
+    options = ["worker", "--concurrency", "1", "--hostname", "w@here", "--loglevel", "INFO"]
     command = [sys.executable, "-m", "celery", "-A", "tests.cli.shop", *options]
     log = tmp_path_factory.mktemp("worker") / "log"
     with log.open("w") as output:
@@ -168,11 +168,12 @@ def _worked(
         )
     try:
         eventually(lambda: " ready." in log.read_text(), seconds=60)
+        yield database_url, broker_url
     except AssertionError as error:
         raise AssertionError(log.read_text()) from error
-    yield database_url, broker_url
-    worker.terminate()
-    worker.wait(20)
+    finally:
+        worker.terminate()
+        worker.wait(20)
 
 
 @pytest.fixture
