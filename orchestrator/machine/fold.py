@@ -17,6 +17,7 @@ from orchestrator.machine.journal import (
     Attempted,
     CancelAsked,
     CancelRefused,
+    Continued,
     DeadlinePassed,
     Ended,
     Entry,
@@ -24,12 +25,15 @@ from orchestrator.machine.journal import (
     Json,
     Late,
     Operated,
+    PageMapped,
     Parked,
     ProbeAsked,
     Raised,
     Returned,
     RollbackBegan,
+    ScopeClosed,
     Settled,
+    Signalled,
     UndoAsked,
     Undone,
     Versioned,
@@ -168,6 +172,11 @@ class Fold:
         self.rollback: RollbackBegan | None = None
         self.parked: Parked | None = None
         self.terminated: Operated | None = None
+        self.paused = False
+        self.signals: dict[str, list[Signalled]] = {}
+        self.scopes: dict[str, bool] = {}  # closed ones, and whether what was done inside is undone
+        self.pages: dict[str, PageMapped] = {}  # the last page of each fan-out
+        self.continued: Continued | None = None
         self.ended: Ended | None = None
         self._entries = 0
         self._undo_stack: list[Step] | None = None
@@ -196,6 +205,11 @@ class Fold:
         if self.is_parked:
             if self.state is not RunState.PARKED:
                 self.state = move_run(self.state, "park")
+        elif self.rollback is None and self.paused:
+            if self.state is not RunState.PAUSED:
+                self.state = move_run(self.state, "pause")
+        elif self.state is RunState.PAUSED:
+            self.state = move_run(self.state, "resume")
         elif self.state is RunState.PARKED:
             self.state = move_run(self.state, "roll back" if self.rollback else "go on")
 
@@ -212,7 +226,7 @@ class Fold:
     @property
     def wants_code(self) -> bool:
         """Whether saga code is to be resumed."""
-        return not (self.ended or self.rollback or self.parked or self.returned or self.raised)
+        return not (self.ended or self.rollback or self.parked or self.paused or self.returned or self.raised)
 
     def next_undo(self) -> Step | None:
         """Return the youngest request that still has to be undone, once the run rolls back and all of it is settled."""
@@ -350,6 +364,8 @@ class Fold:
     def _operated(self, entry: Operated) -> None:
         if entry.action == "terminate":
             self.terminated = entry
+        if entry.action in ("pause", "resume") and not entry.key:
+            self.paused = entry.action == "pause"
         if entry.action != "retry":
             return  # skip and resolve say the rest with a Settled, Undone or Returned entry
         if not entry.key:
@@ -368,6 +384,20 @@ class Fold:
             step.forward = move_forward(step.forward, "retry")
             step.budget_from = step.attempts
         self._count(step, was)
+
+    def _signalled(self, entry: Signalled) -> None:
+        kept = self.signals.setdefault(entry.name, [])
+        if entry.id not in (signal.id for signal in kept):
+            kept.append(entry)
+
+    def _scope_closed(self, entry: ScopeClosed) -> None:
+        self.scopes[entry.key] = entry.undo
+
+    def _page_mapped(self, entry: PageMapped) -> None:
+        self.pages[entry.key] = entry
+
+    def _continued(self, entry: Continued) -> None:
+        self.continued = entry
 
     def _ended(self, entry: Ended) -> None:
         self.ended = entry
@@ -393,5 +423,9 @@ _APPLY: dict[type, Callable[[Fold, Any], None]] = {
     RollbackBegan: Fold._rollback,
     Parked: Fold._parked,
     Operated: Fold._operated,
+    Signalled: Fold._signalled,
+    ScopeClosed: Fold._scope_closed,
+    PageMapped: Fold._page_mapped,
+    Continued: Fold._continued,
     Ended: Fold._ended,
 }

@@ -1,18 +1,17 @@
 """Connections to Postgres, and what their failures mean to a person.
 
-Owns how a connection is opened.  Must never be used across a fork: a connection knows its process.
+Owns how a connection is opened.  Must never be opened before a fork and used after it: its owners look at the process id.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 
-from orchestrator.errors import StoreUnavailableError, UsageError
+from orchestrator.errors import StoreUnavailableError
 
 Connection = psycopg.Connection[Any]
 UNAVAILABLE = (psycopg.OperationalError, psycopg.InterfaceError)
@@ -38,18 +37,7 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True) -> Connection:
         )
     except psycopg.OperationalError as error:
         raise unavailable(error) from None
-    connection.opened_in = os.getpid()  # type: ignore[attr-defined]
     return connection
-
-
-def check_process(connection: Connection) -> None:
-    """Refuse a connection that was opened before a fork.  Raises: UsageError."""
-    opened_in = getattr(connection, "opened_in", None)
-    if opened_in is not None and opened_in != os.getpid():
-        raise UsageError(
-            f"a database connection opened in process {opened_in} was used in process {os.getpid()}: "
-            "it was opened before a fork; open connections after the fork"
-        )
 
 
 def unavailable(error: Exception) -> StoreUnavailableError:
