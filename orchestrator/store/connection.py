@@ -1,6 +1,6 @@
 """Connections to Postgres, and what their failures mean to a person.
 
-Owns how a connection is opened.  Must never be opened before a fork and used after it: its owners look at the process id.
+Owns how a connection is opened.  One that was opened before a fork must never be used after it: owners look at the pid.
 """
 
 from __future__ import annotations
