@@ -154,7 +154,9 @@ def _worked(
         statement = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
         connection.execute(statement.format(sql.Identifier(name), sql.Identifier(_template)))
     database_url = urlsplit(_postgres_url)._replace(path=f"/{name}").geturl()
-    broker_url = os.environ.get("ORCHESTRATOR_TEST_BROKER_URL") or request.getfixturevalue("servers").broker_url
+    broker_url = os.environ.get("ORCHESTRATOR_TEST_BROKER_URL")
+    if not broker_url:  # a database of its own: another worker on the same queue would answer its doorbells
+        broker_url = urlsplit(request.getfixturevalue("servers").broker_url)._replace(path="/250").geturl()
     environment = {
         **os.environ, "ORCHESTRATOR_DATABASE_URL": database_url, "CELERY_BROKER_URL": broker_url,
         "PYTHONPATH": str(ROOT),
