@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,8 +20,8 @@ from orchestrator import embedded
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that no server and no worker is left behind
     arguments = _parse()
-    console, rows, failed = Console(stderr=True), [], []
     scale = Scale(arguments.rounds, arguments.runs)
     with (
         tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as directory,
@@ -27,20 +29,29 @@ def main() -> int:
     ):
         stack = Stack(servers, Path(directory))
         known = report.facts(stack, scale.rounds, scale.runs)
-        for name in arguments.case or CASES:
-            began = time.monotonic()
-            try:
-                measured = CASES[name](stack, scale)
-            except BenchmarkError as error:
-                failed.append(name)
-                console.print(f"{name} failed: {error}", markup=False)
-                continue
-            rows += measured
-            console.print(f"{name}: {time.monotonic() - began:.0f} s", highlight=False)
-    Console(width=None if Console().is_terminal else 150).print(report.table(rows, known))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report.as_json(rows, known), indent=1) + "\n")
+        rows: list[report.Row] = []
+        failed = 0
+        try:
+            for name in arguments.case or CASES:
+                failed += not _measure(name, stack, scale, rows)
+        finally:  # what was measured before an interruption is not lost
+            Console(width=None if Console().is_terminal else 150).print(report.table(rows, known))
+            if arguments.json:
+                arguments.json.write_text(json.dumps(report.as_json(rows, known), indent=1) + "\n")
     return 1 if failed else 0
+
+
+def _measure(name: str, stack: Stack, scale: Scale, rows: list[report.Row]) -> bool:
+    """Add the rows of a case; a case that fails says so, and the others go on."""
+    said = Console(stderr=True, markup=False, highlight=False)
+    began = time.monotonic()
+    try:
+        rows += CASES[name](stack, scale)
+    except BenchmarkError as error:
+        said.print(f"{name} failed: {error}")
+        return False
+    said.print(f"{name}: {time.monotonic() - began:.0f} s")
+    return True
 
 
 def _parse() -> argparse.Namespace:
