@@ -110,7 +110,7 @@ def crash(runs: int) -> dict[str, float]:
 
 
 def _get(result: AsyncResult) -> None:
-    """Wait for a result; ask again now and then, for a notice that came before its subscription is missed for good."""
+    """Wait for a result; ask again every 5 s, since one `get` has been seen to wait in vain (why is not known)."""
     give_up_at = time.monotonic() + PATIENCE_S
     while True:
         try:

@@ -453,10 +453,8 @@ class _Poller:
                 ids = list(self._waiting)
             try:
                 with self._pool.connection() as connection:
-                    states = runs.states(connection, ids)
-                    ended = [run_id for run_id in ids if states.get(run_id, "completed") in TERMINAL]
-                    found = runs.outcomes(connection, ended) if ended else {}
-                self._settle(ended, found)
+                    found = runs.outcomes(connection, ids)
+                self._settle(ids, found)
             except StoreUnavailableError:
                 self._pause = 0.25  # the database comes back, or the callers' timeouts end their waiting
             except BaseException as error:
@@ -465,10 +463,12 @@ class _Poller:
                 self._lock.wait(self._pause)  # a new caller is answered at once, whatever the pause has grown to
                 self._pause = min(self._pause * 1.3, 0.25)
 
-    def _settle(self, ended: list[str], found: dict[str, runs.Outcome]) -> None:
+    def _settle(self, ids: list[str], found: dict[str, runs.Outcome]) -> None:
         with self._lock:
-            for run_id in ended:
+            for run_id in ids:
                 outcome = found.get(run_id)
+                if outcome is not None and outcome.state not in TERMINAL:
+                    continue
                 waiter = self._waiting.pop(run_id, None)
                 for future in waiter.futures if waiter else ():
                     if not future.set_running_or_notify_cancel():

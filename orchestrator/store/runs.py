@@ -100,14 +100,6 @@ def outcomes(connection: Connection, run_ids: Sequence[str]) -> dict[str, Outcom
     return {row[0]: Outcome(*row) for row in rows}
 
 
-_STATES = "SELECT id, state FROM orchestrator.runs WHERE id = ANY(%(ids)s)"
-
-
-def states(connection: Connection, run_ids: Sequence[str]) -> dict[str, str]:
-    """Return the states of runs, by id (primary key); what many waiting callers ask, most of them in vain."""
-    return dict(connection.execute(_STATES, {"ids": list(run_ids)}).fetchall())
-
-
 _RINGS = """
 SELECT (SELECT count(*) FROM orchestrator.drainers d JOIN orchestrator.incarnations i ON i.id = d.incarnation
         WHERE i.dead_at IS NULL AND %(queue)s = ANY(d.queues)),
