@@ -208,8 +208,3 @@ class Bond:
         if self._socket is not None:
             self._socket.close()
         self._socket, self._reported, self._buffer = None, set(), b""
-
-
-def in_worker() -> bool:
-    """Tell whether this process belongs to a worker of an app with an Orchestrator."""
-    return _VARIABLE in os.environ

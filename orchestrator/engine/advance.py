@@ -94,25 +94,27 @@ class Advancer:
         run = taken.run
         return run is not None and run.position == 0 and taken.run_id not in self._runs and taken.now >= run.started_at
 
-    def record(self, connection: Connection, taken: Taken, outcome: AttemptEnded) -> list[Taken]:
+    def record(
+        self, connection: Connection, taken: Taken, outcome: AttemptEnded, may_begin: bool = True
+    ) -> list[Taken]:
         """Record what came of an attempt, with its turn if possible; returns the work that was begun by it."""
         try:
             loaded = self._runs.known(connection, taken.run_id)
-            made = self._attempt(connection, loaded, outcome, done=taken) if loaded else None
+            made = self._attempt(connection, loaded, outcome, done=taken, may_begin=may_begin) if loaded else None
         except CodeMissing:
             self._leave(connection, taken, outcome, drivable=False)
             return []
         if made is not None and made.written:
-            return self._go_on(connection, taken.run_id, made)
+            return self._go_on(connection, taken.run_id, made, may_begin)
         if not self._leave(connection, taken, outcome, drivable=True):
             return []
-        return self._advance(connection, taken.run_id)
+        return self._advance(connection, taken.run_id, may_begin=may_begin)
 
     def start_turns(self, connection: Connection, items: list[Taken], is_short: IsShort) -> list[Taken]:
         """Take the first turns of several runs with one commit; returns the work that was begun by them.
 
-        Only the first may begin what is not known to be short: whoever waits behind it is better off with another
-        child.
+        Either one step is begun that is not known to be short, or only short ones: nothing that is begun waits behind
+        a long one.
         """
         prepared: list[Prepared] = []
         for item in items:
@@ -141,7 +143,7 @@ class Advancer:
         begun, written = self._commit_together(connection, prepared, is_short)
         for taken, outcome in ended:
             if taken.run_id not in written:
-                begun += self.record(connection, taken, outcome)
+                begun += self.record(connection, taken, outcome, may_begin=not begun)
         return begun
 
     def _commit_together(
@@ -153,8 +155,10 @@ class Advancer:
         caller to commit one by one.
         """
         for made in prepared:
-            own = None if made is prepared[0] else is_short
-            made.first = begin_next(self._scope, made.execution.info, made.turn, made.now, own)
+            alone = made is prepared[0]
+            made.first = begin_next(self._scope, made.execution.info, made.turn, made.now, None if alone else is_short)
+            if alone and made.first is not None and not is_short(made.first.work.task):
+                break  # nothing that is begun may wait behind a step that can take long
         try:
             committed = self._write_together(connection, prepared)
         except BaseException as error:
@@ -165,13 +169,14 @@ class Advancer:
             return [], set()
         begun: list[Taken] = []
         written: set[str] = set()
+        holds = any(made.first is not None for made in prepared)
         for made, result in zip(prepared, committed, strict=True):
             if not result.written:
                 made.execution.discard()
                 continue
             written.add(made.execution.info.id)
             after = self._after(connection, made.execution, made.turn, made.first, result.owed, made.done)
-            begun += self._go_on(connection, made.execution.info.id, after)
+            begun += self._go_on(connection, made.execution.info.id, after, may_begin=not (holds or begun))
         return begun, written
 
     def _write_together(self, connection: Connection, prepared: list[Prepared]) -> list[turns.Committed]:
@@ -288,11 +293,11 @@ class Advancer:
         self._runs.discard()
 
     # -- turns ---------------------------------------------------------------------------------------------------------
-    def _go_on(self, connection: Connection, run_id: str, made: Made) -> list[Taken]:
+    def _go_on(self, connection: Connection, run_id: str, made: Made, may_begin: bool = True) -> list[Taken]:
         """After a turn: look again for arrivals, if there are or may be some."""
         if not made.again:
             return made.begun
-        return made.begun + self._advance(connection, run_id, may_begin=not made.begun)
+        return made.begun + self._advance(connection, run_id, may_begin=may_begin and not made.begun)
 
     def _advance(
         self, connection: Connection, run_id: str, holds_turn: bool = False, may_begin: bool = True

@@ -415,7 +415,8 @@ class Drainer:
         if not turns.recorded(connection, taken.run_id, taken.key, taken.attempt, outcome.worker):
             return None  # taken away meanwhile: recording it again reports a late effect
         identity = advancer.identity
-        return [item for item in turns.held(connection, identity.incarnation, identity.child) if item.key != taken.key]
+        held = turns.held(connection, identity.incarnation, identity.child)
+        return [item for item in held if item.run_id == taken.run_id and item.key != taken.key]
 
     def _ready(self) -> tuple[Connection, Advancer]:
         """Return connection and advancer of the present incarnation, opening what is missing."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from orchestrator.errors import DriftError, UsageError
 from orchestrator.machine.fold import Fold, Step
-from orchestrator.machine.journal import Abandoned, Asked, Entry, Json, Settled, Versioned
+from orchestrator.machine.journal import Asked, Entry, Json, Settled, Versioned
 from orchestrator.machine.keys import Branch
 from orchestrator.machine.loop import SagaLoop, SagaTask
 
@@ -276,8 +276,3 @@ class SagaCode:
 def settled_keys(entries: Iterable[Entry]) -> list[str]:
     """Return the keys of the outcomes among `entries`, in order."""
     return [entry.key for entry in entries if type(entry) is Settled]
-
-
-def abandoned_keys(entries: Iterable[Entry]) -> list[str]:
-    """Return the keys of the abandoned requests among `entries`."""
-    return [entry.key for entry in entries if type(entry) is Abandoned]

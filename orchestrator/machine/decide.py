@@ -21,7 +21,6 @@ from orchestrator.machine.journal import (
     CancelRefused,
     Ended,
     Entry,
-    Error,
     Json,
     Late,
     LateSuccess,
@@ -396,8 +395,3 @@ class Decisions:
             return due
         quiet = datetime.fromisoformat(step.quiet)
         return quiet if due is None or quiet > due else due
-
-
-def error_of(message: str, type_: str = "OrchestratorError") -> Error:
-    """Return the JSON form of an error that the engine itself found."""
-    return {"type": type_, "message": message}

@@ -27,9 +27,6 @@ class Effect(StrEnum):
     """Succeeds if tried often enough; for steps after the pivot."""
 
 
-UNDECLARED = ""
-
-
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """Say how often and when a step is tried again; the five fields are Temporal's.

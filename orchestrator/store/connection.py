@@ -5,8 +5,6 @@ Owns how a connection is opened.  One that was opened before a fork must never b
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import psycopg
@@ -49,12 +47,3 @@ def unavailable(error: Exception) -> StoreUnavailableError:
         f"Postgres cannot be reached: {reason}. Nothing was recorded; "
         "check that it runs and that ORCHESTRATOR_DATABASE_URL points to it, then try again."
     )
-
-
-@contextlib.contextmanager
-def translated() -> Iterator[None]:
-    """Turn connection failures inside the block into StoreUnavailableError."""
-    try:
-        yield
-    except UNAVAILABLE as error:
-        raise unavailable(error) from error

@@ -1,0 +1,93 @@
+"""Turns that share a commit: what is begun never waits behind a step that can take long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from orchestrator import Effect, saga, step
+from orchestrator.store.connection import Connection
+from tests.engine.proxy import Proxy
+from tests.engine.stage import Child, start
+
+
+@step(effect=Effect.NONE)
+def short(thing: str) -> str:
+    return thing
+
+
+@step(effect=Effect.NONE)
+def long(thing: str) -> str:
+    return thing
+
+
+@saga.define
+async def quick(thing: str) -> None:
+    await saga.step(short, thing)
+    await saga.step(short, thing)
+
+
+@saga.define
+async def slow(thing: str) -> None:
+    await saga.step(long, thing)
+
+
+def begun_beside(child: Child, connection: Connection, task: str) -> list[int]:
+    """How many rows were begun in the database, each time that a step of `task` ran."""
+    seen: list[int] = []
+
+    def look(taken: Any) -> None:
+        if taken.task == task:
+            row = connection.execute("SELECT count(*) FROM orchestrator.work WHERE fence IS NOT NULL").fetchone()
+            seen.append(row[0] if row else 0)
+
+    child.runner.before = look
+    return seen
+
+
+def test_steps_that_are_known_to_be_short_are_begun_together(child: Child, connection: Connection) -> None:
+    child.drainer._recent_s[short.name] = 0.001
+    seen = begun_beside(child, connection, short.name)
+    for name in ("a", "b", "c"):
+        start(connection, quick, name, run_id=name)
+    child.drain()
+    assert seen[:3] == [3, 3, 3]
+
+
+def test_nothing_that_is_begun_waits_behind_a_long_step(child: Child, connection: Connection) -> None:
+    child.drainer._recent_s[short.name] = 0.001
+    seen = begun_beside(child, connection, long.name)
+    start(connection, slow, "x", run_id="x")
+    start(connection, quick, "a", run_id="a")
+    start(connection, quick, "b", run_id="b")
+    child.drain()
+    assert seen == [1]
+    states = connection.execute("SELECT DISTINCT state FROM orchestrator.runs").fetchall()
+    assert states == [("completed",)]
+
+
+def test_a_shared_commit_that_was_not_answered_makes_no_step_run_twice(
+    new_child: Callable[..., Child], connection: Connection, proxy: Proxy
+) -> None:
+    child = new_child(dsn=proxy.url)
+    start(connection, quick, "warm", run_id="warm")  # its statements are prepared before the fault
+    start(connection, quick, "up", run_id="up")
+    child.drain()
+    child.drainer._recent_s[short.name] = 0.001
+    ran: list[tuple[str, str]] = []
+
+    def look(taken: Any) -> None:
+        ran.append((taken.run_id, taken.key))
+        if len(ran) == 3:  # the last of the first wave: what comes next is the commit of all three outcomes
+            proxy.swallow(lambda data: b"COMMIT" in data)
+
+    child.runner.before = look
+    for name in ("a", "b", "c"):
+        start(connection, quick, name, run_id=name)
+    child.drain()
+    assert proxy.swallowed == 1
+    assert len(ran) == len(set(ran)) == 6
+    ended = connection.execute("SELECT count(*) FROM orchestrator.runs WHERE state = 'completed'").fetchone()
+    assert ended == (5,)
+    late = connection.execute("SELECT count(*) FROM orchestrator.history WHERE kind = 'late'").fetchone()
+    assert late == (0,)
