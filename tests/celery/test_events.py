@@ -95,6 +95,26 @@ class Bank:
             over.set()
             thread.join()
 
+    @contextmanager
+    def watching(self) -> Iterator[list[str]]:
+        """Collect every command that reaches the broker, until the block ends, however it ends."""
+        commands: list[str] = []
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.is_set():
+                commands.append(monitor.next_command()["command"])
+
+        with self.redis.monitor() as monitor:  # type: ignore[no-untyped-call]
+            thread = threading.Thread(target=watch)
+            thread.start()
+            try:
+                yield commands
+            finally:
+                over.set()
+                self.redis.ping()  # a last command, so that the thread looks up
+                thread.join()
+
     def _listen(self, over: threading.Event, ready: threading.Event) -> None:
         with self.app.connection_for_read() as connection:
             receiver = self.app.events.Receiver(connection, handlers={"*": self._receive})
@@ -229,19 +249,11 @@ def test_without_events_nothing_is_sent_until_somebody_asks(bank: Bank) -> None:
 
 
 def test_doorbells_and_payloads_are_nowhere_to_be_seen(bank: Bank) -> None:
-    with bank.redis.monitor() as monitor, bank.listening():
-        commands: list[str] = []
-        over = threading.Event()
-        thread = threading.Thread(target=_watch, args=(monitor, commands, over))
-        thread.start()
-        with bank.worker("-E"):
-            assert bank.sagas.visit.delay(CANARY).get(timeout=20) == CANARY
-            with pytest.raises(SagaFailed):
-                bank.sagas.fail.delay(CANARY).get(timeout=20)
-            until(bank.settled(7), "the events of seven steps")
-        over.set()
-        bank.redis.ping()
-        thread.join()
+    with bank.watching() as commands, bank.listening(), bank.worker("-E"):
+        assert bank.sagas.visit.delay(CANARY).get(timeout=20) == CANARY
+        with pytest.raises(SagaFailed):
+            bank.sagas.fail.delay(CANARY).get(timeout=20)
+        until(bank.settled(7), "the events of seven steps")
     lines = [line for line in bank.log.read_text().splitlines() if ": INFO/" in line]
     succeeded = [line for line in lines if "succeeded in" in line]
     assert len([line for line in succeeded if line.endswith(": …")]) == len(succeeded) == 6
@@ -250,11 +262,6 @@ def test_doorbells_and_payloads_are_nowhere_to_be_seen(bank: Bank) -> None:
     assert "orchestrator.drain" not in {task.name for task in bank.state.tasks.values()}
     assert any("task.multi" in command for command in commands)
     assert not [command for command in commands if CANARY in command or CANARY in _decoded(command)]
-
-
-def _watch(monitor: Any, commands: list[str], over: threading.Event) -> None:
-    while not over.is_set():
-        commands.append(monitor.next_command()["command"])
 
 
 def _decoded(command: str) -> str:
