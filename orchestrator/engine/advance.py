@@ -6,8 +6,8 @@ Owns rule 1 (docs/concepts.md) and the cache of live coroutines.  Saga code runs
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -54,7 +54,7 @@ class Prepared:
     turn: Turn
     now: datetime
     consumed: list[int]
-    done: Taken | None
+    done: Sequence[Taken]
     holds_turn: bool
     first: Begun | None = None
 
@@ -84,7 +84,7 @@ class Advancer:
         assert taken.run is not None
         self._runs.clock.set(taken.now)
         if self._is_first_turn(taken):
-            made = self._attempt(connection, Loaded(taken.run, taken.now, [], []), None, holds_turn=True)
+            made = self._attempt(connection, Loaded(taken.run, taken.now, [], []), holds_turn=True)
             if made.written:
                 return self._go_on(connection, taken.run_id, made)
         return self._advance(connection, taken.run_id, holds_turn=True)
@@ -100,7 +100,7 @@ class Advancer:
         """Record what came of an attempt, with its turn if possible; returns the work that was begun by it."""
         try:
             loaded = self._runs.known(connection, taken.run_id)
-            made = self._attempt(connection, loaded, outcome, done=taken, may_begin=may_begin) if loaded else None
+            made = self._attempt(connection, loaded, [outcome], done=[taken], may_begin=may_begin) if loaded else None
         except CodeMissing:
             self._leave(connection, taken, outcome, drivable=False)
             return []
@@ -120,7 +120,7 @@ class Advancer:
         for item in items:
             assert item.run is not None
             if self._is_first_turn(item):
-                made = self._prepare(connection, Loaded(item.run, item.now, [], []), None, holds_turn=True)
+                made = self._prepare(connection, Loaded(item.run, item.now, [], []), holds_turn=True)
                 if made is not None:
                     prepared.append(made)
         begun, written = self._commit_together(connection, prepared, is_short)
@@ -132,12 +132,19 @@ class Advancer:
     def record_together(
         self, connection: Connection, ended: list[tuple[Taken, AttemptEnded]], is_short: IsShort
     ) -> list[Taken]:
-        """Record the outcomes of attempts of different runs with one commit; returns the work that they began."""
+        """Record the outcomes of attempts with one commit, those of one run with one turn.
+
+        Returns the work that was begun by them.
+        """
+        by_run: dict[str, list[tuple[Taken, AttemptEnded]]] = {}
+        for pair in ended:
+            by_run.setdefault(pair[0].run_id, []).append(pair)
         prepared: list[Prepared] = []
-        for taken, outcome in ended:
+        for run_id, pairs in by_run.items():
             with suppress(CodeMissing):
-                loaded = self._runs.known(connection, taken.run_id)
-                made = self._prepare(connection, loaded, outcome, done=taken) if loaded else None
+                loaded = self._runs.known(connection, run_id)
+                outcomes, done = [outcome for _, outcome in pairs], [taken for taken, _ in pairs]
+                made = self._prepare(connection, loaded, outcomes, done=done) if loaded else None
                 if made is not None:
                     prepared.append(made)
         begun, written = self._commit_together(connection, prepared, is_short)
@@ -151,8 +158,8 @@ class Advancer:
     ) -> tuple[list[Taken], set[str]]:
         """Commit turns of different runs at once, in order of their ids.
 
-        Returns what they began, and which were written.  If one of them fails they all roll back, and are for the
-        caller to commit one by one.
+        Returns what they began, and which were written.  Those that were not, because a fence is lost or the database
+        refuses them, are for the caller to commit one by one.
         """
         for made in prepared:
             alone = made is prepared[0]
@@ -161,17 +168,16 @@ class Advancer:
                 break  # nothing that is begun may wait behind a step that can take long
         try:
             committed = self._write_together(connection, prepared)
-        except BaseException as error:
+        except BaseException:
             for made in prepared:
                 made.execution.discard()
-            if isinstance(error, UNAVAILABLE) or not isinstance(error, REFUSED):
-                raise
-            return [], set()
+            raise
         begun: list[Taken] = []
         written: set[str] = set()
         holds = any(made.first is not None for made in prepared)
-        for made, result in zip(prepared, committed, strict=True):
-            if not result.written:
+        for made in prepared:
+            result = committed.get(made.execution.info.id)
+            if result is None or not result.written:
                 made.execution.discard()
                 continue
             written.add(made.execution.info.id)
@@ -179,32 +185,36 @@ class Advancer:
             begun += self._go_on(connection, made.execution.info.id, after, may_begin=not (holds or begun))
         return begun, written
 
-    def _write_together(self, connection: Connection, prepared: list[Prepared]) -> list[turns.Committed]:
+    def _write_together(self, connection: Connection, prepared: list[Prepared]) -> dict[str, turns.Committed]:
+        """Write what can share a statement with one, the rest each with its own."""
         commits = [
             commit_of(self.identity, made.execution, made.turn, made.first, made.consumed, made.done, made.holds_turn)
             for made in prepared
         ]
-        in_order = sorted(commits, key=lambda commit: commit.run_id)
-        by_run = dict(
-            zip((commit.run_id for commit in in_order), turns.commit_turns(connection, in_order), strict=True)
-        )
-        committed = [by_run[commit.run_id] for commit in commits]
         for made in prepared:
             made.execution.committed_wake = made.turn.wake
+        committed: dict[str, turns.Committed] = {}
+        plain = sorted((commit for commit in commits if commit.is_plain), key=lambda commit: commit.run_id)
+        with _unless_refused():
+            committed |= turns.commit_turns(connection, plain) if plain else {}
+        for commit in commits:
+            if not commit.is_plain and len(commit.done) <= 1:
+                with _unless_refused():
+                    committed[commit.run_id] = turns.commit_turn(connection, commit)
         return committed
 
     def _prepare(
         self,
         connection: Connection,
         loaded: Loaded,
-        outcome: AttemptEnded | None,
+        outcomes: Sequence[AttemptEnded] = (),
         *,
-        done: Taken | None = None,
+        done: Sequence[Taken] = (),
         holds_turn: bool = False,
     ) -> Prepared | None:
         """Compute a turn that is committed together with others; None if it is for itself."""
         try:
-            execution, turn = self._compute(connection, loaded, outcome)
+            execution, turn = self._compute(connection, loaded, outcomes)
         except CodeMissing:
             return None
         if execution is None or turn.was_ended or turn.corrections:
@@ -222,13 +232,13 @@ class Advancer:
         loaded = None
         try:
             loaded = self._runs.known(connection, taken.run_id)
-            execution, turn = self._compute(connection, loaded, outcome) if loaded else (None, _NO_TURN)
+            execution, turn = self._compute(connection, loaded, [outcome]) if loaded else (None, _NO_TURN)
         except CodeMissing:
             execution, turn, drivable = None, _NO_TURN, False
         if execution is not None and loaded is not None:
             first = begin_next(self._scope, execution.info, turn, loaded.now)
             consumed = [id for id, _ in loaded.arrivals]
-            committed = self._write(connection, execution, turn, first, consumed, taken, holds_turn=False)
+            committed = self._write(connection, execution, turn, first, consumed, [taken], holds_turn=False)
             if committed.written:
                 made = partial(self._after, execution=execution, turn=turn, first=first, owed=committed.owed)
                 return lambda after: self._go_on(after, taken.run_id, made(after))
@@ -314,7 +324,7 @@ class Advancer:
                 turns.ignore(connection, run_id, [])
                 return begun
             try:
-                made = self._attempt(connection, loaded, None, holds_turn=holds_turn, may_begin=may_begin and not begun)
+                made = self._attempt(connection, loaded, holds_turn=holds_turn, may_begin=may_begin and not begun)
             except CodeMissing:
                 turns.pass_on(connection, run_id)
                 return begun
@@ -334,19 +344,19 @@ class Advancer:
         self,
         connection: Connection,
         loaded: Loaded,
-        outcome: AttemptEnded | None,
+        outcomes: Sequence[AttemptEnded] = (),
         *,
-        done: Taken | None = None,
+        done: Sequence[Taken] = (),
         holds_turn: bool = False,
         may_begin: bool = True,
     ) -> Made:
         """Compute and commit one turn.  Raises: CodeMissing."""
-        execution, turn = self._compute(connection, loaded, outcome)
+        execution, turn = self._compute(connection, loaded, outcomes)
         if execution is None:
             return Made([], False, written=False)
         first = begin_next(self._scope, execution.info, turn, loaded.now) if may_begin else None
         consumed = [id for id, _ in loaded.arrivals]
-        if turn.was_ended and done is not None:
+        if turn.was_ended and done:
             return Made([], False, written=False)  # its fence went with the end of the run; it may be a late effect
         if turn.was_ended and not turn.entries:
             turns.ignore(connection, loaded.run.id, consumed)
@@ -373,11 +383,11 @@ class Advancer:
         turn: Turn,
         first: Begun | None,
         owed: bool,
-        done: Taken | None = None,
+        done: Sequence[Taken] = (),
     ) -> Made:
         """After the commit: keep the coroutine, ring, say whether to look again for arrivals."""
-        if done is not None:
-            done.again = any(work.key == done.key and work.role == done.role for work in turn.work)
+        for taken in done:
+            taken.again = any(work.key == taken.key and work.role == taken.role for work in turn.work)
         run_id = execution.info.id
         tell(execution.fold, turn)
         if turn.state in TERMINAL:
@@ -391,11 +401,10 @@ class Advancer:
         return Made(begun, owed or (others and turns.has_arrivals(connection, run_id)))
 
     def _compute(
-        self, connection: Connection, loaded: Loaded, outcome: AttemptEnded | None
+        self, connection: Connection, loaded: Loaded, outcomes: Sequence[AttemptEnded] = ()
     ) -> tuple[Execution | None, Turn]:
         arrivals: list[Arrival] = [decode_arrival(arrival) for _, arrival in loaded.arrivals]
-        if outcome is not None:
-            arrivals.append(outcome)
+        arrivals.extend(outcomes)
         execution = self._runs.take(loaded)
         if execution is None:
             return None, _NO_TURN
@@ -433,7 +442,7 @@ class Advancer:
         turn: Turn,
         first: Begun | None,
         consumed: list[int],
-        done: Taken | None,
+        done: Sequence[Taken],
         holds_turn: bool,
     ) -> turns.Committed:
         commit = commit_of(self.identity, execution, turn, first, consumed, done, holds_turn)
@@ -465,6 +474,17 @@ class Advancer:
             if runs.start(connection, new):
                 turns.seed_journal(connection, run_id, self._runs.clock(), correction(step.asked, late))
         self._ring(connection, info.queue, 1)
+
+
+@contextmanager
+def _unless_refused() -> Iterator[None]:
+    """Pass over a statement that the database refuses, not a connection that it lost."""
+    try:
+        yield
+    except UNAVAILABLE:
+        raise
+    except REFUSED:
+        logger.exception("turns could not be committed together; each is tried alone")
 
 
 _NO_TURN = Turn(0, datetime.min.replace(tzinfo=UTC), [], [], [], [], RunState.PENDING, None, False)

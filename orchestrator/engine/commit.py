@@ -6,7 +6,7 @@ Owns that translation.  Must never touch the database: `orchestrator.store.turns
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -52,7 +52,7 @@ def commit_of(
     turn: Turn,
     first: Begun | None,
     consumed: list[int],
-    done: Taken | None,
+    done: Sequence[Taken],
     holds_turn: bool,
 ) -> Commit:
     info = execution.info
@@ -68,9 +68,8 @@ def commit_of(
         queue=info.queue,
         priority=info.priority,
         ended=turn.state in TERMINAL and not turn.was_ended,
-        done_key=done.key if done else None,
-        done_fence=done.fence if done else None,
-        shared=done is None or execution.fold.in_flight > (first is not None),
+        done=[(taken.key, taken.fence) for taken in done if taken.fence is not None],
+        shared=not done or execution.fold.in_flight > (first is not None),
         holds_turn=holds_turn,
         wake=turn.wake,
         rewake=turn.wake is not None and turn.wake != execution.committed_wake,
@@ -110,7 +109,7 @@ def target_of(info: RunInfo, work: Work) -> str:
     return info.target if work.local or work.role == "once" else work.task
 
 
-def work_row(info: RunInfo, work: Work, *, begun: bool = False) -> Json:
+def work_row(info: RunInfo, work: Work, *, begun: bool = False) -> dict[str, Any]:
     return {
         "key": work.key,
         "role": work.role,

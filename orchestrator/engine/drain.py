@@ -190,8 +190,8 @@ class Drainer:
             targets=[*scope.targets, turns.ANYONE],
             incarnation=identity.incarnation,
             child=identity.child,
-            fence=new_fence(),
-            limit=_BATCH,
+            fences=[new_fence() for _ in range(_BATCH)],
+            short=[task for task in self._recent_s if self._is_short(task)],
             reservation=self._settings.reservation,
         )
         if len(taken) == _BATCH:
@@ -212,7 +212,7 @@ class Drainer:
             attempts = [item for item in pending if item.role != "turn"]
             self._steps += len(attempts)
             pending = self._start_turns(firsts)
-            short = [item for item in attempts if self._is_short(item.task) and item.role == "do"]
+            short = [item for item in attempts if self._is_short(item.task) and item.role in ("do", "undo")]
             if len(short) > 1:
                 pending += self._run_together(short)
                 attempts = [item for item in attempts if item not in short]

@@ -21,7 +21,7 @@ from orchestrator.store.connection import Connection
 CLOCK = "coalesce(%(now)s::timestamptz, orchestrator.now())"
 
 # The body is the function take_1 of migration 0001: a statement per priority and queue, each over index work_due.
-_TAKE = "SELECT * FROM orchestrator.take_1(%s, %s, %s, %s, %s, %s, %s, %s)"
+_TAKE = "SELECT * FROM orchestrator.take_1(%s, %s, %s, %s, %s, %s::bigint[], %s, %s)"
 
 
 @dataclass(slots=True)
@@ -81,13 +81,16 @@ def take(
     targets: list[str],
     incarnation: int,
     child: int,
-    fence: int,
-    limit: int,
+    fences: Sequence[int],
     reservation: timedelta,
+    short: Sequence[str] = (),
     now: datetime | None = None,
 ) -> list[Taken]:
-    """Hold up to `limit` due turns, or begin one step; highest priority first, then the longest due."""
-    values = (queues, targets, incarnation, child, fence, limit, reservation, now)
+    """Hold what is due, highest priority first, then the longest due; at most as much as there are `fences`.
+
+    Turns are reserved.  Steps are begun: those of the tasks that are `short` together, any other one alone.
+    """
+    values = (queues, targets, list(short), incarnation, child, list(fences), reservation, now)
     rows = connection.execute(_TAKE, values).fetchall()
     return [_taken(row) for row in rows]
 
@@ -142,10 +145,10 @@ def load(connection: Connection, run_id: str, position: int = 0, now: datetime |
 class Commit:
     """A turn as it is written.
 
-    `done_key` and `done_fence` name the attempt whose outcome this turn records, if it records one.  `next` is the work
-    that this child begins with `next_fence`; `work` is what others may take.  `holds_turn` says that the run's turn row
-    is reserved by this child; `wake` is when the run wants its next turn by itself, and is written only if `rewake` or
-    `holds_turn`.  `shared` says that others may be committing turns of this run now, so that its row is not waited for.
+    `done` names the attempts whose outcomes this turn records, as (key, fence).  `next` is the work that this child
+    begins with `next_fence`; `work` is what others may take.  `holds_turn` says that the run's turn row is reserved by
+    this child; `wake` is when the run wants its next turn by itself, and is written only if `rewake` or `holds_turn`.
+    `shared` says that others may be committing turns of this run now, so that its row is not waited for.
     """
 
     run_id: str
@@ -159,25 +162,30 @@ class Commit:
     queue: str
     priority: int = 0
     ended: bool = False
-    done_key: str | None = None
-    done_fence: int | None = None
+    done: Sequence[tuple[str, int]] = ()
     shared: bool = True
     holds_turn: bool = False
     wake: datetime | None = None
     rewake: bool = False
-    next: Json = None
+    next: dict[str, Any] | None = None
     next_fence: int | None = None
     work: Sequence[Json] = ()
     withdraw: Sequence[str] = ()
     consumed: Sequence[int] = ()
     summary: dict[str, Json] | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether `commit_turns` can write it together with others."""
+        return not self.withdraw and (self.wake is None or self.holds_turn or not self.rewake)
+
     def values(self, now: datetime | None) -> tuple[Any, ...]:
-        """Return the parameters of the function."""
+        """Return the parameters of commit_turn_1, which takes one attempt at the most."""
         more = self.rarer()
+        ((done_key, done_fence),) = self.done or ((None, None),)
         return (
             self.run_id, self.position, self.at, dumps(self.entries), self.state, self.incarnation,
-            self.child, self.done_key, self.done_fence, self.shared,
+            self.child, done_key, done_fence, self.shared,
             None if self.next is None else dumps(self.next),
             self.next_fence, None if more is None else dumps(more), now,
         )  # fmt: skip
@@ -199,6 +207,35 @@ class Commit:
             if values := getattr(self, name):
                 more[name] = list(values)
         return more or None
+
+    def among_others(self) -> dict[str, Any]:
+        """Return the turn as commit_turns_1 takes it."""
+        assert self.is_plain
+        turn: dict[str, Any] = {
+            "run": self.run_id, "position": self.position, "at": self.at.isoformat(), "state": self.state,
+            "entries": self.entries,
+        }  # fmt: skip
+        held: list[dict[str, Any]] = [{"row_key": key, "done": fence} for key, fence in self.done]
+        work: list[Any] = list(self.work)
+        if self.holds_turn:
+            turn["holds"] = True
+            held.append({"row_key": ""})
+            if self.wake is not None:
+                turn["wake"] = self.wake.isoformat()
+        if self.next is not None:
+            begun = {**self.next, "fence": self.next_fence}
+            if held and (held[0]["row_key"] or self.wake is None):
+                held[0]["next"] = begun  # a row that goes becomes the one that comes
+            else:
+                work.append(begun)
+        if self.ended:
+            turn["ended"] = True
+        for name, value in (("held", held), ("work", work), ("consumed", list(self.consumed))):
+            if value:
+                turn[name] = value
+        if self.summary is not None:
+            turn["summary"] = self.summary
+        return turn
 
 
 @dataclass(slots=True)
@@ -236,14 +273,28 @@ def _is_idle(connection: Connection) -> bool:
     return connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 
-def commit_turns(connection: Connection, commits: Sequence[Commit], now: datetime | None = None) -> list[Committed]:
-    """Write turns of different runs in one transaction and one round trip, in the order given.
+# The body is the function commit_turns_1 of migration 0001: one statement for all.  Lock order: the runs' rows in the
+# order of their ids, then their attempts, then the rest, all by primary keys.
+_COMMIT_MANY = "SELECT * FROM orchestrator.commit_turns_1(%s, %s, %s, %s)"
 
-    One that is not at its position is left out; a lost fence rolls all of them back.  Raises: psycopg.Error.
+
+def commit_turns(
+    connection: Connection, commits: Sequence[Commit], now: datetime | None = None
+) -> dict[str, Committed]:
+    """Write turns of different runs, all of them plain, with one statement; returns those that were written, by run.
+
+    One whose run is not at its position any more is left out.  A lost fence rolls all of them back, and then none is
+    returned.  Commits if the connection is in autocommit mode.  Raises: psycopg.Error.
     """
-    with connection.transaction(), connection.pipeline():
-        cursors = [connection.execute(_COMMIT, commit.values(now)) for commit in commits]
-    return [Committed(*cursor.fetchone()) for cursor in cursors]  # type: ignore[misc]
+    first = commits[0]
+    text = f"[{','.join(dumps(commit.among_others()) for commit in commits)}]"
+    try:
+        rows = connection.execute(_COMMIT_MANY, (text, first.incarnation, first.child, now)).fetchall()
+    except psycopg.Error as error:
+        if error.sqlstate != _FENCE_LOST:
+            raise
+        return {}
+    return {run_id: Committed(True, owed, at) for run_id, owed, at in rows}
 
 
 # Deletes the attempt's row (primary key) if its fence is the expected one, and only then leaves the arrival.

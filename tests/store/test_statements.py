@@ -26,8 +26,9 @@ def start(connection: Connection, run_id: str = "r", **options: Any) -> None:
 
 
 def take(connection: Connection, child: int = 1, limit: int = 4, **options: Any) -> list[Taken]:
-    given: dict[str, Any] = {"queues": ["q"], "targets": ["s@1", "t"], "incarnation": 1, "fence": 100 + child}
-    return turns.take(connection, **{**given, **options}, child=child, limit=limit, reservation=RESERVATION)
+    given: dict[str, Any] = {"queues": ["q"], "targets": ["s@1", "t"], "incarnation": 1}
+    given["fences"] = range(100 + child, 100 + child + limit)
+    return turns.take(connection, **{**given, **options}, child=child, reservation=RESERVATION)
 
 
 def asked(key: str, fence: int | None = None) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def test_a_row_that_somebody_holds_is_skipped_without_waiting(connect: Connect) 
 
 # -- committing a turn -------------------------------------------------------------------------------------------------
 def test_a_turn_is_written_whole(connection: Connection, begun: int) -> None:
-    done = commit(connection, 1, done_key="k", done_fence=begun, work=[asked("l")], wake=NOW, rewake=True)
+    done = commit(connection, 1, done=[("k", begun)], work=[asked("l")], wake=NOW, rewake=True)
     assert (done.written, done.owed) == (True, False)
     assert keys(connection) == [("", False), ("l", False)]
     assert [(seq, entries) for _, seq, _, entries in rows(connection, "journal")] == [
@@ -143,7 +144,7 @@ def test_a_turn_is_written_whole(connection: Connection, begun: int) -> None:
     assert run is not None and (run["position"], run["state"]) == (2, "running")
 
 
-@pytest.mark.parametrize("wrong", [{"position": 0}, {"position": 2}, {"done_fence": 7}, {"done_key": "other"}])
+@pytest.mark.parametrize("wrong", [{"position": 0}, {"position": 2}, {"done": [("k", 7)]}, {"done": [("other", 101)]}])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_wrong_position_or_fence_writes_nothing_at_all(
@@ -151,7 +152,7 @@ def test_a_wrong_position_or_fence_writes_nothing_at_all(
 ) -> None:
     turns.leave_arrival(connection, "r", {"e": "cancel"})
     before = everything(connection)
-    options: dict[str, Any] = {"position": 1, "done_key": "k", "done_fence": begun, "shared": shared}
+    options: dict[str, Any] = {"position": 1, "done": [("k", begun)], "shared": shared}
     options |= {"work": [asked("l")], "withdraw": ["k"], "wake": NOW, "rewake": True, "summary": summary()}
     if goes_on:
         options |= {"next": asked("n"), "next_fence": 9}
@@ -167,9 +168,7 @@ def test_a_wrong_position_or_fence_writes_nothing_at_all(
 
 def test_the_next_step_is_begun_in_the_same_transaction(connection: Connection, begun: int) -> None:
     turns.heartbeat(connection, "r", "k", begun, {"done": 1})
-    assert commit(
-        connection, 1, done_key="k", done_fence=begun, next={**asked("n"), "attempt": 1}, next_fence=9
-    ).written
+    assert commit(connection, 1, done=[("k", begun)], next={**asked("n"), "attempt": 1}, next_fence=9).written
     (held,) = turns.held(connection, 1, 1)
     assert (held.key, held.attempt, held.fence, held.call) == ("n", 1, 9, CALL)
     assert connection.execute("SELECT details, stop, begun_at IS NULL FROM orchestrator.work").fetchone() == (
@@ -196,7 +195,7 @@ def test_the_run_is_locked_before_its_work(connect: Connect, begun: int) -> None
     one, two = connect(), connect()
     with one.transaction():
         one.execute("SELECT FROM orchestrator.runs WHERE id = 'r' FOR UPDATE")
-        assert not commit(two, 1, done_key="k", done_fence=begun).written
+        assert not commit(two, 1, done=[("k", begun)]).written
         one.execute("SELECT FROM orchestrator.work WHERE key = 'k' FOR UPDATE NOWAIT")
 
 
@@ -263,7 +262,7 @@ def test_a_new_fence_waits_for_a_commit_in_flight(connect: Connect, begun: int) 
     one, two = connect(), connect()
     two.execute("SET lock_timeout = '100ms'")
     with one.transaction():
-        assert commit(one, 1, done_key="k", done_fence=begun).written
+        assert commit(one, 1, done=[("k", begun)]).written
         with pytest.raises(psycopg.errors.LockNotAvailable):
             turns.refence(two, "r", "k", begun, 5)
     assert not turns.refence(two, "r", "k", begun, 5)

@@ -109,7 +109,7 @@ FROM orchestrator.journal j CROSS JOIN LATERAL json_array_elements(j.entries) WI
 
 _TAKE = """
 CREATE FUNCTION orchestrator.take_1(
-    p_queues text[], p_targets text[], p_incarnation bigint, p_child integer, p_fence bigint, p_limit integer,
+    p_queues text[], p_targets text[], p_short text[], p_incarnation bigint, p_child integer, p_fences bigint[],
     p_reservation interval, p_now timestamptz
 ) RETURNS TABLE (
     run_id text, key text, role text, target text, queue text, task text, attempt integer, call json, fence bigint,
@@ -119,10 +119,10 @@ CREATE FUNCTION orchestrator.take_1(
 #variable_conflict use_column
 DECLARE
     v_now constant timestamptz := coalesce(p_now, orchestrator.now());
-    v_seconds double precision;
+    v_limit constant integer := cardinality(p_fences);
     v_queue text;
     v_taken integer := 0;
-    w orchestrator.work;
+    v_begun boolean := false;
 BEGIN
     -- Index work_due, once per level of priority that can be there, so that what sleeps is never looked at.
     FOR v_level IN REVERSE CASE WHEN EXISTS (
@@ -130,43 +130,51 @@ BEGIN
         WHERE fence IS NULL AND queue = ANY (p_queues) AND priority > 0 AND due_at <= v_now
     ) THEN 9 ELSE 0 END .. 0 LOOP
         FOREACH v_queue IN ARRAY p_queues LOOP
-            -- Rows that somebody else holds are skipped, rows that nobody here can do as well.
-            FOR w IN
-                SELECT * FROM orchestrator.work
-                WHERE fence IS NULL AND queue = v_queue AND priority = v_level AND due_at <= v_now
-                  AND (reserved_at IS NULL OR reserved_at < v_now - p_reservation) AND target = ANY (p_targets)
-                ORDER BY due_at LIMIT p_limit - v_taken FOR UPDATE SKIP LOCKED
+            -- Rows that somebody else holds are skipped, rows that nobody here can do as well.  What is begun and not
+            -- run burns an attempt if the process dies: a step begins alone, unless it is known to be short.
+            FOR run_id, key, role, target, queue, task, attempt, call, fence, deadline_at, now, saga, version,
+                run_queue, input, started_at, run_deadline_at, priority, "position", state
+            IN
+                WITH due AS MATERIALIZED (
+                    SELECT d.run_id, d.key, d.due_at, d.role = 'turn' AS turn, d.task = ANY (p_short) AS short
+                    FROM orchestrator.work d
+                    WHERE d.fence IS NULL AND d.queue = v_queue AND d.priority = v_level AND d.due_at <= v_now
+                      AND (d.reserved_at IS NULL OR d.reserved_at < v_now - p_reservation)
+                      AND d.target = ANY (p_targets)
+                    ORDER BY d.due_at LIMIT v_limit - v_taken FOR UPDATE SKIP LOCKED
+                ), chosen AS MATERIALIZED (
+                    SELECT c.* FROM (SELECT due.*, v_taken + row_number() OVER (ORDER BY due_at) AS n,
+                        bool_and(turn OR short) OVER (ORDER BY due_at ROWS UNBOUNDED PRECEDING) AS short_so_far
+                        FROM due) AS c
+                    WHERE c.short_so_far OR c.n = 1
+                ), taken AS (
+                    UPDATE orchestrator.work u SET
+                        reserved_at = v_now, incarnation = p_incarnation, child = p_child,
+                        begun_at = CASE WHEN NOT c.turn THEN v_now END,
+                        fence = CASE WHEN NOT c.turn THEN p_fences[c.n] END,
+                        attempt = u.attempt + (NOT c.turn)::integer,
+                        deadline_at = CASE WHEN NOT c.turn
+                            THEN v_now + make_interval(secs => (u.call ->> 't')::float8) END,
+                        expires_at = CASE WHEN NOT c.turn THEN v_now + make_interval(
+                            secs => least((u.call ->> 't')::float8 + 5, (u.call ->> 'h')::float8)) END
+                    FROM chosen c WHERE u.run_id = c.run_id AND u.key = c.key
+                    RETURNING u.*, c.turn, c.n
+                )
+                SELECT t.run_id, t.key, t.role, t.target, t.queue, t.task, t.attempt, t.call, t.fence, t.deadline_at,
+                    v_now, r.saga, r.version, r.queue, r.input, r.started_at, r.deadline_at, r.priority, r.position,
+                    r.state
+                FROM taken t LEFT JOIN orchestrator.runs r ON t.turn AND r.id = t.run_id ORDER BY t.n
             LOOP
-                IF w.role <> 'turn' THEN
-                    -- One that is begun and not run would burn an attempt if the process died: only the first may be.
-                    CONTINUE WHEN v_taken > 0;
-                    v_seconds := (w.call ->> 't')::double precision;
-                    UPDATE orchestrator.work SET
-                        reserved_at = v_now, begun_at = v_now, incarnation = p_incarnation, child = p_child,
-                        fence = p_fence, attempt = w.attempt + 1,
-                        deadline_at = v_now + make_interval(secs => v_seconds),
-                        expires_at = v_now + make_interval(
-                            secs => least(v_seconds + 5, (w.call ->> 'h')::double precision))
-                    WHERE run_id = w.run_id AND key = w.key;
-                    RETURN QUERY SELECT w.run_id, w.key, w.role, w.target, w.queue, w.task, w.attempt + 1, w.call,
-                        p_fence, v_now + make_interval(secs => v_seconds), v_now, NULL::text, NULL::integer, NULL::text,
-                        NULL::jsonb, NULL::timestamptz, NULL::timestamptz, NULL::smallint, NULL::integer, NULL::text;
-                    RETURN;
-                END IF;
                 v_taken := v_taken + 1;
-                UPDATE orchestrator.work SET reserved_at = v_now, incarnation = p_incarnation, child = p_child
-                WHERE run_id = w.run_id AND key = w.key;
-                RETURN QUERY SELECT w.run_id, w.key, w.role, w.target, w.queue, w.task, w.attempt, w.call, NULL::bigint,
-                    NULL::timestamptz, v_now, r.saga, r.version, r.queue, r.input, r.started_at, r.deadline_at,
-                    r.priority, r.position, r.state
-                    FROM orchestrator.runs r WHERE r.id = w.run_id;
+                v_begun := v_begun OR fence IS NOT NULL;
+                RETURN NEXT;
             END LOOP;
-            EXIT WHEN v_taken >= p_limit;
+            EXIT WHEN v_taken >= v_limit OR v_begun;
         END LOOP;
-        EXIT WHEN v_taken >= p_limit;
+        EXIT WHEN v_taken >= v_limit OR v_begun;
     END LOOP;
     -- A reservation that a crash of the server forgets is only taken again.
-    IF v_taken > 0 THEN
+    IF NOT v_begun THEN
         PERFORM set_config('synchronous_commit', 'off', true);
     END IF;
 END $$
@@ -261,6 +269,128 @@ BEGIN
 END $$
 """
 
+_COMMIT_TURNS = """
+CREATE FUNCTION orchestrator.commit_turns_1(
+    p_turns json, p_incarnation bigint, p_child integer, p_now timestamptz
+) RETURNS TABLE (run_id text, owed boolean, now timestamptz) LANGUAGE plpgsql
+-- Joins are of a few rows with their primary keys, whatever the planner thinks of the length of a JSON array.
+SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+#variable_conflict use_column
+DECLARE
+    v_now constant timestamptz := coalesce(p_now, orchestrator.now());
+    v_turn record;
+BEGIN
+    -- What commit_turn_1 does for one turn, for many at once: a statement's start-up is most of what a turn costs.
+    FOR v_turn IN
+        WITH turn AS MATERIALIZED (
+            -- 1. The runs' rows, by their position, in the order of their ids; who is at work on one is not waited for.
+            SELECT t.* FROM json_to_recordset(p_turns) AS t (
+                run text, position integer, at timestamptz, state text, entries json, held json, work json,
+                holds boolean, wake timestamptz, ended boolean, summary json, consumed bigint[])
+            JOIN orchestrator.runs r ON r.id = t.run AND r.position = t.position
+            -- Whatever was left for a run is read before it ends: a cancel that came in time is not passed over.
+            WHERE t.ended IS NULL OR NOT EXISTS (
+                SELECT FROM orchestrator.arrivals a
+                WHERE a.run_id = t.run AND NOT a.id = ANY (coalesce(t.consumed, '{}')))
+            ORDER BY r.id FOR NO KEY UPDATE OF r SKIP LOCKED
+        ), moved AS (
+            UPDATE orchestrator.runs r SET position = t.position + 1, state = t.state
+            FROM turn t WHERE r.id = t.run AND t.summary IS NULL
+        ), summed AS (
+            UPDATE orchestrator.runs r SET position = t.position + 1, state = t.state,
+                output = s.output, error = s.error, left_effects = s.left_effects, parked = s.parked,
+                past_pivot = s.past_pivot, finished_at = CASE WHEN t.ended THEN v_now END
+            FROM turn t CROSS JOIN LATERAL json_to_record(t.summary) AS s (
+                output jsonb, error jsonb, left_effects jsonb, parked jsonb, past_pivot boolean)
+            WHERE r.id = t.run AND t.summary IS NOT NULL
+        ), held AS MATERIALIZED (
+            -- 2. What this child held: attempts by their fence, the turn row as long as its reservation stands.
+            SELECT t.run, t.ended, t.wake, h.* FROM turn t
+            CROSS JOIN LATERAL json_to_recordset(t.held) AS h (row_key text, done bigint, next json)
+        ), begun AS MATERIALIZED (
+            SELECT h.run, h.row_key, h.done, n.* FROM held h CROSS JOIN LATERAL json_to_record(h.next) AS n (
+                key text, role text, target text, queue text, task text, priority smallint, attempt integer, call json,
+                fence bigint)
+            WHERE h.next IS NOT NULL
+        ), changed AS (
+            UPDATE orchestrator.work w SET
+                key = n.key, role = n.role, target = n.target, queue = n.queue, task = n.task, priority = n.priority,
+                due_at = v_now, attempt = n.attempt, call = n.call, fence = n.fence, reserved_at = v_now,
+                incarnation = p_incarnation, child = p_child, begun_at = v_now,
+                deadline_at = v_now + make_interval(secs => (n.call ->> 't')::float8),
+                expires_at = v_now + make_interval(
+                    secs => least((n.call ->> 't')::float8 + 5, (n.call ->> 'h')::float8)),
+                details = NULL, stop = false
+            FROM begun n WHERE w.run_id = n.run AND w.key = n.row_key
+              AND (w.fence = n.done OR n.done IS NULL AND w.fence IS NULL AND w.reserved_at IS NOT NULL
+                   AND w.incarnation = p_incarnation AND w.child = p_child)
+            RETURNING n.run, n.row_key
+        ), slept AS (
+            UPDATE orchestrator.work w SET due_at = h.wake, reserved_at = NULL, incarnation = NULL, child = NULL
+            FROM held h WHERE h.wake IS NOT NULL AND w.run_id = h.run AND w.key = h.row_key AND h.row_key = ''
+              AND w.reserved_at IS NOT NULL AND w.incarnation = p_incarnation AND w.child = p_child
+        ), gone AS (
+            DELETE FROM orchestrator.work w USING held h
+            WHERE h.next IS NULL AND h.ended IS NULL AND (h.row_key <> '' OR h.wake IS NULL)
+              AND w.run_id = h.run AND w.key = h.row_key
+              AND (w.fence = h.done OR h.done IS NULL AND w.fence IS NULL AND w.reserved_at IS NOT NULL
+                   AND w.incarnation = p_incarnation AND w.child = p_child)
+            RETURNING h.run, h.row_key
+        ), cleared AS (
+            -- An end takes all work with it, but for a turn that somebody has asked for meanwhile.
+            DELETE FROM orchestrator.work w USING turn t
+            WHERE t.ended AND w.run_id = t.run AND (w.key <> '' OR t.holds IS NULL OR w.reserved_at IS NOT NULL
+                  AND w.incarnation = p_incarnation AND w.child = p_child)
+            RETURNING t.run, w.key AS row_key, w.fence
+        ), added AS (
+            INSERT INTO orchestrator.work (run_id, key, role, target, queue, task, priority, due_at, attempt, call,
+                fence, reserved_at, incarnation, child, begun_at, deadline_at, expires_at)
+            SELECT a.run, a.key, a.role, a.target, a.queue, a.task, a.priority, coalesce(a.due, v_now), a.attempt,
+                a.call, a.fence, b.at, b.incarnation, b.child, b.at,
+                b.at + make_interval(secs => (a.call ->> 't')::float8),
+                b.at + make_interval(secs => least((a.call ->> 't')::float8 + 5, (a.call ->> 'h')::float8))
+            FROM (
+                SELECT t.run, w.* FROM turn t CROSS JOIN LATERAL json_to_recordset(t.work) AS w (
+                    key text, role text, target text, queue text, task text, priority smallint, attempt integer,
+                    call json, fence bigint, due timestamptz)
+                UNION ALL
+                SELECT n.run, n.key, n.role, n.target, n.queue, n.task, n.priority, n.attempt, n.call, n.fence, NULL
+                FROM begun n
+                WHERE n.done IS NULL
+                  AND NOT EXISTS (SELECT FROM changed c WHERE c.run = n.run AND c.row_key = n.row_key)
+            ) AS a LEFT JOIN LATERAL (
+                SELECT v_now AS at, p_incarnation AS incarnation, p_child AS child
+            ) AS b ON a.fence IS NOT NULL
+        ), noted AS (
+            -- 3. The journal, and what it has taken in.
+            INSERT INTO orchestrator.journal (run_id, seq, at, entries)
+            SELECT t.run, t.position, t.at, t.entries FROM turn t
+        ), read AS (
+            DELETE FROM orchestrator.arrivals a USING turn t WHERE a.id = ANY (t.consumed)
+        )
+        SELECT t.run,
+            EXISTS (
+                SELECT FROM orchestrator.arrivals a
+                WHERE a.run_id = t.run AND NOT a.id = ANY (coalesce(t.consumed, '{}'))
+            ) AS owed,
+            EXISTS (
+                SELECT FROM held h WHERE h.run = t.run AND h.done IS NOT NULL
+                  AND NOT EXISTS (SELECT FROM changed c WHERE c.run = h.run AND c.row_key = h.row_key)
+                  AND NOT EXISTS (SELECT FROM gone g WHERE g.run = h.run AND g.row_key = h.row_key)
+                  AND NOT EXISTS (
+                      SELECT FROM cleared e WHERE e.run = h.run AND e.row_key = h.row_key AND e.fence = h.done)
+            ) AS lost
+        FROM turn t
+    LOOP
+        IF v_turn.lost THEN
+            -- A fence is lost: this takes back everything that was written above, of all of them.
+            RAISE EXCEPTION 'fence lost' USING ERRCODE = 'OR001';
+        END IF;
+        RETURN QUERY SELECT v_turn.run, v_turn.owed, v_now;
+    END LOOP;
+END $$
+"""
+
 _COMMIT_MORE = """
 CREATE FUNCTION orchestrator.commit_more_1(
     p_run text, p_more json, p_incarnation bigint, p_child integer, p_done_key text, p_now timestamptz
@@ -321,5 +451,5 @@ def upgrade() -> None:
     for statement in _STATEMENTS.split(";\n"):
         if statement.strip():
             op.execute(statement)
-    for function in (_TAKE, _COMMIT_MORE, _COMMIT_TURN):
+    for function in (_TAKE, _COMMIT_MORE, _COMMIT_TURN, _COMMIT_TURNS):
         op.execute(function)
