@@ -109,11 +109,10 @@ class Client:
 
     def _insert(self, saga: Saga[Any, Any], new: runs.Start) -> None:
         with self.pool.connection() as connection, _schema_named():
-            if not runs.start(connection, new):
+            started, rings = runs.start_and_look(connection, [new], new.queue)
+            if not started:
                 self._compare(saga, new, runs.identity(connection, new.id))
-                return
-            if _due_now(new):
-                self.ring_for(connection, new.queue, 1)
+        self._try_to_ring(new.queue, rings)
 
     def prepare(self, saga: Saga[Any, Any], encoded: Json, options: dict[str, Any]) -> tuple[runs.Start, Any]:
         """Return what is to be started for an encoded input and start options, and the caller's transaction if any.
@@ -247,8 +246,10 @@ class Client:
     # -- doorbells -----------------------------------------------------------------------------------------------------
     def ring_for(self, connection: Connection, queue: str, rows: int) -> None:
         """Ring as often as it helps; a doorbell that cannot be rung is the pump's to ring."""
+        self._try_to_ring(queue, runs.rings_needed(connection, queue, rows))
+
+    def _try_to_ring(self, queue: str, times: int) -> None:
         try:
-            times = runs.rings_needed(connection, queue, rows)
             if times:
                 self._ring(queue, times)
         except Exception as error:

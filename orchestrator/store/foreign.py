@@ -20,6 +20,7 @@ from orchestrator.errors import SchemaError, UsageError
 
 _NAMED = re.compile(r"%\((\w+)\)s")
 _PENDING = "orchestrator_rings"
+_NO_SCHEMA = (psycopg.errors.UndefinedFunction, psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName)
 
 
 @functools.lru_cache(maxsize=64)
@@ -43,10 +44,10 @@ def execute(transaction: Any, statement: str, values: dict[str, Any]) -> tuple[A
             return transaction.execute(statement, values).fetchone()
         if isinstance(transaction, str):
             return _django(transaction, statement, values)
-    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
+    except _NO_SCHEMA as error:
         raise _no_schema() from error
     except ProgrammingError as error:
-        if getattr(error.orig, "sqlstate", getattr(error.orig, "pgcode", "")) in ("42P01", "3F000"):
+        if _says_no_schema(error):
             raise _no_schema() from error
         raise
     raise _not_a_transaction(transaction)
@@ -63,10 +64,10 @@ async def aexecute(transaction: Any, statement: str, values: dict[str, Any]) -> 
         if isinstance(transaction, psycopg.AsyncConnection):
             _refuse_autocommit(transaction)
             return await (await transaction.execute(statement, values)).fetchone()
-    except psycopg.errors.UndefinedTable as error:
+    except _NO_SCHEMA as error:
         raise _no_schema() from error
     except ProgrammingError as error:
-        if getattr(error.orig, "sqlstate", getattr(error.orig, "pgcode", "")) in ("42P01", "3F000"):
+        if _says_no_schema(error):
             raise _no_schema() from error
         raise
     return execute(transaction, statement, values)
@@ -119,6 +120,11 @@ def _refuse_autocommit(connection: Any) -> None:
         raise UsageError(
             "transaction= got an autocommit connection outside of a transaction; open one around the start"
         )
+
+
+def _says_no_schema(error: ProgrammingError) -> bool:
+    sqlstate = getattr(error.orig, "sqlstate", getattr(error.orig, "pgcode", ""))
+    return sqlstate in [kind.sqlstate for kind in _NO_SCHEMA]
 
 
 def _no_schema() -> SchemaError:

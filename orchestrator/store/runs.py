@@ -20,22 +20,13 @@ from orchestrator.store import tables
 from orchestrator.store.connection import Connection
 from orchestrator.store.turns import CLOCK
 
-# One row for the run and one for its first turn, or nothing at all if the id is taken (primary key of runs).  CAST, not
-# "::", so that any driver can run it in a caller's transaction.
-_AT = """greatest(coalesce(CAST(%(now)s AS timestamptz), orchestrator.now()) + make_interval(secs => %(delay)s),
-        CAST(%(eta)s AS timestamptz))"""
-START = f"""
-WITH run AS (
-    INSERT INTO orchestrator.runs (
-        id, saga, version, input, queue, priority, root_id, parent_id, started_at, deadline_at)
-    VALUES (%(id)s, %(saga)s, %(version)s, CAST(%(input)s AS jsonb), %(queue)s, %(priority)s, %(id)s, %(parent)s,
-        {_AT}, {_AT} + make_interval(secs => %(deadline)s))
-    ON CONFLICT (id) DO NOTHING RETURNING id, started_at
-)
-INSERT INTO orchestrator.work (run_id, key, role, target, queue, priority, due_at)
-SELECT id, '', 'turn', %(target)s, %(queue)s, %(priority)s, started_at FROM run
-RETURNING run_id
+# The body is the function start_runs_1 of migration 0001.  CAST, not "::", so that any driver can run it in a caller's
+# transaction.
+START = """
+SELECT run_id FROM orchestrator.start_runs_1(CAST(%(runs)s AS json), CAST(%(now)s AS timestamptz))
 """
+# The same, its commit, and after that a look at who drains, in one round trip; not for a transaction that is open.
+_START_AND_LOOK = "CALL orchestrator.start_and_look_1(%s::json, %s, %s::timestamptz, NULL, NULL)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +46,39 @@ class Start:
 
     def values(self, now: datetime | None = None) -> dict[str, Any]:
         """Return the parameters of `START`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**values, "input": dumps(self.input), "target": f"{self.saga}@{self.version}", "now": now}
+        return {"runs": _text([self]), "now": now}
+
+
+def _text(new: Sequence[Start]) -> str:
+    """Return runs to be started as JSON, without what they leave open."""
+    return f"[{','.join(dumps(_given(start)) for start in new)}]"
+
+
+def _given(new: Start) -> dict[str, Any]:
+    values = {name: value for name in _FIELDS if (value := getattr(new, name)) is not None}
+    if new.eta is not None:
+        values["eta"] = new.eta.isoformat()
+    return values
+
+
+_FIELDS = tuple(field.name for field in fields(Start))
 
 
 def start(connection: Connection, new: Start, now: datetime | None = None) -> bool:
     """Insert a run and its first turn; False if the id is taken."""
     return connection.execute(START, new.values(now)).fetchone() is not None
+
+
+def start_and_look(
+    connection: Connection, new: Sequence[Start], queue: str, now: datetime | None = None
+) -> tuple[set[str], int]:
+    """Insert runs with their first turns on `queue`, commit, and see how many doorbells help.
+
+    Returns the ids that were not taken, and that number.  Commits: the connection must be in autocommit mode.
+    """
+    row = connection.execute(_START_AND_LOOK, (_text(new), queue, now)).fetchone()
+    assert row is not None
+    return set(row[0] or ()), int(row[1])
 
 
 IDENTITY = "SELECT saga, version, input FROM orchestrator.runs WHERE id = %(id)s"
@@ -100,11 +117,7 @@ def outcomes(connection: Connection, run_ids: Sequence[str]) -> dict[str, Outcom
     return {row[0]: Outcome(*row) for row in rows}
 
 
-_RINGS = """
-SELECT (SELECT count(*) FROM orchestrator.drainers d JOIN orchestrator.incarnations i ON i.id = d.incarnation
-        WHERE i.dead_at IS NULL AND %(queue)s = ANY(d.queues)),
-       (SELECT coalesce(sum(slots), 0) FROM orchestrator.incarnations WHERE dead_at IS NULL AND %(queue)s = ANY(queues))
-"""
+_RINGS = "SELECT orchestrator.rings_1(%s, %s)"  # the function rings_1 of migration 0001
 
 
 def rings_needed(connection: Connection, queue: str, rows: int) -> int:
@@ -112,10 +125,9 @@ def rings_needed(connection: Connection, queue: str, rows: int) -> int:
 
     To be read after the commit that added the rows, so that a drainer that leaves meanwhile looks again and sees them.
     """
-    found = connection.execute(_RINGS, {"queue": queue}).fetchone()
+    found = connection.execute(_RINGS, (queue, rows)).fetchone()
     assert found is not None
-    active, slots = int(found[0]), int(found[1])
-    return max(0, min(rows, slots - active))
+    return int(found[0])
 
 
 def listing(

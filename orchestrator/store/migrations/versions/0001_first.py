@@ -107,6 +107,60 @@ SELECT j.run_id, j.seq, e.n, j.at, e.entry ->> 'e' AS kind, e.entry ->> 'key' AS
 FROM orchestrator.journal j CROSS JOIN LATERAL json_array_elements(j.entries) WITH ORDINALITY AS e (entry, n);
 """
 
+_START = """
+CREATE FUNCTION orchestrator.start_runs_1(p_runs json, p_now timestamptz)
+RETURNS TABLE (run_id text, started_at timestamptz) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    v_now constant timestamptz := coalesce(p_now, orchestrator.now());
+BEGIN
+    -- One row for the run and one for its first turn, or nothing at all if the id is taken (primary key of runs).
+    RETURN QUERY
+    WITH run AS (
+        INSERT INTO orchestrator.runs (
+            id, saga, version, input, queue, priority, root_id, parent_id, started_at, deadline_at)
+        SELECT r.id, r.saga, r.version, r.input, r.queue, r.priority, r.id, r.parent, t.start,
+            t.start + make_interval(secs => r.deadline)
+        FROM json_to_recordset(p_runs) AS r (
+            id text, saga text, version integer, input jsonb, queue text, priority smallint, parent text,
+            delay float8, eta timestamptz, deadline float8)
+        CROSS JOIN LATERAL (SELECT greatest(v_now + make_interval(secs => r.delay), r.eta) AS start) AS t
+        ORDER BY r.id
+        ON CONFLICT (id) DO NOTHING RETURNING id, saga, version, queue, priority, started_at
+    ), turn AS (
+        INSERT INTO orchestrator.work (run_id, key, role, target, queue, priority, due_at)
+        SELECT id, '', 'turn', saga || '@' || version, queue, priority, started_at FROM run
+    )
+    SELECT id, started_at FROM run;
+END $$
+"""
+
+_START_AND_LOOK = """
+CREATE PROCEDURE orchestrator.start_and_look_1(
+    p_runs json, p_queue text, p_now timestamptz, INOUT p_started text[], INOUT p_rings integer
+) LANGUAGE plpgsql AS $$
+DECLARE
+    v_due integer;
+BEGIN
+    SELECT array_agg(s.run_id), count(*) FILTER (WHERE s.started_at <= coalesce(p_now, orchestrator.now()))
+    INTO p_started, v_due FROM orchestrator.start_runs_1(p_runs, p_now) AS s;
+    COMMIT;
+    -- Read after the commit: a drainer that leaves meanwhile looks again and sees the new rows.
+    p_rings := CASE WHEN v_due = 0 THEN 0 ELSE orchestrator.rings_1(p_queue, v_due) END;
+END $$
+"""
+
+_RINGS = """
+CREATE FUNCTION orchestrator.rings_1(p_queue text, p_rows integer) RETURNS integer LANGUAGE plpgsql AS $$
+BEGIN
+    -- A doorbell for each new row, as long as there are slots that do not drain (index incarnations_alive).
+    RETURN greatest(0, least(p_rows,
+        (SELECT coalesce(sum(slots), 0) FROM orchestrator.incarnations WHERE dead_at IS NULL AND p_queue = ANY (queues))
+        - (SELECT count(*) FROM orchestrator.drainers d JOIN orchestrator.incarnations i ON i.id = d.incarnation
+           WHERE i.dead_at IS NULL AND p_queue = ANY (d.queues))));
+END $$
+"""
+
 _TAKE = """
 CREATE FUNCTION orchestrator.take_1(
     p_queues text[], p_targets text[], p_short text[], p_incarnation bigint, p_child integer, p_fences bigint[],
@@ -451,5 +505,5 @@ def upgrade() -> None:
     for statement in _STATEMENTS.split(";\n"):
         if statement.strip():
             op.execute(statement)
-    for function in (_TAKE, _COMMIT_MORE, _COMMIT_TURN, _COMMIT_TURNS):
+    for function in (_RINGS, _START, _START_AND_LOOK, _TAKE, _COMMIT_MORE, _COMMIT_TURN, _COMMIT_TURNS):
         op.execute(function)
