@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import getpass
+import itertools
 import logging
 import os
 import secrets
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -87,7 +89,7 @@ class Client:
                 foreign.after_commit(transaction, functools.partial(self._ring_quietly, new.queue))
             return SagaResult(self, new.id, saga)
         self._again_if_broken(functools.partial(self._insert, saga, new))
-        return SagaResult(self, new.id, saga)
+        return self._poller.expect(SagaResult(self, new.id, saga))
 
     async def astart(
         self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
@@ -279,6 +281,7 @@ class SagaResult:
         self.id = run_id
         self._client = client
         self._saga = saga
+        self._ended: runs.Outcome | None = None  # how the run ended, once that is known: it is final
 
     def __repr__(self) -> str:
         return f"<SagaResult {self.id}>"
@@ -325,25 +328,27 @@ class SagaResult:
 
         Raises: SagaFailed, SagaCancelled (unless `propagate` is false: then they are returned), TimeoutError.
         """
-        future = self._client.wait(self.id)
-        try:
-            outcome = future.result(timeout)
-        except TimeoutError:
-            raise self._late(timeout) from None
-        finally:
-            self._client.forget(self.id, future)
-        return self._value(outcome, propagate)
+        if self._ended is None:
+            future = self._client.wait(self.id)
+            try:
+                self._ended = future.result(timeout)
+            except TimeoutError:
+                raise self._late(timeout) from None
+            finally:
+                self._client.forget(self.id, future)
+        return self._value(self._ended, propagate)
 
     async def aget(self, timeout: float | None = None, propagate: bool = True) -> Any:
         """Wait without blocking the event loop; see `get`."""
-        future = self._client.wait(self.id)
-        try:
-            outcome = await asyncio.wait_for(asyncio.wrap_future(future), timeout)
-        except TimeoutError:
-            raise self._late(timeout) from None
-        finally:
-            self._client.forget(self.id, future)
-        return self._value(outcome, propagate)
+        if self._ended is None:
+            future = self._client.wait(self.id)
+            try:
+                self._ended = await asyncio.wait_for(asyncio.wrap_future(future), timeout)
+            except TimeoutError:
+                raise self._late(timeout) from None
+            finally:
+                self._client.forget(self.id, future)
+        return self._value(self._ended, propagate)
 
     def cancel(self, reason: str = "", by: str = "") -> None:
         """Ask the run to stop and compensate.  Raises: UsageError if it has ended or is past its pivot."""
@@ -411,8 +416,16 @@ class _Waiter:
     futures: list[Future[runs.Outcome]]
 
 
+_SHORTEST_PAUSE_S = 0.001
+_AHEAD = 100
+
+
 class _Poller:
-    """One thread and one statement for all waiting callers of a process; from 2 ms up to 250 ms apart."""
+    """One thread and one statement for all waiting callers of a process; from 1 ms up to 250 ms apart.
+
+    Who starts many runs and then waits for one after the other asks once for many: the first statement for a new caller
+    also asks for the oldest handles that the process holds.
+    """
 
     def __init__(self, pool: ClientPool) -> None:
         self._pool = pool
@@ -420,7 +433,15 @@ class _Poller:
         self._waiting: dict[str, _Waiter] = {}
         self._thread: threading.Thread | None = None
         self._owner = 0
-        self._pause = 0.002
+        self._pause = _SHORTEST_PAUSE_S
+        self._expected: weakref.WeakValueDictionary[str, SagaResult] = weakref.WeakValueDictionary()
+        self._somebody_new = False
+
+    def expect(self, result: SagaResult) -> SagaResult:
+        """Remember a handle for as long as its owner does, and until it is known how its run ended."""
+        with self._lock:
+            self._expected[result.id] = result
+        return result
 
     def wait(self, run_id: str) -> Future[runs.Outcome]:
         future: Future[runs.Outcome] = Future()
@@ -428,7 +449,7 @@ class _Poller:
             if self._owner != os.getpid():
                 self._waiting, self._thread, self._owner = {}, None, os.getpid()
             self._waiting.setdefault(run_id, _Waiter([])).futures.append(future)
-            self._pause = 0.002
+            self._pause, self._somebody_new = _SHORTEST_PAUSE_S, True
             if self._thread is None:
                 self._thread = threading.Thread(target=self._poll, name="orchestrator results", daemon=True)
                 self._thread.start()
@@ -452,9 +473,11 @@ class _Poller:
                     self._thread = None
                     return
                 ids = list(self._waiting)
+                ahead = list(itertools.islice(self._expected, _AHEAD)) if self._somebody_new else []
+                self._somebody_new = False
             try:
                 with self._pool.connection() as connection:
-                    found = runs.outcomes(connection, ids)
+                    found = runs.outcomes(connection, [*ids, *ahead])
                 self._settle(ids, found)
             except StoreUnavailableError:
                 self._pause = 0.25  # the database comes back, or the callers' timeouts end their waiting
@@ -462,10 +485,14 @@ class _Poller:
                 self._fail(ids, error)
             with self._lock:
                 self._lock.wait(self._pause)  # a new caller is answered at once, whatever the pause has grown to
-                self._pause = min(self._pause * 1.3, 0.25)
+                self._pause = min(self._pause * 1.25, 0.25)
 
     def _settle(self, ids: list[str], found: dict[str, runs.Outcome]) -> None:
         with self._lock:
+            for ended in found.values():
+                result = self._expected.pop(ended.id, None) if ended.state in TERMINAL else None
+                if result is not None:
+                    result._ended = ended
             for run_id in ids:
                 outcome = found.get(run_id)
                 if outcome is not None and outcome.state not in TERMINAL:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
+from types import TracebackType
 from typing import Any, Final, Literal
 
 __all__ = [
@@ -197,12 +198,23 @@ def _message(error: BaseException) -> str:
 
 def _traceback(error: BaseException) -> str:
     try:
-        return "".join(traceback.format_exception(error, limit=50))
+        return "".join(traceback.format_exception(type(error), error, _from_user_code(error.__traceback__), limit=50))
     except BaseException:
         try:
             return "".join(traceback.format_tb(error.__traceback__, limit=50))
         except BaseException:
             return ""
+
+
+def _from_user_code(trace: TracebackType | None) -> TracebackType | None:
+    """Return the part of a traceback that begins where user code does; all of it if there is none."""
+    found = trace
+    while found is not None and found.tb_frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_USER_CODE:
+        found = found.tb_next
+    return found or trace
+
+
+_NOT_USER_CODE = {"asyncio", "celery", "orchestrator"}
 
 
 def _storable(text: object, limit_bytes: int, *, keep_end: bool = False) -> str:

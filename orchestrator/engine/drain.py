@@ -184,17 +184,19 @@ class Drainer:
     def _take(self, connection: Connection, advancer: Advancer) -> list[Taken]:
         scope, identity = self._worker.scope, advancer.identity
         self._queues.rotate(1)  # within a priority every queue comes first in its turn, so that none starves
+        short = {task: seconds for task, seconds in self._recent_s.items() if self._is_short(task)}
+        batch = _batch(max(short.values(), default=_TOGETHER_S))
         taken = turns.take(
             connection,
             queues=list(self._queues),
             targets=[*scope.targets, turns.ANYONE],
             incarnation=identity.incarnation,
             child=identity.child,
-            fences=[new_fence() for _ in range(_BATCH)],
-            short=[task for task in self._recent_s if self._is_short(task)],
+            fences=[new_fence() for _ in range(batch)],
+            short=list(short),
             reservation=self._settings.reservation,
         )
-        if len(taken) == _BATCH:
+        if len(taken) == batch:
             self._ring(connection, taken[-1].queue, len(taken))
         return taken
 
@@ -481,7 +483,14 @@ class Drainer:
         self._drop_connection()
 
 
+def _batch(seconds: float) -> int:
+    """Return how much to take at once where a step takes so long: what is begun waits for no more than a moment."""
+    return min(_LARGEST_BATCH, max(_BATCH, int(_WAVE_S / max(seconds, 1e-6))))
+
+
 _BATCH = 8
+_LARGEST_BATCH = 32
+_WAVE_S = 0.02
 _LINGER_S = (0.002, 0.004, 0.008)
 _TOGETHER_S = 0.01  # steps shorter than this may share a commit
 _SHORT_S = 0.02  # opening a connection takes about half of this
