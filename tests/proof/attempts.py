@@ -76,10 +76,7 @@ def nothing_is_done_after_its_undo(world: World) -> Found:
             wrote = entry["e"] == "attempted" and entry.get("role", "do") == "do"
             wrote = wrote or (entry["e"] == "settled" and entry["outcome"] != "unknown")
             if wrote and entry["key"] in undoing:
-                yield (
-                    run.id,
-                    f"{entry['key']}: {entry['e']!r} of attempt {entry.get('attempt', 0)} after its undo began",
-                )
+                yield run.id, f"{entry['key']}: {entry['e']!r} of attempt {entry.get('attempt', 0)}"
         for row in run.work:
             if row["role"] in ("do", "once") and row["key"] in undoing:
                 yield run.id, f"{row['key']}: forward work is there, and its undo has begun"
@@ -103,15 +100,16 @@ def logged_successes(world: World, run: Run) -> Iterator[tuple[str, str, int, st
 @rule("a recorded success has no effect")
 def successes_took_effect(world: World) -> Found:
     """Every success of the journal is in the effect log; what a person vouched for need not be."""
-    by_attempt = {(e.run, e.key, e.direction, e.attempt) for e in [*world.effects, *(world.transactional or ())]}
+    there = [effect for effect in world.effects if effect.event == "effect"] + (world.transactional or [])
+    by_attempt = {(effect.run, effect.key, effect.direction, effect.attempt) for effect in there}
     by_key = {effect[:3] for effect in by_attempt}
     for run in world.readable:
         for key, direction, attempt, by in logged_successes(world, run):
             run_id = run.id.partition(_SEED)[0] if direction == "do" else run.id
-            there = (run_id, key, direction, attempt) in by_attempt
+            told = (run_id, key, direction, attempt) in by_attempt
             if by:
-                there = by != "probe" or (run_id, key, direction) in by_key
-            if not there:
+                told = by != "probe" or (run_id, key, direction) in by_key
+            if not told:
                 yield run.id, f"{key}: attempt {attempt} to {direction} is recorded as done, and nothing tells of it"
 
 

@@ -43,6 +43,12 @@ def ended_runs_leave_nothing(world: World) -> Found:
             yield run.id, f"it is {run.state}, with work {keys} and {len(run.arrivals)} arrivals"
 
 
+@rule("a row belongs to no run")
+def rows_belong_to_runs(world: World) -> Found:
+    for place, run_id in world.strays:
+        yield run_id, f"it has rows in {place} and is no run"
+
+
 @rule("a journal has a gap")
 def journals_are_gapless(world: World) -> Found:
     for run in world.runs.values():

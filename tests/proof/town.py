@@ -57,6 +57,8 @@ def strike_out(conn: SqlConnection, name: str) -> None:
 
 @step(transactional=True, compensate=strike_out, retry=AT_ONCE)
 def write_down(conn: SqlConnection, name: str) -> str:
+    if name == "wrong":
+        raise Rejected(name)
     conn.execute(text(effects.INSERT), effects.transactional_row())
     return name
 
@@ -113,7 +115,19 @@ def overtaken(connection: Connection, slow: Child, meanwhile: Callable[[], objec
     slow.runner.before = overtake
 
 
-STARTED = ("kept", "undone", "spot", "failed", "cancelled", "terminated", "parked", "late", "corrected", "rewritten")
+STARTED = (
+    "kept",
+    "undone",
+    "spot",
+    "failed",
+    "rejected",
+    "cancelled",
+    "terminated",
+    "parked",
+    "late",
+    "corrected",
+    "rewritten",
+)
 REFUSED = (("late", "tests.proof.town.take#0", 1), ("corrected", "tests.proof.town.take#0", 1))
 
 
@@ -124,6 +138,7 @@ def build(connection: psycopg.Connection[Any], child: Child, slow: Child) -> Non
     start(connection, visit, ["a", "w", "c", "bad"], run_id="undone")
     start(connection, visit, ["a", "silent", "b"], run_id="spot")
     start(connection, visit, ["bad"], run_id="failed")
+    start(connection, visit, ["wrong"], run_id="rejected")
     start(connection, visit, ["a", "wait"], run_id="cancelled")
     start(connection, visit, ["a", "wait"], run_id="terminated")
     start(connection, visit, ["stubborn", "bad"], run_id="parked")

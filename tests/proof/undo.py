@@ -42,8 +42,8 @@ def effects_are_undone(world: World) -> Found:
         abandoned = {entry["key"] for entry in run.of("abandoned")}
         unknown = {entry["key"] for entry in run.of("settled") if entry["outcome"] == "unknown"}
         owed = took_effect(run) if run.rolled_back_at is not None else took_effect(run) & (abandoned | unknown)
-        undone = {entry["key"] for entry in run.of("undone")}
-        for key in owed - undone:
+        begun = {entry["key"] for entry in run.of("undoing")}
+        for key in owed - begun:
             yield run.id, f"{key}: took effect, or may have; the run is {run.state}, and it was not undone"
 
 

@@ -76,6 +76,7 @@ class World:
     runs: dict[str, Run]
     effects: list[Effect]
     transactional: list[Effect] | None = None  # None: the application has no such table
+    strays: list[tuple[str, str]] = field(default_factory=list)
     acknowledged: list[str] = field(default_factory=list)
     may_park: Container[str] = ()
     refused: list[Attempt] = field(default_factory=list)
@@ -97,9 +98,19 @@ def look(database_url: str, effect_log: Path | None, totals: Mapping[str, str]) 
     with psycopg.connect(database_url, row_factory=dict_row) as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         runs = _runs(connection)
+        strays = [(row["place"], row["run_id"]) for row in connection.execute(_STRAYS)]
         transactional = _transactional(connection)
         found = {name: _single(connection, sql) for name, sql in totals.items()}
-    return World(runs, effects.read(effect_log) if effect_log else [], transactional), found
+    return World(runs, effects.read(effect_log) if effect_log else [], transactional, strays), found
+
+
+_STRAYS = """
+SELECT place, run_id FROM (
+    SELECT 'journal' AS place, run_id FROM orchestrator.journal
+    UNION SELECT 'work', run_id FROM orchestrator.work
+    UNION SELECT 'arrivals', run_id FROM orchestrator.arrivals
+) AS rows WHERE NOT EXISTS (SELECT FROM orchestrator.runs WHERE id = run_id)
+"""
 
 
 def _runs(connection: psycopg.Connection[Row]) -> dict[str, Run]:
