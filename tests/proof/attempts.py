@@ -113,6 +113,20 @@ def successes_took_effect(world: World) -> Found:
                 yield run.id, f"{key}: attempt {attempt} to {direction} is recorded as done, and nothing tells of it"
 
 
+@rule("a step settled as without effect has one")
+def what_had_no_effect_has_none(world: World) -> Found:
+    """The rows of a transactional step have rules of their own; what a person or a probe vouched for is theirs."""
+    there = {(e.run, e.key) for e in world.effects if e.direction == "do" and e.event == "effect"}
+    for run in world.readable:
+        late = {entry["key"] for entry in run.of("late")}
+        for entry in run.of("settled"):
+            asked = run.asked[entry["key"]]
+            exempt = asked.get("transactional") or asked.get("effect") == "none" or entry.get("by")
+            without = entry["outcome"] in ("rejected", "failed", "withdrawn") and entry["key"] not in late
+            if without and not exempt and (run.id, entry["key"]) in there:
+                yield run.id, f"{entry['key']}: it is {entry['outcome']}, and took effect"
+
+
 @rule("an effect was not intended")
 def effects_were_intended(world: World) -> Found:
     for effect in world.effects:

@@ -247,6 +247,12 @@ def credit_an_effect_to_another_attempt(place: Place) -> None:
         lines[:] = [replace(e, attempt=1) if (e.run, e.attempt) == ("late", 2) else e for e in lines]
 
 
+@plant("a step settled as without effect has one")
+def do_it_and_call_it_rejected(place: Place) -> None:
+    with place.effects() as lines:
+        lines.append(Effect("failed", TAKE.format(0), 1, "do"))
+
+
 @plant("an effect was not intended")
 def do_what_nobody_asked_for(place: Place) -> None:
     with place.effects() as lines:
