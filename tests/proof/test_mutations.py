@@ -1,0 +1,345 @@
+"""Each rule is taken out of the real engine, and the checker says what breaks; with all of them in, nothing does.
+
+So neither is a rule of the protocol superfluous, nor does the checker pass what must not pass.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import Effect, Rejected, RetryPolicy, saga, step
+from orchestrator.engine import advance
+from orchestrator.engine.advance import Advancer
+from orchestrator.machine.decide import Decisions
+from orchestrator.machine.fold import Fold, Step
+from orchestrator.machine.journal import AttemptEnded, Settled, encode
+from orchestrator.machine.states import Backward, Forward
+from orchestrator.store import liveness, turns
+from orchestrator.store.connection import Connection, open_connection
+from orchestrator.store.turns import Taken
+from tests.engine.stage import Child
+from tests.proof import effects
+from tests.proof.company import Company
+from tests.proof.effects import EffectLog
+from tests.proof.town import give_back, visit
+
+TIMEOUT_S = 310  # a little more than an attempt may take: only then its undo may begin, if its process may live
+
+
+@step(compensate=give_back, retry=RetryPolicy(timedelta(0), 1.0, timedelta(0), 2))
+def pay(name: str) -> str:
+    """Pay all that there is: who pays again is refused for lack of funds, and does not know that it was itself."""
+    log = EffectLog.of_environment()
+    if effects.read(log.path):
+        raise Rejected("no funds")
+    log.effect()
+    return "paid"
+
+
+@saga.define(name="tests.purchase")
+async def purchase(name: str) -> None:
+    await saga.step(pay, name)
+
+
+@pytest.fixture
+def company(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Company]:
+    with open_connection(database_url, name="test") as connection:
+        company = Company(database_url, connection, tmp_path / "effects", monkeypatch)
+        yield company
+        company.close()
+
+
+# -- stories: each goes well, in spite of what happens in it -----------------------------------------------------------
+def a_doorbell_is_lost(company: Company) -> None:
+    company.hire()
+    company.start(visit, ["a"])
+    company.lose_the_bells()
+    company.work()
+
+
+def a_worker_dies_in_a_step(company: Company) -> None:
+    company.kill_at(company.hire(), "take")
+    company.start(visit, ["a"])
+    company.work(2)
+    company.hire()
+    company.work()
+
+
+def a_step_kills_each_worker(company: Company) -> None:
+    """Until its attempts are used up."""
+    for _ in range(6):
+        company.kill_at(company.hire(), "take#0")
+    company.start(visit, ["a"])
+    company.work()
+    company.pass_time(TIMEOUT_S)
+    company.work()
+
+
+def a_worker_is_late(company: Company) -> None:
+    slow, quick = company.hire(), company.hire()
+    company.overtake(slow, "take#0", quick.drain)
+    company.start(visit, ["a", "b"])
+    slow.drain()
+    company.work()
+
+
+def a_worker_is_late_in_the_middle(company: Company) -> None:
+    slow, quick = company.hire(), company.hire()
+    company.start(visit, ["a", "b"])
+    company.overtake_in_the_middle(slow, quick, "take#0")
+    company.work()
+
+
+def a_transaction_is_late(company: Company) -> None:
+    slow, quick = company.hire(), company.hire()
+    company.start(visit, ["w"])
+    company.overtake_in_the_middle(slow, quick, "write_down")
+    company.work()
+
+
+def a_worker_dies_after_the_effect(company: Company) -> None:
+    company.kill_at(company.hire(), "pay", after=True)
+    company.start(purchase, "a")
+    company.work(2)
+    company.hire()
+    company.work()
+    company.pass_time(TIMEOUT_S)
+    company.work()
+
+
+def a_step_stays_in_doubt(company: Company) -> None:
+    company.hire()
+    company.start(visit, ["silent", "a"])
+    company.work()
+
+
+def a_run_goes_back(company: Company) -> None:
+    company.hire()
+    company.start(visit, ["a", "w", "b", "bad"])
+    company.work()
+
+
+def _begin(company: Company, child: Child) -> Taken:
+    """Take the first turn and begin the step that it asks for, and do no more."""
+    child.runner.before = _stop
+    with pytest.raises(KeyboardInterrupt):
+        child.drain()
+    child.runner.before = lambda taken: None
+    (taken,) = turns.held(company.connection, child.incarnation, child.number)
+    return taken
+
+
+def _stop(taken: Taken) -> None:
+    raise KeyboardInterrupt
+
+
+def a_step_hangs(company: Company) -> None:
+    """In a worker that lives: its companion renews the lease for ever."""
+    hung = company.hire()
+    company.start(visit, ["a"])
+    _begin(company, hung)
+    company.hung.append(hung)
+    company.hire()
+    company.pass_time(TIMEOUT_S)
+    company.work()
+
+
+def the_author_of_an_arrival_dies(company: Company) -> None:
+    """An outcome that could not be taken into a turn at once, and whoever left it is gone."""
+    author = company.hire()
+    company.start(visit, ["a"])
+    taken = _begin(company, author)
+    company.log.append("run", taken.key, 1)
+    outcome = AttemptEnded(taken.key, "do", 1, "succeeded", "a!", worker="gone", began=datetime.now(UTC).isoformat())
+    assert taken.fence is not None
+    assert turns.arrive(company.connection, "run", taken.key, taken.fence, encode(outcome))
+    author.close()
+    company.living.remove(author)
+    company.hire()
+    company.work()
+
+
+Story = Callable[[Company], None]
+STORIES: list[Story] = [
+    a_doorbell_is_lost,
+    a_worker_dies_in_a_step,
+    a_step_kills_each_worker,
+    a_worker_is_late,
+    a_worker_is_late_in_the_middle,
+    a_transaction_is_late,
+    a_worker_dies_after_the_effect,
+    a_step_stays_in_doubt,
+    a_run_goes_back,
+    a_step_hangs,
+    the_author_of_an_arrival_dies,
+]
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_with_every_rule_the_story_ends_well(company: Company, story: Story, caplog: pytest.LogCaptureFixture) -> None:
+    story(company)
+    report = company.check(caplog.text)
+    assert report.ok, str(report)
+    assert report.seen["runs"] == 1 and report.seen["effects"] > 0
+
+
+# -- mutations: one rule less ------------------------------------------------------------------------------------------
+NOT_ENDED = "a run has not ended"
+STALE = "an attempt wrote after the one that followed it"
+Mutation = Callable[[Company, pytest.MonkeyPatch], None]
+MUTATIONS: list[tuple[Mutation, Story, str]] = []
+
+
+def breaks(story: Story, promise: str) -> Callable[[Mutation], Mutation]:
+    """Register a mutation with a story that shows it, and the promise that is broken then."""
+
+    def register(mutation: Mutation) -> Mutation:
+        MUTATIONS.append((mutation, story, promise))
+        return mutation
+
+    return register
+
+
+def rewrite(connection: Connection, function: str, old: str, new: str) -> None:
+    """Change the body of a function of the schema; its number may be any."""
+    rows = connection.execute(
+        "SELECT pg_get_functiondef(p.oid) FROM pg_proc p WHERE pronamespace = 'orchestrator'::regnamespace "
+        "AND proname ~ %s",
+        [f"^{function}_[0-9]+$"],
+    ).fetchall()
+    found = [body for (body,) in rows if old in body]
+    assert found, f"no {function} has {old!r}"
+    for body in found:
+        connection.execute(body.replace(old, new))
+
+
+@breaks(a_doorbell_is_lost, NOT_ENDED)
+def rule_2_the_pump_does_not_ring(company: Company, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(liveness, "due", lambda *args, **kwargs: {})
+
+
+@breaks(the_author_of_an_arrival_dies, NOT_ENDED)
+def rule_2_the_pump_wakes_no_forgotten_run(company: Company, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(liveness, "wake_forgotten", lambda *args, **kwargs: [])
+
+
+@breaks(a_step_kills_each_worker, NOT_ENDED)
+def rule_3_attempts_are_not_counted_before_they_run(company: Company, patch: pytest.MonkeyPatch) -> None:
+    rewrite(company.connection, "take", "attempt = w.attempt + 1", "attempt = w.attempt")
+    patch.setattr(advance, "begin_next", lambda *args, **kwargs: None)
+
+
+@breaks(a_worker_is_late_in_the_middle, STALE)
+@breaks(a_transaction_is_late, STALE)
+def rule_4_the_fence_is_not_checked(company: Company, patch: pytest.MonkeyPatch) -> None:
+    rewrite(company.connection, "commit_turn", "AND fence = p_done_fence", "")
+    unfenced = turns._ARRIVE.replace("AND fence = %(fence)s", "")
+    assert unfenced != turns._ARRIVE
+    patch.setattr(turns, "_ARRIVE", unfenced)
+
+
+@breaks(a_transaction_is_late, "a transactional effect happened twice")
+def rule_4_a_stale_transaction_is_not_rolled_back(company: Company, patch: pytest.MonkeyPatch) -> None:
+    record_within = Advancer.record_within
+
+    def record(self: Advancer, *args: Any) -> Any:
+        return record_within(self, *args) or (lambda connection: [])
+
+    patch.setattr(Advancer, "record_within", record)
+
+
+@breaks(a_worker_is_late, "a late success was dropped")
+def a_late_success_is_not_noted(company: Company, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(turns, "leave_arrival", lambda *args, **kwargs: None)
+
+
+@breaks(a_worker_dies_after_the_effect, "a step settled as without effect has one")
+def rule_5_the_begin_is_committed_with_the_outcome(company: Company, patch: pytest.MonkeyPatch) -> None:
+    take, record = turns.take, Advancer.record
+
+    def take_in_a_transaction(connection: Connection, **values: Any) -> list[Taken]:
+        connection.execute("BEGIN")
+        taken = take(connection, **values)
+        if not taken or taken[0].role == "turn":
+            connection.execute("COMMIT")
+        return taken
+
+    def record_and_commit(self: Advancer, connection: Connection, *args: Any, **kwargs: Any) -> list[Taken]:
+        begun = record(self, connection, *args, **kwargs)
+        connection.execute("COMMIT")
+        return begun
+
+    patch.setattr(turns, "take", take_in_a_transaction)
+    patch.setattr(Advancer, "record", record_and_commit)
+    patch.setattr(advance, "begin_next", lambda *args, **kwargs: None)
+
+
+@breaks(a_worker_dies_in_a_step, NOT_ENDED)
+def rule_6_nobody_is_declared_dead(company: Company, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(liveness, "declare_dead", lambda *args, **kwargs: False)
+
+
+@breaks(a_worker_dies_in_a_step, NOT_ENDED)
+def rule_6_what_the_dead_held_is_not_given_back(company: Company, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(liveness, "give_back_dead", lambda *args, **kwargs: [])
+
+
+@breaks(a_step_hangs, NOT_ENDED)
+def rule_6_what_hangs_is_not_given_back(company: Company, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(liveness, "give_back_expired", lambda *args, **kwargs: [])
+
+
+@breaks(a_step_stays_in_doubt, "an effect was neither kept nor undone")
+def what_is_unknown_is_not_undone(company: Company, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Decisions, "_begin_undo", lambda self, step: self._settle_by(step, "unknown"))
+
+
+@breaks(a_step_stays_in_doubt, "a step settled as without effect has one")
+def what_is_in_doubt_is_taken_for_rejected(company: Company, patch: pytest.MonkeyPatch) -> None:
+    def settle(self: Decisions, step: Step) -> None:
+        self.record(Settled(step.key, "rejected", step.attempts, None, step.error))
+
+    patch.setattr(Decisions, "_unknown", settle)
+
+
+@breaks(a_run_goes_back, "undos were not begun in reverse order")
+def undos_go_in_the_order_of_the_requests(company: Company, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Fold, "next_undo", lambda self: next((s for s in self.steps.values() if s.owes_undo), None))
+
+
+@breaks(a_run_goes_back, "an effect was neither kept nor undone")
+def the_oldest_effect_is_forgotten(company: Company, patch: pytest.MonkeyPatch) -> None:
+    def owes(self: Step) -> bool:
+        succeeded = self.forward is Forward.SUCCEEDED and self.asked.effect != Effect.NONE
+        return succeeded and self.asked.undo is not None and self.backward is Backward.NONE and self.order > 1
+
+    patch.setattr(Step, "owes_undo", property(owes))
+
+
+@pytest.mark.parametrize(
+    ("mutation", "story", "promise"), MUTATIONS, ids=[f"{m.__name__}-{s.__name__}" for m, s, _ in MUTATIONS]
+)
+def test_without_a_rule_the_checker_says_what_breaks(
+    company: Company,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    mutation: Mutation,
+    story: Story,
+    promise: str,
+) -> None:
+    mutation(company, monkeypatch)
+    story(company)
+    report = company.check(caplog.text)
+    assert promise in report.names, str(report)
+
+
+def test_every_rule_that_a_crash_or_a_loss_can_break_is_taken_out_once() -> None:
+    numbers = {found[1] for mutation, _, _ in MUTATIONS if (found := re.match(r"rule_(\d)", mutation.__name__))}
+    assert numbers == {"2", "3", "4", "5", "6"}
+    assert {story for _, story, _ in MUTATIONS} == set(STORIES)
