@@ -155,7 +155,7 @@ def test_parallel_outcomes_cost_a_turn_each_at_most(child: Child, connection: Co
     (largest,) = connection.execute(
         "SELECT max(length(entries::text)) FROM orchestrator.journal WHERE seq > 0"
     ).fetchone()  # type: ignore[misc]
-    assert largest < 2500, "a row holds the outcomes of one wave and does not grow with the run"
+    assert largest < 300 * 32, "a row holds the outcomes of one wave and does not grow with the run"
 
 
 def test_the_pump_finds_an_arrival_behind_a_timer(child: Child, connection: Connection) -> None:
