@@ -43,6 +43,7 @@ class Settings(BaseModel):
     lease: Duration = timedelta(seconds=2)
     pump_interval: Duration = timedelta(seconds=1)
     reservation: Duration = timedelta(milliseconds=100)
+    watchdog: Duration = timedelta(seconds=60)
     doorbell_expires: Duration = timedelta(seconds=10)
     drain_seconds: float = Field(default=1.0, gt=0)
     drain_steps: int = Field(default=500, ge=1)

@@ -26,11 +26,13 @@ from typing import Any
 from orchestrator.celery.doorbell import Bell
 from orchestrator.engine.lease import begin_life, is_alive
 from orchestrator.engine.pump import Pump
+from orchestrator.engine.watchdog import Watchdog
 from orchestrator.errors import OrchestratorError
 from orchestrator.store import check, liveness
 from orchestrator.store.connection import UNAVAILABLE, Connection, open_connection
 
 logger = logging.getLogger(__name__)
+EX_STUCK = 75  # sysexits.h: EX_TEMPFAIL
 _CHILDREN_GRACE_S = 10.0
 _AFTER_DUE_S = 0.01  # so that a round finds what the one before it saw coming
 
@@ -50,6 +52,7 @@ class Config:
     lease_s: float
     pump_s: float
     reservation_s: float
+    watchdog_s: float
     incarnation: int | None = None
 
 
@@ -71,6 +74,8 @@ class Companion:
         self._pump = Pump(
             self._ring, lease=timedelta(seconds=config.lease_s), reservation=timedelta(seconds=config.reservation_s)
         )
+        self._watchdog = Watchdog(timedelta(seconds=config.watchdog_s))
+        self._broker_answers = True
         self._selector = selectors.DefaultSelector()
         self._children: dict[socket.socket, _Child] = {}
         self._gone: list[int] = []  # children whose work is still to be given back
@@ -81,7 +86,10 @@ class Companion:
         self._next_due_at = math.inf
 
     def run(self) -> None:
-        """Live as long as the worker.  Raises: OrchestratorError if the start is impossible."""
+        """Live as long as the worker; raises SystemExit if it is stuck.
+
+        Raises: OrchestratorError if the start is impossible.
+        """
         self._connect()
         if self._incarnation is None:
             self._begin_life()
@@ -151,7 +159,11 @@ class Companion:
     def _run_pump(self) -> None:
         self._find_gone()
         self._end_stuck_children()
-        next_due = self._pump.run_once(self._connect()).next_due_s
+        connection = self._connect()
+        pumped = self._pump.run_once(connection)
+        if self._is_stuck(connection, any(pumped.rung[queue] for queue in self._config.queues)):
+            raise SystemExit(EX_STUCK)
+        next_due = pumped.next_due_s
         self._next_due_at = math.inf if next_due is None else monotonic() + max(next_due, 0.0) + _AFTER_DUE_S
 
     def _find_gone(self) -> None:
@@ -183,8 +195,14 @@ class Companion:
                 self._ring(queue, 1)
             self._gone.pop()
 
+    def _is_stuck(self, connection: Connection, rung: bool) -> bool:
+        assert self._incarnation is not None
+        config = self._config
+        rung = rung and self._broker_answers
+        return self._watchdog.is_stuck(connection, self._incarnation, config.queues, config.targets, rung=rung)
+
     def _ring(self, queue: str, times: int) -> None:
-        self._bell.ring(queue, times)
+        self._broker_answers = self._bell.ring(queue, times)
 
     # -- processes -----------------------------------------------------------------------------------------------------
     def _listen(self) -> None:

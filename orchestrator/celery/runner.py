@@ -136,6 +136,7 @@ class Runner:
             "hostname": self.worker, "ignore_result": True,
             "is_eager": True,  # so that retry() raises and sends nothing
             "delivery_info": {"routing_key": taken.queue, "exchange": "", "redelivered": taken.attempt > 1},
+            "headers": {},  # none of its own; a Context without them looks through all its names for some, each time
             **self._events.representations,
         }  # fmt: skip
         invoked, current = _invoked.set(True), current_step.set(context)

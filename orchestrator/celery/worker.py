@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from celery import bootsteps, signals
+from celery.worker import state
 
 from orchestrator import saga as sagas
-from orchestrator.celery.companion import Config
+from orchestrator.celery.companion import EX_STUCK, Config
 from orchestrator.celery.doorbell import connection_options
 from orchestrator.celery.events import quiet_logs
 from orchestrator.engine.commit import Identity
@@ -34,6 +35,7 @@ from orchestrator.errors import OrchestratorError, StoreUnavailableError
 logger = logging.getLogger(__name__)
 _VARIABLE = "ORCHESTRATOR_WORKER"
 _START_S = 20.0
+_STUCK_GRACE_S = 10.0
 _stop = mmap.mmap(-1, 1)  # shared with forked children: one byte that says that the worker stops
 
 
@@ -94,6 +96,7 @@ class CompanionStep(bootsteps.StartStopStep):
             lease_s=settings.lease.total_seconds(),
             pump_s=settings.pump_interval.total_seconds(),
             reservation_s=settings.reservation.total_seconds(),
+            watchdog_s=settings.watchdog.total_seconds(),
             incarnation=self._incarnation,
         )
 
@@ -121,6 +124,8 @@ class CompanionStep(bootsteps.StartStopStep):
         """Start the companion again when it dies; without it, this worker would soon be declared dead."""
         while self._watching:
             process = self._process
+            if process is not None and process.poll() == EX_STUCK:
+                _end_stuck()
             if process is not None and process.poll() is not None and self._watching:
                 logger.warning(
                     "the companion of this worker ended (exit code %s); starting it again", process.returncode
@@ -153,6 +158,19 @@ class CompanionStep(bootsteps.StartStopStep):
 
 def _begin_stop(**_: Any) -> None:
     _stop[0] = 1
+
+
+def _end_stuck() -> None:
+    """End this process, warmly if it still can; called in a thread of its own."""
+    logger.critical(
+        "this worker has let work lie that it is rung for, although it has slots to spare: its connection to the "
+        "broker has most likely died unnoticed. It ends with exit code %s; its supervisor is to start it again",
+        EX_STUCK,
+    )
+    _begin_stop()
+    state.should_stop = EX_STUCK  # the worker's loop looks here
+    time.sleep(_STUCK_GRACE_S)
+    os._exit(EX_STUCK)
 
 
 class Bond:

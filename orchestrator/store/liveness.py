@@ -208,6 +208,38 @@ def next_due(connection: Connection, now: datetime | None = None) -> float | Non
     return None if row is None or row[0] is None else float(row[0])
 
 
+# A slot of this worker that does not drain, and work for it that has been due for long (index work_due, one probe per
+# queue and level of priority).
+_NEGLECTS = f"""
+SELECT EXISTS (
+    SELECT FROM unnest(%(queues)s::text[]) AS queue CROSS JOIN generate_series(0, 9) AS level CROSS JOIN LATERAL (
+        SELECT FROM orchestrator.work w
+        WHERE w.fence IS NULL AND w.queue = queue AND w.priority = level
+          AND w.due_at < {CLOCK} - %(patience)s::interval AND w.target = ANY (%(targets)s)
+          AND (w.reserved_at IS NULL OR w.reserved_at < {CLOCK} - %(patience)s::interval)
+        LIMIT 1
+    ) AS neglected
+) AND EXISTS (
+    SELECT FROM orchestrator.incarnations i WHERE i.id = %(incarnation)s AND i.dead_at IS NULL
+      AND i.slots > (SELECT count(*) FROM orchestrator.drainers d WHERE d.incarnation = i.id)
+)
+"""
+
+
+def neglects(
+    connection: Connection,
+    incarnation: int,
+    queues: Sequence[str],
+    targets: Sequence[str],
+    patience: timedelta,
+    now: datetime | None = None,
+) -> bool:
+    """Tell whether a worker has a slot that does not drain while work that it could do has been due for `patience`."""
+    values = {"incarnation": incarnation, "queues": list(queues), "targets": list(targets), "patience": patience}
+    row = connection.execute(_NEGLECTS, {**values, "now": now}).fetchone()
+    return bool(row and row[0])
+
+
 # Arrivals older than a moment whose run has no turn due (a timer's row may be there, due much later): both their author
 # and the turn before them missed them.
 _FORGOTTEN = f"""

@@ -15,6 +15,7 @@ import redis
 
 from orchestrator import PayloadError, SagaFailed, StoreUnavailableError
 from tests.acceptance import sagas
+from tests.acceptance.app import app
 from tests.acceptance.conftest import Site
 from tests.acceptance.running import Worker, World, until
 from tests.acceptance.sagas import Plan, Transfer
@@ -268,6 +269,21 @@ def test_a_worker_outlives_its_database(site: Site, new_worker: Callable[..., Wo
     site.database.restore()
     assert result.get(timeout=30) == ["a done", "b done", "c done"]
     assert world.told(result) == ["do a", "at b", "do b", "do c"]
+
+
+def test_a_worker_that_answers_no_doorbell_any_more_ends_for_its_supervisor(
+    new_worker: Callable[..., Worker], world: World
+) -> None:
+    healthy, deaf = (new_worker().start(ORCHESTRATOR_WATCHDOG="1") for _ in range(2))
+    app.control.cancel_consumer(deaf.queue)
+    until(lambda: "Canceling queue" in deaf.said or "no longer consuming" in deaf.said.lower(), "it listens no more")
+    result = sagas.sequence.apply_async(([A, C],), queue=deaf.queue)
+    assert deaf.process is not None
+    assert deaf.process.wait(30) == 75
+    assert "let work lie" in deaf.said
+    assert healthy.is_alive, "a worker without work is not stuck"
+    deaf.start()
+    assert result.get(timeout=20) is not None
 
 
 def test_a_caller_that_waits_outlives_the_database(site: Site, worker: Worker, world: World) -> None:

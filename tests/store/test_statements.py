@@ -36,10 +36,14 @@ def asked(key: str, fence: int | None = None) -> dict[str, Any]:
     return {**row, "call": CALL, "due": None, "fence": fence}
 
 
-def commit(connection: Connection, position: int = 0, **options: Any) -> Committed:
+def turn(position: int = 0, **options: Any) -> Commit:
     given: dict[str, Any] = {"run_id": "r", "at": NOW, "entries": [{"e": "deadline"}], "incarnation": 1, "child": 1}
     given |= {"state": "running", "target": "s@1", "queue": "q", "position": position}
-    return turns.commit_turn(connection, Commit(**{**given, **options}))
+    return Commit(**{**given, **options})
+
+
+def commit(connection: Connection, position: int = 0, **options: Any) -> Committed:
+    return turns.commit_turn(connection, turn(position, **options))
 
 
 def summary(**changes: Any) -> dict[str, Any]:
@@ -221,6 +225,125 @@ def test_an_end_clears_the_work_and_waits_for_what_was_left_meanwhile(connection
     assert not turns.arrive(connection, "r", "k", begun, {"e": "outcome"})
 
 
+# -- committing turns of many runs with one statement ------------------------------------------------------------------
+@pytest.fixture
+def three(connection: Connection) -> list[str]:
+    """Three runs whose step k is begun with the fences 1, 2 and 3."""
+    names = ["a", "b", "c"]
+    for name in names:
+        start(connection, name)
+    take(connection)
+    first = [turn(run_id=name, holds_turn=True, next=begins("k"), next_fence=n) for n, name in enumerate(names, 1)]
+    assert sorted(turns.commit_turns(connection, first)) == names
+    assert work_of(connection) == [("a", "k", 1), ("b", "k", 2), ("c", "k", 3)]
+    return names
+
+
+def begins(key: str) -> dict[str, Any]:
+    return {**asked(key), "attempt": 1}
+
+
+def work_of(connection: Connection) -> list[tuple[Any, ...]]:
+    return connection.execute("SELECT run_id, key, fence FROM orchestrator.work ORDER BY run_id, key").fetchall()
+
+
+def test_each_run_gets_its_own_turn(connection: Connection, three: list[str]) -> None:
+    end: dict[str, Any] = {"state": "completed", "ended": True, "summary": summary(output={"x": 1})}
+    done = turns.commit_turns(
+        connection,
+        [
+            turn(1, run_id="a", done=[("k", 1)], next=begins("l"), next_fence=11),
+            turn(1, run_id="b", done=[("k", 2)], work=[asked("m"), asked("n")]),
+            turn(1, run_id="c", done=[("k", 3)], **end),
+        ],
+    )
+    assert {name: (one.written, one.owed) for name, one in done.items()} == dict.fromkeys(three, (True, False))
+    assert work_of(connection) == [("a", "l", 11), ("b", "m", None), ("b", "n", None)]
+    (held,) = turns.held(connection, 1, 1)
+    assert (held.run_id, held.key, held.attempt, held.call) == ("a", "l", 1, CALL)
+    run = runs.run(connection, "c")
+    assert run is not None and (run["state"], run["output"], run["position"]) == ("completed", {"x": 1}, 2)
+    assert run["finished_at"] is not None
+    assert [(run_id, seq) for run_id, seq, *_ in rows(connection, "journal")] == [
+        (name, seq) for name in three for seq in (0, 1)
+    ]
+
+
+def test_a_run_that_was_moved_or_is_locked_is_left_out(
+    connect: Connect, connection: Connection, three: list[str]
+) -> None:
+    assert commit(connection, 1, run_id="a").written
+    other = connect()
+    with other.transaction():
+        other.execute("SELECT FROM orchestrator.runs WHERE id = 'b' FOR UPDATE")
+        done = turns.commit_turns(
+            connection,
+            [turn(1, run_id=name, done=[("k", n)]) for n, name in enumerate(three, 1)],
+        )
+    assert list(done) == ["c"]
+    assert work_of(connection) == [("a", "k", 1), ("b", "k", 2)]
+
+
+@pytest.mark.parametrize(
+    "how", [{"next": begins("l"), "next_fence": 9}, {}, {"state": "completed", "ended": True, "summary": summary()}]
+)
+def test_one_lost_fence_takes_all_of_them_back(connection: Connection, three: list[str], how: dict[str, Any]) -> None:
+    before = everything(connection)
+    fences = {"a": 1, "b": 77, "c": 3}
+    commits = [turn(1, run_id=name, done=[("k", fence)], **how) for name, fence in fences.items()]
+    assert turns.commit_turns(connection, commits) == {}
+    assert everything(connection) == before
+
+
+def test_outcomes_of_one_run_are_one_turn(connection: Connection) -> None:
+    start(connection)
+    take(connection)
+    commit(connection, holds_turn=True, work=[asked("a"), asked("b"), asked("c")])
+    taken = take(connection, short=["t"])
+    assert [each.key for each in taken] == ["a", "b", "c"], "short steps begin together"
+    done = [(each.key, each.fence or 0) for each in taken]
+    assert turns.commit_turns(connection, [turn(1, done=done, next=begins("d"), next_fence=5)])["r"].written
+    assert work_of(connection) == [("r", "d", 5)]
+
+
+def test_an_end_among_others_waits_for_what_was_left_meanwhile(connection: Connection, three: list[str]) -> None:
+    turns.leave_arrival(connection, "b", {"e": "cancel"})
+    ((arrival_id, *_),) = rows(connection, "arrivals")
+    end: dict[str, Any] = {"state": "terminated", "ended": True, "summary": summary()}
+    ends = [turn(1, run_id=name, done=[("k", n)], **end) for n, name in enumerate(three, 1)]
+    assert sorted(turns.commit_turns(connection, ends)) == ["a", "c"]
+    assert work_of(connection) == [("b", "", None), ("b", "k", 2)]
+    ends[1].consumed = [arrival_id]
+    assert turns.commit_turns(connection, [ends[1]])["b"].owed is False
+    assert (rows(connection, "work"), rows(connection, "arrivals")) == ([], [])
+
+
+@pytest.mark.parametrize("asked_again", [False, True])
+def test_a_held_turn_among_others_goes_sleeps_or_stays_if_it_was_asked_for(
+    connection: Connection, asked_again: bool
+) -> None:
+    later = NOW + timedelta(days=9000)
+    for name in ("gone", "next", "sleeps"):
+        start(connection, name)
+    take(connection)
+    if asked_again:
+        for name in ("gone", "next", "sleeps"):
+            turns.owe_turn(connection, name)
+    turns.commit_turns(
+        connection,
+        [
+            turn(run_id="gone", holds_turn=True),
+            turn(run_id="next", holds_turn=True, next=begins("k"), next_fence=1),
+            turn(run_id="sleeps", holds_turn=True, wake=later, next=begins("k"), next_fence=2),
+        ],
+    )
+    left = [("next", "k", 1), ("sleeps", "", None), ("sleeps", "k", 2)]
+    stays = [("gone", "", None), ("next", "", None)] if asked_again else []
+    assert work_of(connection) == sorted([*left, *stays])
+    due = connection.execute("SELECT due_at FROM orchestrator.work WHERE run_id = 'sleeps' AND key = ''").fetchone()
+    assert (due == (later,)) is not asked_again, "what was asked for meanwhile is due now"
+
+
 # -- turns that are owed -----------------------------------------------------------------------------------------------
 def test_owing_a_turn_lifts_a_reservation_so_that_its_holder_cannot_delete_it(connection: Connection) -> None:
     start(connection)
@@ -383,6 +506,16 @@ HOT: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         lambda c: commit(c, 1, run_id="r7", work=[asked("x")], withdraw=["k"], consumed=[7], wake=NOW, rewake=True),
         {"runs_pkey", "work_pkey", "arrivals_pkey"},
     ),
+    "commit together": (
+        lambda c: turns.commit_turns(
+            c,
+            [
+                turn(1, run_id="r7", done=[("k", 1)], work=[asked("x")], consumed=[7]),
+                turn(1, run_id="r8", state="completed", ended=True, summary=summary()),
+            ],
+        ),
+        {"runs_pkey", "work_pkey", "arrivals_pkey", "arrivals_by_run"},
+    ),
     "arrive": (lambda c: turns.arrive(c, "r7", "k", 1, {}), {"work_pkey"}),
     "owe_turn": (lambda c: turns.owe_turn(c, "r7"), {"runs_pkey"}),
     "has_arrivals": (lambda c: turns.has_arrivals(c, "r7"), {"arrivals_by_run"}),
@@ -396,6 +529,7 @@ HOT: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
     "give_back_child": (lambda c: liveness.give_back_child(c, 1, 1), {"work_begun"}),
     "give_back_expired": (lambda c: liveness.give_back_expired(c), {"work_begun"}),
     "due": (lambda c: liveness.due(c, RESERVATION), {"work_due"}),
+    "neglects": (lambda c: liveness.neglects(c, 1, ["q"], ["t"], RESERVATION), {"work_due"}),
 }
 LARGE = re.compile(r"Seq Scan on (runs|journal|work|arrivals)\b")
 
