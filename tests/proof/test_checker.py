@@ -469,6 +469,10 @@ def test_what_workers_refused_is_read_from_their_logs() -> None:
     assert list(refused_in(log, "else")) == [("r-1", "0/a.b#0", 3)]
 
 
+def test_without_an_effect_log_the_tables_are_judged_and_the_strict_demand_is_not_met(place: Place) -> None:
+    assert checked(place, effect_log=None).names == {"saw no effect"}
+
+
 def test_a_damaged_effect_log_is_not_passed_over(place: Place) -> None:
     with place.effect_log.open("a") as file:
         file.write('{"run": "ke')
