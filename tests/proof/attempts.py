@@ -100,6 +100,8 @@ def logged_successes(world: World, run: Run) -> Iterator[tuple[str, str, int, st
 @rule("a recorded success has no effect")
 def successes_took_effect(world: World) -> Found:
     """Every success of the journal is in the effect log; what a person vouched for need not be."""
+    if not world.has_log:
+        return
     there = [effect for effect in world.effects if effect.event == "effect"] + (world.transactional or [])
     by_attempt = {(effect.run, effect.key, effect.direction, effect.attempt) for effect in there}
     by_key = {effect[:3] for effect in by_attempt}

@@ -57,6 +57,7 @@ def check(
 ) -> Report:
     """Judge a database and what others told about it; see the modules `runs`, `attempts`, `undo` for the rules.
 
+    Without an `effect_log` only the engine's own tables are judged, and the default demand is not met.
     `acknowledged` are the ids of runs whose start returned; `may_park` those that may stay parked.  `refused` are
     attempts whose outcome the engine said it refused (`refused_in` finds them in logs).  `unlogged` names tasks that
     write no effects.  `conserved` maps a name to an SQL query and the value that it must have.  `places` are searched

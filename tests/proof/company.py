@@ -97,17 +97,20 @@ class Company:
 
         slow.runner.before = stand_still
 
-    def overtake_in_the_middle(self, slow: Child, quick: Child, key: str) -> None:
-        """Let `slow` go on with its attempt while `quick` is in the middle of the next one."""
+    def overtake_in_the_middle(
+        self, slow: Child, quick: Child, key: str, role: str = "do", first: Callable[[], object] = lambda: None
+    ) -> None:
+        """Let `slow` go on with its attempt while `quick` is in the middle of the next one, or of its undo."""
         go_on, background = threading.Event(), threading.Thread(target=slow.drain, daemon=True)
 
         def let_go(taken: Taken) -> None:
-            if key in taken.key and background.is_alive():
+            if key in taken.key and taken.role == role and background.is_alive():
                 quick.runner.before = lambda taken: None
                 go_on.set()
                 background.join(60)
 
         def meanwhile() -> None:
+            first()
             standing.set()
             assert go_on.wait(60)
 
@@ -115,7 +118,8 @@ class Company:
         self.overtake(slow, key, meanwhile)
         quick.runner.before = let_go
         background.start()
-        assert standing.wait(60)
+        while not standing.wait(0.05):
+            assert background.is_alive()
         quick.drain()
         background.join(60)
         assert not background.is_alive()

@@ -298,6 +298,25 @@ def skip_an_undo(place: Place) -> None:
     _without(place, "undone", TAKE.format(0), "undo")
 
 
+@plant("a late effect was not undone")
+def correct_nothing(place: Place) -> None:
+    for table, column in (("journal", "run_id"), ("runs", "id")):
+        place.execute(f"DELETE FROM orchestrator.{table} WHERE {column} LIKE 'corrected/late/%'")
+    with place.effects() as lines:
+        lines[:] = [effect for effect in lines if not effect.run.startswith("corrected/late/")]
+
+
+@plant("a late effect was not undone")
+def undo_only_once(place: Place) -> None:
+    with place.journal("again") as rows:
+        for row in rows:
+            row[:] = [entry for entry in row if not (entry["e"] == "undoing" and entry.get("late"))]
+        at = [entry["e"] for entry in rows[-1]].index("undone")
+        del rows[-1][at]
+    with place.effects() as lines:
+        lines[:] = [e for e in lines if (e.run, e.direction, e.attempt) != ("again", "undo", 2)]
+
+
 @plant("an undo was asked for and has no end")
 def end_before_the_undo_has(place: Place) -> None:
     with place.journal("undone") as rows:
@@ -467,6 +486,10 @@ def test_waiting_ends_when_nothing_moves_any_more(place: Place) -> None:
 def test_what_workers_refused_is_read_from_their_logs() -> None:
     log = "[WARNING] run r-1 step 0/a.b#0: attempt 3 has lost its fence, its outcome is refused\n"
     assert list(refused_in(log, "else")) == [("r-1", "0/a.b#0", 3)]
+
+
+def test_without_an_effect_log_the_tables_are_judged_and_the_strict_demand_is_not_met(place: Place) -> None:
+    assert checked(place, effect_log=None).names == {"saw no effect"}
 
 
 def test_a_damaged_effect_log_is_not_passed_over(place: Place) -> None:

@@ -5,6 +5,7 @@ Owns the sagas whose steps tell what they do, and the story that leads to a data
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -115,6 +116,32 @@ def overtaken(connection: Connection, slow: Child, meanwhile: Callable[[], objec
     slow.runner.before = overtake
 
 
+def undo_again(connection: Connection, slow: Child, quick: Child) -> None:
+    """A step whose worker is late is being undone when its success arrives: it is undone again, with that result."""
+    undoing, background = threading.Event(), threading.Thread(target=slow.drain, daemon=True)
+
+    def report_late(taken: Any) -> None:
+        quick.runner.before = lambda taken: None
+        undoing.set()
+        background.join(60)
+
+    def cancel() -> None:
+        order(connection, "again", Cancel("ann", ""))
+        standing.set()
+        assert undoing.wait(60)
+
+    standing = threading.Event()
+    quick.runner.before = report_late
+    start(connection, visit, ["a"], run_id="again")
+    overtaken(connection, slow, cancel)
+    background.start()
+    while not standing.wait(0.05):
+        assert background.is_alive()
+    drain_all(connection, quick)
+    background.join(60)
+    drain_all(connection, quick)
+
+
 STARTED = (
     "kept",
     "undone",
@@ -126,9 +153,10 @@ STARTED = (
     "parked",
     "late",
     "corrected",
+    "again",
     "rewritten",
 )
-REFUSED = (("late", "tests.proof.town.take#0", 1), ("corrected", "tests.proof.town.take#0", 1))
+REFUSED = tuple((run_id, "tests.proof.town.take#0", 1) for run_id in ("late", "corrected", "again"))
 
 
 def build(connection: psycopg.Connection[Any], child: Child, slow: Child) -> None:
@@ -160,6 +188,8 @@ def build(connection: psycopg.Connection[Any], child: Child, slow: Child) -> Non
     overtaken(connection, slow, cancel)
     slow.drain()
     drain_all(connection, child)
+
+    undo_again(connection, slow, child)
 
     start(connection, visit, ["w"], run_id="rewritten")
     overtaken(connection, slow, child.drain)

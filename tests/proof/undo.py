@@ -47,6 +47,32 @@ def effects_are_undone(world: World) -> Found:
             yield run.id, f"{key}: took effect, or may have; the run is {run.state}, and it was not undone"
 
 
+@rule("a late effect was not undone")
+def late_effects_are_undone(world: World) -> Found:
+    """One that shows up after it was decided without it: by the run itself, or after its end by a correcting run."""
+    for run in world.readable:
+        for key, attempt, ended in owed_late(run):
+            again = [e for e in run.of("undoing") if e["key"] == key and e.get("late") == attempt]
+            correcting = f"{run.id}/late/{key}/{attempt}"
+            if ended and correcting not in world.runs:
+                yield run.id, f"{key}: attempt {attempt} took effect after the end, and there is no run {correcting}"
+            elif not ended and run.ended and run.state != "terminated" and not again:
+                yield run.id, f"{key}: attempt {attempt} took effect after its outcome was decided, and that was all"
+
+
+def owed_late(run: Run) -> Iterator[tuple[str, int, bool]]:
+    """Yield late effects that have to be undone, as (key, attempt, whether the run had ended)."""
+    decided: set[str] = set()
+    ended = False
+    for entry in run.entries:
+        if entry["e"] == "undoing" or (entry["e"] == "settled" and entry["outcome"] in ("unknown", "rejected")):
+            decided.add(entry["key"])
+        elif entry["e"] == "ended":
+            ended = True
+        elif entry["e"] == "late" and entry["key"] in decided and run.asked[entry["key"]].get("undo"):
+            yield entry["key"], entry["attempt"], ended
+
+
 @rule("an undo was asked for and has no end")
 def undos_have_ended(world: World) -> Found:
     for run in world.readable:

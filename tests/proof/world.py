@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ Attempt = tuple[str, str, int]
 """A run, a key, the number of an attempt to do it."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Run:
     """A run's row, its journal, and what is outstanding of it."""
 
@@ -44,12 +45,12 @@ class Run:
     def ended(self) -> bool:
         return self.state in TERMINAL
 
-    @property
+    @cached_property
     def has_gap(self) -> bool:
         """Whether journal rows are missing; then nothing else that the journal says can be relied on."""
         return [seq for seq, _, _ in self.journal] != list(range(self.row["position"]))
 
-    @property
+    @cached_property
     def entries(self) -> list[Row]:
         """The journal, entry by entry, in the form in which it is stored: without fields that have their default."""
         return [entry for _, _, entries in self.journal for entry in entries]
@@ -58,12 +59,12 @@ class Run:
         """Return the entries of these kinds."""
         return [entry for entry in self.entries if entry["e"] in kinds]
 
-    @property
+    @cached_property
     def asked(self) -> dict[str, Row]:
         """What was asked for, by key, in the order of the requests."""
         return {entry["key"]: entry for entry in self.of("asked")}
 
-    @property
+    @cached_property
     def rolled_back_at(self) -> int | None:
         """The index of the entry that decided to roll back."""
         return next((n for n, entry in enumerate(self.entries) if entry["e"] == "rollback"), None)
@@ -75,6 +76,7 @@ class World:
 
     runs: dict[str, Run]
     effects: list[Effect]
+    has_log: bool = True  # without one nothing can be said about effects
     transactional: list[Effect] | None = None  # None: the application has no such table
     strays: list[tuple[str, str]] = field(default_factory=list)
     acknowledged: list[str] = field(default_factory=list)
@@ -101,7 +103,8 @@ def look(database_url: str, effect_log: Path | None, totals: Mapping[str, str]) 
         strays = [(row["place"], row["run_id"]) for row in connection.execute(_STRAYS)]
         transactional = _transactional(connection)
         found = {name: _single(connection, sql) for name, sql in totals.items()}
-    return World(runs, effects.read(effect_log) if effect_log else [], transactional, strays), found
+    told = effects.read(effect_log) if effect_log else []
+    return World(runs, told, effect_log is not None, transactional, strays), found
 
 
 _STRAYS = """
