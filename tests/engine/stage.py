@@ -22,7 +22,7 @@ from orchestrator.machine.policy import RetryPolicy
 from orchestrator.machine.turn import Script
 from orchestrator.saga import Saga
 from orchestrator.settings import Settings
-from orchestrator.step import StepContext
+from orchestrator.step import StepContext, current_step
 from orchestrator.step import registry as steps
 from orchestrator.store import liveness, runs
 from orchestrator.store.connection import Connection, open_connection
@@ -68,12 +68,14 @@ class Calls:
         declared = steps.steps[taken.task]
         codec: FunctionCodec = declared.codec
         self.before(taken)
+        current = current_step.set(context)
         try:
             args, kwargs = codec.decode_call(taken.call["a"])
             result = codec.encode_result(declared.function(*injected, *args, **kwargs))
         except Exception as error:
             return Invocation(error=error)
         finally:
+            current_step.reset(current)
             self.after(taken)
         return Invocation(result)
 
