@@ -407,6 +407,30 @@ def test_a_transactional_step_whose_connection_breaks_before_the_commit_is_done_
     assert connection.execute("SELECT name FROM written").fetchall() == [("a",), ("b",)]
 
 
+@pytest.mark.parametrize("statement", [b"set_config", b"SAVEPOINT", b"commit_turn_1"])
+def test_a_transaction_that_breaks_at_any_moment_is_a_failed_attempt_and_ends_no_drain(
+    new_child: Callable[..., Child], connection: Connection, proxy: Proxy, table: None, statement: bytes
+) -> None:
+    child = new_child(dsn=proxy.url)
+    start(connection, written, ["a"], run_id="warm")
+    drain_all(connection, child)
+    start(connection, written, ["b"])
+    run = child.runner.invoke_in_transaction
+
+    def armed(taken: Any, *others: Any) -> Any:
+        if taken.attempt == 1:
+            proxy.swallow(lambda data: statement in data)
+        return run(taken, *others)
+
+    child.runner.invoke_in_transaction = armed  # type: ignore[method-assign]
+    child.drain()
+    assert proxy.swallowed == 1
+    drain_all(connection, child)
+    (failed,) = [entry for entry in entries(connection) if entry["e"] == "attempted"]
+    assert failed["error"]["type"] == "OperationalError" and not failed.get("doubt", True)
+    assert connection.execute("SELECT name FROM written").fetchall() == [("a",), ("b",)]
+
+
 @pytest.mark.parametrize("statement", [b"take_1", b"commit_turn_1"])
 def test_a_step_whose_begin_was_not_answered_is_not_left_to_its_timeout(
     new_child: Callable[..., Child], connection: Connection, proxy: Proxy, statement: bytes
