@@ -221,6 +221,15 @@ def test_a_code_error_parks_and_a_cancel_undoes_without_the_code(child: Child, c
     assert (state(connection), DONE) == ("cancelled", ["do a", "undo a a!"])
 
 
+def test_a_cancel_before_the_first_turn_needs_no_code(child: Child, connection: Connection) -> None:
+    child.scripts = lambda name, version: None
+    start(connection, in_a_row, ["a"])
+    with connection.transaction():
+        turns.leave_arrival(connection, "run", encode(Cancel("ann", "")), anyone=True)
+    child.drain()
+    assert (state(connection), DONE) == ("cancelled", [])
+
+
 # -- leases that are lost ----------------------------------------------------------------------------------------------
 def lose_the_lease(connection: Connection, child: Child) -> None:
     assert liveness.declare_dead(connection, child.incarnation)
