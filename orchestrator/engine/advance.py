@@ -92,7 +92,9 @@ class Advancer:
     def _is_first_turn(self, taken: Taken) -> bool:
         """Nothing was left for a run that begins when it was to; before that, whoever woke it is heard first."""
         run = taken.run
-        return run is not None and run.position == 0 and taken.run_id not in self._runs and taken.now >= run.started_at
+        if run is None or run.position > 0 or taken.target == turns.ANYONE:
+            return False
+        return taken.run_id not in self._runs and taken.now >= run.started_at
 
     def record(
         self, connection: Connection, taken: Taken, outcome: AttemptEnded, may_begin: bool = True

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from orchestrator.errors import UsageError
+from orchestrator.store.connection import UNAVAILABLE
 from orchestrator.store.connection import Connection as Psycopg
 from orchestrator.store.permits import Permits
 
@@ -56,29 +57,11 @@ class Transactions:
         `settle` gets the driver's connection and what `work` returned, and says whether to commit.
         Raises: CommitUnknown, TransactionFailed; whatever `settle` raises, after a rollback.
         """
-        with self._permitted(), self._engine.connect() as connection:
-            outer = connection.begin()
-            milliseconds = str(int(timeout.total_seconds() * 1000))
-            connection.execute(_IDLE_TIMEOUT, {"timeout": milliseconds})
-            inner = connection.begin_nested()
-            handed: Any = (
-                Session(bind=connection, join_transaction_mode="create_savepoint") if wants_session else connection
-            )
-            with _without_endings(handed):
-                value = work(handed)
-            try:
-                if wants_session:
-                    handed.flush()
-                    handed.expunge_all()
-                inner.commit()
-                if not settle(_driver(connection), value):
-                    outer.rollback()
-                    return value
-            except OperationalError as error:
-                raise TransactionFailed(error) from error
-            except DBAPIError as error:
-                outer.rollback()
-                raise TransactionFailed(error) from error
+        with self._permitted(), self._connected() as connection:
+            value = self._begun(connection, wants_session, timeout, work, settle)
+            outer = connection.get_transaction()
+            if outer is None:
+                return value
             try:
                 outer.commit()
             except OperationalError as error:
@@ -88,6 +71,53 @@ class Transactions:
             except DBAPIError as error:
                 raise TransactionFailed(error) from error
             return value
+
+    def _begun(
+        self,
+        connection: Connection,
+        wants_session: bool,
+        timeout: timedelta,
+        work: Callable[[Any], T],
+        settle: Callable[[Psycopg, T], bool],
+    ) -> T:
+        """Do everything before the commit; a connection that is lost here has taken all of it back."""
+        try:
+            outer = connection.begin()
+            milliseconds = str(int(timeout.total_seconds() * 1000))
+            connection.execute(_IDLE_TIMEOUT, {"timeout": milliseconds})
+            inner = connection.begin_nested()
+        except OperationalError as error:
+            raise TransactionFailed(error) from error
+        handed: Any = (
+            Session(bind=connection, join_transaction_mode="create_savepoint") if wants_session else connection
+        )
+        with _without_endings(handed):
+            value = work(handed)
+        try:
+            if wants_session:
+                handed.flush()
+                handed.expunge_all()
+            inner.commit()
+            if not settle(_driver(connection), value):
+                outer.rollback()
+        except (OperationalError, *UNAVAILABLE) as error:
+            raise TransactionFailed(error) from error
+        except DBAPIError as error:
+            outer.rollback()
+            raise TransactionFailed(error) from error
+        return value
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        try:
+            connection = self._engine.connect()
+        except OperationalError as error:
+            raise TransactionFailed(error) from error
+        try:
+            yield connection
+        finally:
+            with contextlib.suppress(OperationalError):  # it broke: nothing is left to roll back
+                connection.close()
 
     @contextlib.contextmanager
     def _permitted(self) -> Iterator[None]:

@@ -127,13 +127,14 @@ FROM orchestrator.runs WHERE id = %(run_id)s
 def load(connection: Connection, run_id: str, position: int = 0, now: datetime | None = None) -> Loaded | None:
     """Read a run from journal position `position` on; None if there is no such run.
 
-    Three statements in one round trip.  They may see different snapshots; a commit between them only makes the position
-    check of `commit_turn` fail, or leaves an arrival for later.
+    Three statements in one round trip, which may see different snapshots.  The position is read first: whatever is
+    committed after that makes the position check of `commit_turn` fail, or leaves one more arrival.  Arrivals that were
+    read before it could be taken a second time.
     """
     values = {"run_id": run_id, "position": position, "now": now}
     with connection.pipeline():
-        arrivals = connection.execute(_LOAD_ARRIVALS, values)
         run = connection.execute(_LOAD_RUN, values)
+        arrivals = connection.execute(_LOAD_ARRIVALS, values)
         rows = connection.execute(_LOAD_ROWS, values)
         found = run.fetchone()
         if found is None:

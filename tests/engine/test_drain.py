@@ -221,6 +221,15 @@ def test_a_code_error_parks_and_a_cancel_undoes_without_the_code(child: Child, c
     assert (state(connection), DONE) == ("cancelled", ["do a", "undo a a!"])
 
 
+def test_a_cancel_before_the_first_turn_needs_no_code(child: Child, connection: Connection) -> None:
+    child.scripts = lambda name, version: None
+    start(connection, in_a_row, ["a"])
+    with connection.transaction():
+        turns.leave_arrival(connection, "run", encode(Cancel("ann", "")), anyone=True)
+    child.drain()
+    assert (state(connection), DONE) == ("cancelled", [])
+
+
 # -- leases that are lost ----------------------------------------------------------------------------------------------
 def lose_the_lease(connection: Connection, child: Child) -> None:
     assert liveness.declare_dead(connection, child.incarnation)
@@ -404,6 +413,30 @@ def test_a_transactional_step_whose_connection_breaks_before_the_commit_is_done_
     start(connection, written, ["a", "b"])
     drain_all(connection, child)
     assert state(connection) == "completed"
+    assert connection.execute("SELECT name FROM written").fetchall() == [("a",), ("b",)]
+
+
+@pytest.mark.parametrize("statement", [b"set_config", b"SAVEPOINT", b"commit_turn_1"])
+def test_a_transaction_that_breaks_at_any_moment_is_a_failed_attempt_and_ends_no_drain(
+    new_child: Callable[..., Child], connection: Connection, proxy: Proxy, table: None, statement: bytes
+) -> None:
+    child = new_child(dsn=proxy.url)
+    start(connection, written, ["a"], run_id="warm")
+    drain_all(connection, child)
+    start(connection, written, ["b"])
+    run = child.runner.invoke_in_transaction
+
+    def armed(taken: Any, *others: Any) -> Any:
+        if taken.attempt == 1:
+            proxy.swallow(lambda data: statement in data)
+        return run(taken, *others)
+
+    child.runner.invoke_in_transaction = armed  # type: ignore[method-assign]
+    child.drain()
+    assert proxy.swallowed == 1
+    drain_all(connection, child)
+    (failed,) = [entry for entry in entries(connection) if entry["e"] == "attempted"]
+    assert failed["error"]["type"] == "OperationalError" and not failed.get("doubt", True)
     assert connection.execute("SELECT name FROM written").fetchall() == [("a",), ("b",)]
 
 

@@ -464,6 +464,27 @@ def test_forgotten_arrivals_are_found_behind_a_timer_too(connection: Connection,
     assert liveness.wake_forgotten(connection) == [], "its turn is due now"
 
 
+def test_what_another_turn_took_while_a_run_was_read_is_not_read_as_new(connect: Connect) -> None:
+    """Else that turn's outcomes would be taken a second time, on top of the journal that has them."""
+    reader, other = connect(), connect()
+    start(other)
+    turns.leave_arrival(other, "r", {"e": "cancel"})
+    (arrival,) = (row[0] for row in rows(other, "arrivals"))
+    execute, statements = reader.execute, []
+
+    def overtaken(query: Any, *values: Any) -> Any:
+        statements.append(query)
+        if len(statements) == 2:
+            assert commit(other, consumed=[arrival]).written
+        return execute(query, *values)
+
+    reader.execute = overtaken  # type: ignore[method-assign]
+    loaded = turns.load(reader, "r")
+    assert loaded is not None and len(statements) == 3
+    assert loaded.arrivals == [] or loaded.run.position == 0
+    assert not commit(other, loaded.run.position).written, "it is out of date, and is told so"
+
+
 # -- plans -------------------------------------------------------------------------------------------------------------
 MANY = """
 INSERT INTO orchestrator.runs (id, saga, version, input, root_id, queue, started_at, position)
