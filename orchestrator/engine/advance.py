@@ -113,18 +113,17 @@ class Advancer:
         return self._advance(connection, taken.run_id, may_begin=may_begin)
 
     def start_turns(self, connection: Connection, items: list[Taken], is_short: IsShort) -> list[Taken]:
-        """Take the first turns of several runs with one commit; returns the work that was begun by them.
+        """Take the turns that several runs owe with one commit; returns the work that was begun by them.
 
         Either one step is begun that is not known to be short, or only short ones: nothing that is begun waits behind
         a long one.
         """
-        prepared: list[Prepared] = []
+        later = [item.run_id for item in items if not self._is_first_turn(item)]
+        loaded = self._runs.load_all(connection, later) if later else {}
         for item in items:
-            assert item.run is not None
-            if self._is_first_turn(item):
-                made = self._prepare(connection, Loaded(item.run, item.now, [], []), holds_turn=True)
-                if made is not None:
-                    prepared.append(made)
+            if item.run_id not in later and item.run is not None:
+                loaded[item.run_id] = Loaded(item.run, item.now, [], [])
+        prepared = [made for found in loaded.values() if (made := self._prepare(connection, found, holds_turn=True))]
         begun, written = self._commit_together(connection, prepared, is_short)
         for item in items:
             if item.run_id not in written:

@@ -6,7 +6,7 @@ Owns loading and catching up; bounded, and always allowed to forget.  Must never
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 
@@ -61,11 +61,17 @@ class Executions:
         return self.load(connection, run_id)
 
     def load(self, connection: Connection, run_id: str) -> Loaded | None:
-        cached = self._live.get(run_id)
-        loaded = turns.load(connection, run_id, cached.fold.position if cached else 0)
-        if loaded is not None:
+        """Read what the cache does not know of a run; None if there is no such run."""
+        return self.load_all(connection, [run_id]).get(run_id)
+
+    def load_all(self, connection: Connection, run_ids: Sequence[str]) -> dict[str, Loaded]:
+        """Read what the cache does not know of these runs, in one round trip."""
+        cached = {run_id: self._live.get(run_id) for run_id in run_ids}
+        known = {run_id: execution.fold.position if execution else 0 for run_id, execution in cached.items()}
+        found = turns.load(connection, known)
+        for loaded in found.values():
             self.clock.set(loaded.now)
-        return loaded
+        return found
 
     def take(self, loaded: Loaded) -> Execution | None:
         """Return the execution of a run, caught up with what was loaded, out of the cache."""

@@ -185,7 +185,8 @@ class Drainer:
         scope, identity = self._worker.scope, advancer.identity
         self._queues.rotate(1)  # within a priority every queue comes first in its turn, so that none starves
         short = {task: seconds for task, seconds in self._recent_s.items() if self._is_short(task)}
-        batch = _batch(max(short.values(), default=_TOGETHER_S))
+        left = max(1, self._settings.drain_steps - self._steps)
+        batch = min(left, _batch(max(short.values(), default=_TOGETHER_S)))
         taken = turns.take(
             connection,
             queues=list(self._queues),

@@ -7,7 +7,7 @@ Lock order everywhere: the run's row, then work rows, then the rest.  Must never
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -115,31 +115,37 @@ class Loaded:
 
 # Primary keys of runs and journal, index arrivals_by_run; takes no lock.
 _LOAD_ROWS = """
-SELECT at, entries FROM orchestrator.journal WHERE run_id = %(run_id)s AND seq >= %(position)s ORDER BY seq
+SELECT known.run_id, rows.at, rows.entries
+FROM unnest(%(ids)s::text[], %(positions)s::integer[]) AS known (run_id, position) CROSS JOIN LATERAL (
+    SELECT j.at, j.entries FROM orchestrator.journal j
+    WHERE j.run_id = known.run_id AND j.seq >= known.position ORDER BY j.seq
+) AS rows
 """
-_LOAD_ARRIVALS = "SELECT id, arrival FROM orchestrator.arrivals WHERE run_id = %(run_id)s ORDER BY id"
-_LOAD_RUN = f"""
-SELECT id, saga, version, queue, input, started_at, deadline_at, priority, position, state, {CLOCK}
-FROM orchestrator.runs WHERE id = %(run_id)s
-"""
+_LOAD_ARRIVALS = "SELECT run_id, id, arrival FROM orchestrator.arrivals WHERE run_id = ANY(%(ids)s) ORDER BY id"
+_RUN_ROW = "id, saga, version, queue, input, started_at, deadline_at, priority, position, state"
+_LOAD_RUNS = f"SELECT {CLOCK}, {_RUN_ROW} FROM orchestrator.runs WHERE id = ANY(%(ids)s)"
 
 
-def load(connection: Connection, run_id: str, position: int = 0, now: datetime | None = None) -> Loaded | None:
-    """Read a run from journal position `position` on; None if there is no such run.
+def load(connection: Connection, known: Mapping[str, int], now: datetime | None = None) -> dict[str, Loaded]:
+    """Read runs, each from the journal position on that is known of it; those that do not exist are left out.
 
     Three statements in one round trip, which may see different snapshots.  The position is read first: whatever is
     committed after that makes the position check of `commit_turn` fail, or leaves one more arrival.  Arrivals that were
     read before it could be taken a second time.
     """
-    values = {"run_id": run_id, "position": position, "now": now}
+    values = {"ids": list(known), "positions": list(known.values()), "now": now}
     with connection.pipeline():
-        run = connection.execute(_LOAD_RUN, values)
+        runs = connection.execute(_LOAD_RUNS, values)
         arrivals = connection.execute(_LOAD_ARRIVALS, values)
         rows = connection.execute(_LOAD_ROWS, values)
-        found = run.fetchone()
-        if found is None:
-            return None
-        return Loaded(RunRow(*found[:10]), found[10], rows.fetchall(), arrivals.fetchall(), position)
+        found = {row[1]: Loaded(RunRow(*row[1:]), row[0], [], [], known[row[1]]) for row in runs}
+        for run_id, arrival_id, arrival in arrivals:
+            if run_id in found:
+                found[run_id].arrivals.append((arrival_id, arrival))
+        for run_id, at, entries in rows:
+            if run_id in found:
+                found[run_id].rows.append((at, entries))
+    return found
 
 
 @dataclass(slots=True, kw_only=True)
@@ -365,8 +371,8 @@ def postpone(connection: Connection, run_id: str, pause: timedelta, now: datetim
 
 def run_row(connection: Connection, run_id: str) -> RunRow | None:
     """Read the run's own row (primary key of runs)."""
-    found = connection.execute(_LOAD_RUN, {"run_id": run_id, "now": None}).fetchone()
-    return RunRow(*found[:10]) if found else None
+    found = connection.execute(f"SELECT {_RUN_ROW} FROM orchestrator.runs WHERE id = %s", [run_id]).fetchone()
+    return RunRow(*found) if found else None
 
 
 _LEAVE = "INSERT INTO orchestrator.arrivals (run_id, arrival) VALUES (%(run_id)s, %(arrival)s::json)"

@@ -479,8 +479,8 @@ def test_what_another_turn_took_while_a_run_was_read_is_not_read_as_new(connect:
         return execute(query, *values)
 
     reader.execute = overtaken  # type: ignore[method-assign]
-    loaded = turns.load(reader, "r")
-    assert loaded is not None and len(statements) == 3
+    loaded = turns.load(reader, {"r": 0})["r"]
+    assert len(statements) == 3
     assert loaded.arrivals == [] or loaded.run.position == 0
     assert not commit(other, loaded.run.position).written, "it is out of date, and is told so"
 
@@ -522,7 +522,7 @@ HOT: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
     "history": (lambda c: runs.history(c, "r7"), {"journal_pkey"}),
     "outstanding": (lambda c: runs.outstanding(c, "r7"), {"work_pkey"}),
     "take": (lambda c: take(c), {"work_due"}),
-    "load": (lambda c: turns.load(c, "r7"), {"runs_pkey", "journal_pkey", "arrivals_by_run"}),
+    "load": (lambda c: turns.load(c, {"r7": 0, "r8": 0}), {"runs_pkey", "journal_pkey", "arrivals_by_run"}),
     "commit": (
         lambda c: commit(c, 1, run_id="r7", work=[asked("x")], withdraw=["k"], consumed=[7], wake=NOW, rewake=True),
         {"runs_pkey", "work_pkey", "arrivals_pkey"},
