@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -54,6 +54,7 @@ _CELERY_NOISE = frozenset({
     "exchange", "headers", "root_id", "parent_id", "time_limit", "soft_time_limit", "add_to_parent", "group_id",
     "group_index", "periodic_task_name",
 })  # fmt: skip
+_PAGE = 500  # runs that start_many starts with one commit
 _CANVAS = {"link": "", "link_error": "", "chain": "", "chord": ""}
 
 
@@ -88,8 +89,31 @@ class Client:
             elif _due_now(new):
                 foreign.after_commit(transaction, functools.partial(self._ring_quietly, new.queue))
             return SagaResult(self, new.id, saga)
+        return self._start_committed(saga, [new])[0]
+
+    def start_many(
+        self, saga: Saga[Any, Any], calls: Iterable[tuple[Any, ...]], options: dict[str, Any]
+    ) -> list[SagaResult]:
+        """Start a run for each tuple of arguments, 500 with one commit.
+
+        Raises: as `start`; what was committed before stays started, and starting it again returns the same runs.
+        """
+        calls = list(calls)
+        ids = list(options.pop("task_ids", None) or [None] * len(calls))
+        if len(ids) != len(calls) or len({*ids} - {None}) != sum(each is not None for each in ids):
+            raise UsageError("task_ids= takes one id for each run, all of them different")
+        if options.get("transaction") is not None:
+            raise UsageError("start_many commits by itself; in a transaction, call apply_async(...) for each run")
+        new = [
+            self.prepare(saga, saga.codec.encode_call(tuple(args), {}), {**options, "task_id": run_id})[0]
+            for args, run_id in zip(calls, ids, strict=True)
+        ]
+        pages = (new[begin : begin + _PAGE] for begin in range(0, len(new), _PAGE))
+        return [result for page in pages for result in self._start_committed(saga, page)]
+
+    def _start_committed(self, saga: Saga[Any, Any], new: list[runs.Start]) -> list[SagaResult]:
         self._again_if_broken(functools.partial(self._insert, saga, new))
-        return self._poller.expect(SagaResult(self, new.id, saga))
+        return [self._poller.expect(SagaResult(self, each.id, saga)) for each in new]
 
     async def astart(
         self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
@@ -109,12 +133,14 @@ class Client:
         """Return a handle to a run."""
         return SagaResult(self, run_id, saga)
 
-    def _insert(self, saga: Saga[Any, Any], new: runs.Start) -> None:
+    def _insert(self, saga: Saga[Any, Any], new: list[runs.Start]) -> None:
+        queue = new[0].queue
         with self.pool.connection() as connection, _schema_named():
-            started, rings = runs.start_and_look(connection, [new], new.queue)
-            if not started:
-                self._compare(saga, new, runs.identity(connection, new.id))
-        self._try_to_ring(new.queue, rings)
+            started, rings = runs.start_and_look(connection, new, queue)
+            self._try_to_ring(queue, rings)
+            for each in new:
+                if each.id not in started:
+                    self._compare(saga, each, runs.identity(connection, each.id))
 
     def prepare(self, saga: Saga[Any, Any], encoded: Json, options: dict[str, Any]) -> tuple[runs.Start, Any]:
         """Return what is to be started for an encoded input and start options, and the caller's transaction if any.

@@ -42,6 +42,9 @@ class Starter(Protocol):
     def start(
         self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
     ) -> Any: ...
+    def start_many(
+        self, saga: Saga[Any, Any], calls: Iterable[tuple[Any, ...]], options: dict[str, Any]
+    ) -> list[Any]: ...
     async def astart(
         self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
     ) -> Any: ...
@@ -112,6 +115,14 @@ class Saga(Generic[P, R]):
         Raises: PayloadError, ConflictError, StoreUnavailableError; UsageError for an option that has no meaning here.
         """
         return self._starter().start(self, tuple(args or ()), kwargs or {}, options)
+
+    def start_many(self, calls: Iterable[tuple[Any, ...]], **options: Any) -> list[Any]:
+        """Start a run for each tuple of arguments, many with one commit; returns their handles in the same order.
+
+        Takes the options of `apply_async` but `transaction`, for all of them; `task_ids` instead of `task_id`.
+        Raises: as `apply_async`; then some are started, and to start all of them again with the same ids is harmless.
+        """
+        return self._starter().start_many(self, calls, options)
 
     async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Start a run without blocking the event loop; see `delay`."""

@@ -9,6 +9,7 @@ import functools
 import logging
 import threading
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
@@ -98,6 +99,13 @@ class Orchestrator:
         """Start a run; see `Client.start`."""
         self._refuse_eager(saga)
         return self.client.start(saga, args, kwargs, options)
+
+    def start_many(
+        self, saga: Saga[Any, Any], calls: Iterable[tuple[Any, ...]], options: dict[str, Any]
+    ) -> list[SagaResult]:
+        """Start many runs; see `Client.start_many`."""
+        self._refuse_eager(saga)
+        return self.client.start_many(saga, calls, options)
 
     async def astart(
         self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]

@@ -45,6 +45,37 @@ def runs(sql_of: psycopg.Connection[Any], prefix: str) -> list[str]:
     return [run_id for (run_id,) in rows]
 
 
+# -- many at once ------------------------------------------------------------------------------------------------------
+def test_many_runs_start_together_and_starting_them_again_starts_none(
+    world: World, sql_of: psycopg.Connection[Any]
+) -> None:
+    prefix = new_id()
+    calls, ids = [([A],)] * 3, [f"{prefix}-{number}" for number in range(3)]
+    results = sagas.sequence.start_many(calls, task_ids=ids, priority=3)
+    assert [result.id for result in results] == ids
+    assert [result.get(timeout=20) for result in results] == [["a done"]] * 3
+    more = sagas.sequence.start_many([*calls, ([A],)], task_ids=[*ids, f"{prefix}-3"])
+    assert [result.get(timeout=20) for result in more] == [["a done"]] * 4
+    assert [world.told(run_id) for run_id in runs(sql_of, prefix)] == [["do a"]] * 4
+    assert len({result.id for result in sagas.sequence.start_many(calls)}) == 3, "without ids every one is a new run"
+    assert sagas.sequence.start_many([]) == []
+
+
+def test_bad_calls_among_many_are_refused(sql_of: psycopg.Connection[Any]) -> None:
+    prefix = new_id()
+    first = sagas.sequence.apply_async(([A],), task_id=f"{prefix}-0")
+    with pytest.raises(ConflictError, match=first.id):
+        sagas.sequence.start_many([([A, A],), ([A],)], task_ids=[first.id, f"{prefix}-1"])
+    for ids in (["one"], ["same", "same"]):
+        with pytest.raises(UsageError, match="task_ids"):
+            sagas.sequence.start_many([([A],), ([A],)], task_ids=ids)
+    with pytest.raises(PayloadError):
+        sagas.sequence.start_many([([A],), ([Plan(name="a\0")],)], task_ids=[f"{prefix}-2", f"{prefix}-3"])
+    with pytest.raises(UsageError, match="transaction"):
+        sagas.sequence.start_many([([A],)], transaction=sql_of)
+    assert runs(sql_of, prefix) == [f"{prefix}-0", f"{prefix}-1"], "bad input starts none"
+
+
 # -- from a backend ----------------------------------------------------------------------------------------------------
 def test_the_run_id_makes_a_start_idempotent(world: World, sql_of: psycopg.Connection[Any]) -> None:
     run_id = new_id()
