@@ -232,7 +232,8 @@ class Commit:
         if self.next is not None:
             begun = {**self.next, "fence": self.next_fence}
             if held and (held[0]["row_key"] or self.wake is None):
-                held[0]["next"] = begun  # a row that goes becomes the one that comes
+                # A row that goes becomes the one that comes: its own if it is tried again, so that no two have its key.
+                next((row for row in held if row["row_key"] == begun["key"]), held[0])["next"] = begun
             else:
                 work.append(begun)
         if self.ended:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
-from orchestrator import Effect, saga, step
+import pytest
+
+from orchestrator import Effect, RetryPolicy, saga, step
 from orchestrator.store.connection import Connection
 from tests.engine.proxy import Proxy
-from tests.engine.stage import Child, start
+from tests.engine.stage import Child, start, state
 
 
 @step(effect=Effect.NONE)
@@ -27,9 +31,27 @@ async def quick(thing: str) -> None:
     await saga.step(short, thing)
 
 
+@step(effect=Effect.NONE, retry=RetryPolicy(timedelta(0), 1.0, timedelta(0), 2))
+def shaky(thing: str) -> str:
+    TRIED.append(thing)
+    if TRIED.count(thing) == 1:
+        raise ConnectionError(thing)
+    return thing
+
+
+@saga.define
+async def side_by_side(thing: str) -> None:
+    await asyncio.gather(
+        saga.step(short, "first"), saga.step(short, thing), saga.step(shaky, "a"), saga.step(shaky, "b")
+    )
+
+
 @saga.define
 async def slow(thing: str) -> None:
     await saga.step(long, thing)
+
+
+TRIED: list[str] = []
 
 
 def begun_beside(child: Child, connection: Connection, task: str) -> list[int]:
@@ -52,6 +74,19 @@ def test_steps_that_are_known_to_be_short_are_begun_together(child: Child, conne
         start(connection, quick, name, run_id=name)
     child.drain()
     assert seen[:3] == [3, 3, 3]
+
+
+def test_attempts_that_are_tried_again_at_once_keep_their_own_rows(
+    child: Child, connection: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not the row of another outcome of its run: as long as its own is there, there would be two of its key."""
+    TRIED.clear()
+    for task in (short, shaky):
+        child.drainer._recent_s[task.name] = 0.001
+    start(connection, side_by_side, "x")
+    child.drain()
+    assert (sorted(TRIED), state(connection)) == (["a", "a", "b", "b"], "completed")
+    assert "could not be committed together" not in caplog.text
 
 
 def test_nothing_that_is_begun_waits_behind_a_long_step(child: Child, connection: Connection) -> None:

@@ -23,6 +23,7 @@ class Rules:
     give_back: bool = True  # 6: what the dead had begun is given back
     undo_unknown: bool = True  # a step that ends in doubt is undone
     ring_for_due: bool = True  # the pump rings only if something is due
+    wait_until_quiet: bool = True  # an undo waits for the deadline of an attempt whose process may live
     note_late: bool = True  # a refused success is written down, and undone if it was decided without it
     provider_remembers: bool = True  # the contract of a compensation: a "do" after its undo is refused
 
@@ -37,6 +38,7 @@ class Bounds:
     attempts: int = 2
     crashes_after_effect: bool = True
     in_doubt: bool = True  # whether an attempt that runs may end in doubt
+    deadlines: bool = False  # whether an attempt is without effect once its deadline has passed
 
 
 class Step(NamedTuple):
@@ -70,6 +72,7 @@ class Worker(NamedTuple):
     did: str = ""
     paused: bool = False
     stale: bool = False
+    spent: bool = False  # its deadline has passed
 
 
 class State(NamedTuple):
@@ -137,6 +140,8 @@ class Protocol:
     def _worker(self, state: State, n: int, worker: Worker) -> Iterator[Move]:
         if worker.paused:
             yield Move(f"{_name(worker)} goes on", _put(state, n, worker._replace(paused=False)))
+            if self.bounds.deadlines and self._is_lost(state, worker):
+                yield Move(f"the deadline of {_name(worker)} passes", _put(state, n, worker._replace(spent=True)))
         elif worker.doing == "dead":
             yield Move("a worker is started again", _put(state, n, Worker()))
         elif worker.doing == "":
@@ -153,10 +158,23 @@ class Protocol:
         """A doorbell: reserve the turn, or begin what is due.  A reservation keeps nobody away for long."""
         if state.turn_due:
             yield Move("a worker reserves the turn", _put(state, n, Worker("turn")))
-        elif state.work is not None and not state.work.begun:
+        elif self._can_begin(state):
+            assert state.work is not None
             yield Move(f"a worker begins {_work(state.work)}", self._begin(state, n))
         else:
             yield Move("a worker finds nothing to do", state)
+
+    def _can_begin(self, state: State) -> bool:
+        """Whether there is work that is due: an undo is not, as long as an attempt may still be at work."""
+        if state.work is None or state.work.begun:
+            return False
+        waits = self.bounds.deadlines and self.rules.wait_until_quiet and state.work.role == "undo"
+        return not (waits and any(self._is_lost(state, worker) for worker in state.workers))
+
+    def _is_lost(self, state: State, worker: Worker) -> bool:
+        """Whether an attempt was taken from a worker that lives, and its deadline has not passed."""
+        outside = (worker.doing, worker.step, worker.spent) == ("do", 0, False)
+        return outside and not self._holds(state, worker)
 
     def _begin(self, state: State, n: int) -> State:
         work = state.work
@@ -184,6 +202,9 @@ class Protocol:
             return
         if worker.doing == "do" and state.steps[0].begun < worker.attempt:
             state = state._replace(wrong="an effect before its intent")
+        if worker.spent:
+            yield Move(f"{_name(worker)} is too late", _put(state, n, worker._replace(did="in doubt")))
+            return
         for did, effect in self._outcomes(state, worker.doing):
             told = f"{_name(worker)} runs it: {did}, the effect is {effect}"
             yield Move(told, _put(state._replace(effect=effect), n, worker._replace(did=did)))
@@ -255,8 +276,9 @@ class Protocol:
             yield Move(told, state)
             return
         yield Move(f"{told}, and rings for {_work(state.work)}", _ring(state))
-        idle = state.workers.index(Worker())
-        yield Move(f"{told}, and begins {_work(state.work)}", self._begin(state, idle))
+        if self._can_begin(state):
+            idle = state.workers.index(Worker())
+            yield Move(f"{told}, and begins {_work(state.work)}", self._begin(state, idle))
 
     # -- what a turn decides -------------------------------------------------------------------------------------------
     def _advance(self, state: State) -> State:
@@ -364,7 +386,7 @@ class Protocol:
     # -- the pump and the companion ------------------------------------------------------------------------------------
     def _pump(self, state: State) -> Iterator[Move]:
         if self.rules.ring_again:
-            due = state.turn_due or (state.work is not None and not state.work.begun)
+            due = state.turn_due or self._can_begin(state)
             if (due or not self.rules.ring_for_due) and not state.bells:
                 yield Move("the pump rings", state._replace(bells=1))
             if state.arrivals and not state.turn_due:

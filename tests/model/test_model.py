@@ -97,6 +97,20 @@ def test_a_late_success_that_is_not_noted_is_left_behind_if_the_provider_forgets
     assert_needed(Rules(provider_remembers=False, note_late=False), FORGETFUL, "neither kept nor undone")
 
 
+DEADLINES = Bounds(faults=2, cancels=0, deadlines=True)
+"""Workers that are late and die; but whatever an attempt does, it does before its deadline."""
+
+
+def test_an_undo_that_waits_for_the_deadline_is_not_overtaken_though_the_provider_forgets() -> None:
+    found = explore(Rules(provider_remembers=False), DEADLINES)
+    assert not found.wrong, str(found)
+
+
+def test_an_undo_that_does_not_wait_is_overtaken_if_the_provider_forgets() -> None:
+    rules = Rules(provider_remembers=False, wait_until_quiet=False)
+    assert_needed(rules, DEADLINES, "neither kept nor undone")
+
+
 def test_a_provider_that_forgets_and_a_late_worker_that_dies_is_what_is_not_promised() -> None:
     """Therefore the contract of a compensation: it remembers that it ran, and refuses a "do" that comes after it."""
     bounds = Bounds(faults=2, cancels=0, in_doubt=False)
