@@ -306,6 +306,15 @@ def test_outcomes_of_one_run_are_one_turn(connection: Connection) -> None:
     assert work_of(connection) == [("r", "d", 5)]
 
 
+def test_attempts_among_others_are_tried_again_later(connection: Connection, three: list[str]) -> None:
+    again = [
+        turn(1, run_id=name, done=[("k", n)], work=[{**asked("k"), "attempt": 1, "due": "2036-01-01T00:00:00+00:00"}])
+        for n, name in enumerate(three, 1)
+    ]
+    assert sorted(turns.commit_turns(connection, again)) == three
+    assert work_of(connection) == [(name, "k", None) for name in three]
+
+
 def test_an_end_among_others_waits_for_what_was_left_meanwhile(connection: Connection, three: list[str]) -> None:
     turns.leave_arrival(connection, "b", {"e": "cancel"})
     ((arrival_id, *_),) = rows(connection, "arrivals")

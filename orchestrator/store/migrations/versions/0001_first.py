@@ -415,6 +415,7 @@ BEGIN
             ) AS a LEFT JOIN LATERAL (
                 SELECT v_now AS at, p_incarnation AS incarnation, p_child AS child
             ) AS b ON a.fence IS NOT NULL
+            WHERE (SELECT count(*) FROM gone) >= 0 -- the row of an attempt goes before that of the next one comes
         ), noted AS (
             -- 3. The journal, and what it has taken in.
             INSERT INTO orchestrator.journal (run_id, seq, at, entries)
