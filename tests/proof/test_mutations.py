@@ -7,44 +7,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator import Effect, Rejected, RetryPolicy, saga, step
+from orchestrator import Effect
 from orchestrator.engine import advance, commit, drain
 from orchestrator.engine.advance import Advancer
 from orchestrator.machine.decide import Decisions
 from orchestrator.machine.fold import Fold, Step
-from orchestrator.machine.journal import AttemptEnded, Cancel, Settled, encode
+from orchestrator.machine.journal import Settled
 from orchestrator.machine.states import Backward, Forward
 from orchestrator.store import liveness, turns
 from orchestrator.store.connection import Connection, open_connection
 from orchestrator.store.turns import Taken
-from tests.engine.stage import Child
-from tests.proof import effects
 from tests.proof.company import Company
-from tests.proof.effects import EffectLog
-from tests.proof.town import give_back, order, visit
-
-TIMEOUT_S = 310  # a little more than an attempt may take: only then its undo may begin, if its process may live
-
-
-@step(compensate=give_back, retry=RetryPolicy(timedelta(0), 1.0, timedelta(0), 2))
-def pay(name: str) -> str:
-    """Pay all that there is: who pays again is refused for lack of funds, and does not know that it was itself."""
-    log = EffectLog.of_environment()
-    if effects.read(log.path):
-        raise Rejected("no funds")
-    log.effect()
-    return "paid"
-
-
-@saga.define(name="tests.purchase")
-async def purchase(name: str) -> None:
-    await saga.step(pay, name)
+from tests.proof.stories import (
+    STORIES,
+    Story,
+    a_doorbell_is_lost,
+    a_run_goes_back,
+    a_step_hangs,
+    a_step_kills_each_worker,
+    a_step_stays_in_doubt,
+    a_transaction_is_late,
+    a_worker_dies_after_the_effect,
+    a_worker_dies_in_a_step,
+    a_worker_is_late,
+    a_worker_is_late_in_the_middle,
+    an_effect_comes_after_the_end,
+    an_effect_comes_while_it_is_undone,
+    the_author_of_an_arrival_dies,
+)
 
 
 @pytest.fixture
@@ -53,160 +48,6 @@ def company(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         company = Company(database_url, connection, tmp_path / "effects", monkeypatch)
         yield company
         company.close()
-
-
-# -- stories: each goes well, in spite of what happens in it -----------------------------------------------------------
-def a_doorbell_is_lost(company: Company) -> None:
-    company.hire()
-    company.start(visit, ["a"])
-    company.lose_the_bells()
-    company.work()
-
-
-def a_worker_dies_in_a_step(company: Company) -> None:
-    company.kill_at(company.hire(), "take")
-    company.start(visit, ["a"])
-    company.work(2)
-    company.hire()
-    company.work()
-
-
-def a_step_kills_each_worker(company: Company) -> None:
-    """Until its attempts are used up."""
-    for _ in range(6):
-        company.kill_at(company.hire(), "take#0")
-    company.start(visit, ["a"])
-    company.work()
-    company.pass_time(TIMEOUT_S)
-    company.work()
-
-
-def a_worker_is_late(company: Company) -> None:
-    slow, quick = company.hire(), company.hire()
-    company.overtake(slow, "take#0", quick.drain)
-    company.start(visit, ["a", "b"])
-    slow.drain()
-    company.work()
-
-
-def a_worker_is_late_in_the_middle(company: Company) -> None:
-    slow, quick = company.hire(), company.hire()
-    company.start(visit, ["a", "b"])
-    company.overtake_in_the_middle(slow, quick, "take#0")
-    company.work()
-
-
-def _cancel(company: Company) -> None:
-    """Stop the run, and let the time pass after which nothing of an attempt can land."""
-    order(company.connection, "run", Cancel("ann", ""))
-    company.pass_time(TIMEOUT_S)
-
-
-def an_effect_comes_while_it_is_undone(company: Company) -> None:
-    slow, quick = company.hire(), company.hire()
-    company.start(visit, ["a"])
-    company.overtake_in_the_middle(slow, quick, "take#0", "undo", first=lambda: _cancel(company))
-    company.work()
-
-
-def an_effect_comes_after_the_end(company: Company) -> None:
-    slow, quick = company.hire(), company.hire()
-
-    def cancel() -> None:
-        _cancel(company)
-        quick.drain()
-
-    company.overtake(slow, "take#0", cancel)
-    company.start(visit, ["a"])
-    slow.drain()
-    company.work()
-
-
-def a_transaction_is_late(company: Company) -> None:
-    slow, quick = company.hire(), company.hire()
-    company.start(visit, ["w"])
-    company.overtake_in_the_middle(slow, quick, "write_down")
-    company.work()
-
-
-def a_worker_dies_after_the_effect(company: Company) -> None:
-    company.kill_at(company.hire(), "pay", after=True)
-    company.start(purchase, "a")
-    company.work(2)
-    company.hire()
-    company.work()
-    company.pass_time(TIMEOUT_S)
-    company.work()
-
-
-def a_step_stays_in_doubt(company: Company) -> None:
-    company.hire()
-    company.start(visit, ["silent", "a"])
-    company.work()
-
-
-def a_run_goes_back(company: Company) -> None:
-    company.hire()
-    company.start(visit, ["a", "w", "b", "bad"])
-    company.work()
-
-
-def _begin(company: Company, child: Child) -> Taken:
-    """Take the first turn and begin the step that it asks for, and do no more."""
-    child.runner.before = _stop
-    with pytest.raises(KeyboardInterrupt):
-        child.drain()
-    child.runner.before = lambda taken: None
-    (taken,) = turns.held(company.connection, child.incarnation, child.number)
-    return taken
-
-
-def _stop(taken: Taken) -> None:
-    raise KeyboardInterrupt
-
-
-def a_step_hangs(company: Company) -> None:
-    """In a worker that lives: its companion renews the lease for ever."""
-    hung = company.hire()
-    company.start(visit, ["a"])
-    _begin(company, hung)
-    company.hung.append(hung)
-    company.hire()
-    company.pass_time(TIMEOUT_S)
-    company.work()
-
-
-def the_author_of_an_arrival_dies(company: Company) -> None:
-    """An outcome that could not be taken into a turn at once, and whoever left it is gone."""
-    author = company.hire()
-    company.start(visit, ["a"])
-    taken = _begin(company, author)
-    company.log.append("run", taken.key, 1)
-    outcome = AttemptEnded(taken.key, "do", 1, "succeeded", "a!", worker="gone", began=datetime.now(UTC).isoformat())
-    assert taken.fence is not None
-    assert turns.arrive(company.connection, "run", taken.key, taken.fence, encode(outcome))
-    author.close()
-    company.living.remove(author)
-    company.hire()
-    company.work()
-
-
-Story = Callable[[Company], None]
-STORIES: list[Story] = [
-    a_doorbell_is_lost,
-    a_worker_dies_in_a_step,
-    a_step_kills_each_worker,
-    a_worker_is_late,
-    a_worker_is_late_in_the_middle,
-    an_effect_comes_while_it_is_undone,
-    an_effect_comes_after_the_end,
-    a_transaction_is_late,
-    a_worker_dies_after_the_effect,
-    a_step_stays_in_doubt,
-    a_run_goes_back,
-    a_step_hangs,
-    the_author_of_an_arrival_dies,
-]
 
 
 @pytest.mark.parametrize("story", STORIES)
