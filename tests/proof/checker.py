@@ -13,7 +13,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def check(
     places: Mapping[str, Place] | None = None,
     canaries: Sequence[str] = (),
     baseline: Baseline | None = None,
-    pids: Iterable[int] = (),
+    pids: Collection[int] = (),
     allowance: Levels = ALLOWANCE,
     before: Report | None = None,
     seen: Seen | None = None,

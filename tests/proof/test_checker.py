@@ -27,9 +27,12 @@ from tests.proof.checker import (
     wait_until_settled,
 )
 from tests.proof.conftest import Place
+from tests.proof.levels import measure
 from tests.proof.plants import PLANTS, TAKE, Plant, checked, leave_an_arrival, start_one_that_nobody_takes, without
 
-NO_ALLOWANCE = Levels()
+# Postgres takes its time to count what tests before left, and to end connections that are closed.
+CONNECTIONS_ONLY = Levels(dead_tuples=1_000_000)
+OTHERS = Levels(dead_tuples=1_000_000, connections=100)
 
 
 def test_where_every_promise_was_kept_nothing_is_found(place: Place) -> None:
@@ -80,39 +83,43 @@ def test_without_the_trouble_of_the_test_itself_the_town_does_not_pass(place: Pl
 
 # -- what piles up -----------------------------------------------------------------------------------------------------
 def test_connections_that_stay_open_are_found(place: Place) -> None:
+    until(lambda: measure(place.database_url).connections == 0, "earlier connections are gone")
     baseline = Baseline.take(place.database_url)
-    assert checked(place, baseline=baseline, allowance=NO_ALLOWANCE).ok
+    assert checked(place, baseline=baseline, allowance=CONNECTIONS_ONLY).ok
     with psycopg.connect(place.database_url):
-        report = checked(place, baseline=baseline, allowance=NO_ALLOWANCE)
+        report = checked(place, baseline=replace(baseline, within_s=0), allowance=CONNECTIONS_ONLY)
     assert report.names == {"connections did not come back"}
 
 
 def test_messages_and_memory_that_grow_are_found(place: Place) -> None:
     waiting = [0]
-    baseline = Baseline.take(place.database_url, messages=lambda: waiting[0], pids=[])
+    baseline = Baseline.take(place.database_url, messages=lambda: waiting[0], within_s=0)
     waiting[0] = 9
-    found = {v.name for v in baseline.compare(pids=[os.getpid()], allowance=NO_ALLOWANCE)}
+    found = {v.name for v in baseline.compare(pids=[os.getpid()], allowance=OTHERS)}
     assert found == {"messages did not come back", "memory bytes did not come back"}
-    assert not list(baseline.compare(allowance=Levels(messages=9)))
+    assert not baseline.compare(allowance=replace(OTHERS, messages=9))
 
 
 def test_rows_that_pile_up_are_found(place: Place) -> None:
-    baseline = Baseline.take(place.database_url)
+    baseline = Baseline.take(place.database_url, within_s=0)
     start_one_that_nobody_takes(place)
     leave_an_arrival(place)
     place.execute("INSERT INTO orchestrator.drainers VALUES (1, 1, '{}')")
-    found = {v.name for v in baseline.compare(allowance=NO_ALLOWANCE)}
+    found = {v.name for v in baseline.compare(allowance=OTHERS)}
     assert found == {"work did not come back", "arrivals did not come back", "marks did not come back"}
 
 
 def test_dead_tuples_that_stay_are_found(place: Place) -> None:
-    baseline = Baseline.take(place.database_url)
+    baseline = Baseline.take(place.database_url, within_s=0)
     with psycopg.connect(place.database_url, autocommit=True) as connection:
         connection.execute("ALTER TABLE orchestrator.runs SET (autovacuum_enabled = off)")
         for _ in range(3):
             connection.execute("UPDATE orchestrator.runs SET priority = 0")
-    found = until(lambda: {v.name for v in baseline.compare(allowance=NO_ALLOWANCE)}, "dead tuples are counted")
-    assert found == {"dead tuples did not come back"}
+
+    def counted() -> bool:
+        return "dead tuples did not come back" in {v.name for v in baseline.compare(allowance=Levels())}
+
+    assert until(counted, "dead tuples are counted")
 
 
 # -- around it ---------------------------------------------------------------------------------------------------------
