@@ -5,6 +5,8 @@ Nothing here is sampled: within the bounds every order of every move is looked a
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.model.explore import Explored, explore
@@ -95,6 +97,10 @@ def test_a_late_success_that_is_noted_is_undone_though_the_provider_forgets() ->
 
 def test_a_late_success_that_is_not_noted_is_left_behind_if_the_provider_forgets() -> None:
     assert_needed(Rules(provider_remembers=False, note_late=False), FORGETFUL, "neither kept nor undone")
+
+
+def test_a_late_worker_that_reports_no_success_is_what_is_not_promised_either() -> None:
+    assert_needed(Rules(provider_remembers=False), replace(FORGETFUL, in_doubt=True), "neither kept nor undone")
 
 
 DEADLINES = Bounds(faults=2, cancels=0, deadlines=True)
