@@ -54,6 +54,8 @@ def hunt(seeds: range, url: str, folder: Path, sessions: Sessions, arguments: ar
         verdict = simulation.play()
         happened += verdict.happened
         states += verdict.states
+        if len(seeds) > 1 and (seed - seeds.start) % 100 == 99:
+            print(f"{seed - seeds.start + 1} seeds in {time.monotonic() - began:.0f} s", flush=True)
         if verdict.broken:
             failed.append(seed)
             print(f"seed {seed}:", *verdict.broken, sep="\n    ", flush=True)

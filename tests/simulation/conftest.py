@@ -30,7 +30,7 @@ def play(_postgres_url: str, _template: str, tmp_path_factory: pytest.TempPathFa
     name = f"simulation_{uuid.uuid4().hex}"
     database_url, folder = _with_path(_postgres_url, name), tmp_path_factory.mktemp("simulation")
     with psycopg.connect(_postgres_url, autocommit=True) as connection:
-        connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{_template}"')  # type: ignore[call-overload]
+        connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{_template}"')
         prepare(database_url)
         sessions = Sessions()
 
@@ -40,7 +40,7 @@ def play(_postgres_url: str, _template: str, tmp_path_factory: pytest.TempPathFa
 
         yield played
         sessions.close()
-        connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')  # type: ignore[call-overload]
+        connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
 @pytest.fixture

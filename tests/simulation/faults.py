@@ -100,7 +100,7 @@ class Faults:
         return node is not None and self._stop(node.beside)
 
     def _stop(self, *processes: Process) -> bool:
-        until = self._simulation.scheduler.monotonic + self._random.choice([0.2, 1.0, 4.0, 12.0])
+        until = self._simulation.scheduler.monotonic + self._random.choice([0.2, 1.0, 4.0, 7.0])
         for process in processes:
             process.stop(until)
         return True

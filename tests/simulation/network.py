@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import select
 import time
+from collections import Counter
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -44,7 +45,10 @@ class Line(psycopg.Connection[Any]):
     kind = ""
 
     def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
-        self.saying = " ".join(str(query).split())[:60]
+        self.saying = _shortened(str(query))
+        if "commit_turns_1" in self.saying:
+            self.network.happened["turns that shared a statement"] += args[0][0].count('"run":') > 1
+        self.network.happened["fence taken anew"] += "SET fence" in self.saying
         return super().execute(query, *args, **kwargs)
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
@@ -79,6 +83,7 @@ class Network:
         self.kill: Callable[[Process], None] = scheduler.doom
         self.down_until = 0.0
         self.deadlocks = 0
+        self.happened: Counter[str] = Counter()
         self.round_trips = 0
         self._lines: list[Line] = []
         self._sessions = sessions
@@ -269,6 +274,11 @@ class _Waiting:
             if self._network.ask("SELECT pg_blocking_pids(%s) <> '{}'", self._line.pgconn.backend_pid)[0]:
                 return False
         raise AssertionError("the server does not answer")
+
+
+@functools.cache
+def _shortened(query: str) -> str:
+    return " ".join(query.split())[:60]
 
 
 def _what(gen: Any) -> str:

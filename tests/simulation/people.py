@@ -5,6 +5,7 @@ Owns what is acknowledged: a start that returned.  An operator tells the truth, 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from random import Random
@@ -40,7 +41,7 @@ class People:
     def open_backends(self) -> None:
         """Let a backend start each run, most of them at once."""
         for run in self._runs:
-            self._as_process(f"backend {run[0]}", lambda client, run=run: self._start(client, *run))
+            self._as_process(f"backend {run[0]}", functools.partial(self._start, run))
 
     def _as_process(self, name: str, act: Callable[[Client], None]) -> None:
         scheduler, broker = self._simulation.scheduler, self._simulation.broker
@@ -61,7 +62,8 @@ class People:
         process.on_death.append(leave)
         scheduler.spawn(process, name, run)
 
-    def _start(self, client: Client, run_id: str, program: Program, options: dict[str, Any]) -> None:
+    def _start(self, run: tuple[str, Program, dict[str, Any]], client: Client) -> None:
+        run_id, program, options = run
         after_s, in_transaction = options.pop("after_s"), options.pop("in_transaction")
         scheduler = self._simulation.scheduler
         scheduler.wait(after_s)

@@ -48,7 +48,7 @@ def jot(n: int) -> int:
 def haul(n: int) -> int:
     for part in range(3):
         _provider[0].rest(0.4)
-        step.heartbeat(part)
+        step.current().heartbeat(part)
     _provider[0].do(n)
     return n
 

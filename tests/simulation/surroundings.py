@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -68,7 +69,7 @@ def surrounded(simulation: Simulation) -> Iterator[None]:
             (companion, "monotonic", monotonic),
             (companion, "is_alive", simulation.pids.__contains__),
             (companion, "_is_process", simulation.pids.__contains__),
-            (companion, "os", SimpleNamespace(kill=kill, path=companion.os.path)),
+            (companion, "os", SimpleNamespace(kill=kill, path=os.path)),
             (lease, "is_alive", simulation.pids.__contains__),
             (_declared, "_router", lambda name: ""),
             (_declared, "_routes", {}),

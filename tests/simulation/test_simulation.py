@@ -17,6 +17,7 @@ MUST_HAPPEN = {
     *("doorbell dropped", "doorbell doubled", "doorbell late"),
     *("step rejected", "step failed before its effect", "step failed after its effect", "step timed out"),
     *("step overran its time", "cancel", "terminate", "retry", "skip", "resolve"),
+    *("turns that shared a statement", "fence taken anew"),
     *("effects", "fenced", "redispatches", "late success", "correcting run", "parked"),
 }
 MUST_BE_REACHED = {"completed", "failed", "compensated", "cancelled", "terminated"}

@@ -129,9 +129,11 @@ class Child:
 
     def _answer(self) -> None:
         world = self.node.world
-        while not self.node.stopping:
+        while True:
             world.scheduler.wait(1e9, lambda: self.node.stopping or world.broker.has(self.node.queues))
-            if self.node.stopping or not world.broker.take(self.node.queues):
+            if self.node.stopping:
+                break
+            if not world.broker.take(self.node.queues):
                 continue
             self.busy = True
             try:

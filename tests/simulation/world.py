@@ -83,7 +83,8 @@ class Simulation:
     def _runs(self) -> list[tuple[str, Program, dict[str, Any]]]:
         programs = Programs(self.random)
         runs = []
-        for number in range(self.random.randint(2, 5)):
+        burst = self.random.random() < 0.15
+        for number in range(self.random.randint(5, 8) if burst else self.random.randint(2, 5)):
             options: dict[str, Any] = {
                 "after_s": self.random.choice([0, 0, 0, 0.3, 2.0]),
                 "in_transaction": self.random.random() < 0.2,
@@ -95,7 +96,7 @@ class Simulation:
             if self.random.random() < 0.2:
                 options["deadline"] = self.random.choice([0.5, 3.0, 3000.0, 6000.0])
             run_id = f"run-{number}"
-            self.programs[run_id] = programs.draw()
+            self.programs[run_id] = programs.draw(short=burst)
             runs.append((run_id, self.programs[run_id], options))
         return runs
 
@@ -106,10 +107,11 @@ class Simulation:
             "pump_interval": timedelta(seconds=self.random.choice([1.0, 1.9])),
             "lease": timedelta(seconds=3),
         }
+        unhurried = {**settings, "pump_interval": timedelta(seconds=2.8)}
         nodes = [Node(self, "one", queues=["a", "b"], slots=self.random.choice([1, 2]), knows_saga=True, **settings)]
         queues = self.random.choice([["a"], ["b"], ["a", "b"]])
         knows = self.random.random() < 0.8
-        nodes.append(Node(self, "two", queues=queues, slots=1, knows_saga=knows, **settings))
+        nodes.append(Node(self, "two", queues=queues, slots=1, knows_saga=knows, **unhurried))
         return nodes
 
     def _note(self, line: str) -> None:
@@ -170,7 +172,7 @@ class Simulation:
         self.network.fate, self.network.kill = self.faults.fate, self.killed
         self.scheduler.on_move.append(self.faults.after_move)
         self.broker.trouble = self.random.choice([0.0, 0.1, 0.5]) if not self.faults.over else 0.0
-        until = self.scheduler.monotonic + 25.0
+        until = self.scheduler.monotonic + 15.0
         while self.scheduler.monotonic < until and not self.faults.over:
             self._move()
             if self._is_quiet() and self._settled():
@@ -217,7 +219,7 @@ class Simulation:
         for run_id in parked:
             self.people.mend(run_id)
         (seconds,) = self.network.ask(_NEXT)
-        if not parked and seconds is not None and seconds > 3.0:
+        if not parked and seconds is not None and seconds > 0.3:
             self.scheduler.jump(seconds)
             self.network.show_time()
 
@@ -242,7 +244,13 @@ class Simulation:
         if self.network.deadlocks:
             broken.append(f"{self.network.deadlocks} deadlocks")
         states = {name.removeprefix("state "): n for name, n in report.seen.items() if name.startswith("state ")}
-        happened = self.faults.happened + self.broker.happened + self.provider.happened + self.people.done
+        happened = (
+            self.faults.happened
+            + self.network.happened
+            + self.broker.happened
+            + self.provider.happened
+            + self.people.done
+        )
         happened += Counter({name: report.seen[name] for name in ("fenced", "redispatches", "effects", "runs")})
         happened += Counter(dict(self._entries))
         return Verdict(self.seed, broken, happened, Counter(states), self._schedule.hexdigest())
