@@ -5,16 +5,13 @@ The world keeps what really happened at the provider, apart from the machine, so
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
 from hypothesis import strategies as st
 
 from orchestrator import saga
-from orchestrator.errors import StepFailed
 from orchestrator.machine.fold import RunInfo
 from orchestrator.machine.journal import AttemptEnded, Cancel, Json, LateSuccess, Operate, Work
 from orchestrator.machine.states import TERMINAL, RunState
@@ -22,6 +19,7 @@ from orchestrator.machine.turn import Turn
 from orchestrator.testing.rehearsal import Rehearsal
 from orchestrator.testing.stubs import Call, Cast
 from tests.machine import steps
+from tests.machine.programs import Language, Program
 from tests.machine.stage import T0
 
 STEPS = {
@@ -30,105 +28,14 @@ STEPS = {
 } | {"settle": steps.settle, "capture": steps.capture}
 UNDOABLE = {"charge", "reserve", "wire", "careful"}
 
-Program = list[Any]
+LANGUAGE = Language(STEPS)
 
 
 # -- programs ------------------------------------------------------------------------------------------------------
 @saga.define(name="tests.chaos")
 async def chaos(program: Any) -> Any:
-    return await _perform(program)
+    return await LANGUAGE.perform(program)
 
-
-async def _perform(program: Program) -> Any:
-    kind, *parts = program
-    return await _KINDS[kind](*parts)
-
-
-async def _step(name: str, n: int) -> Any:
-    return await saga.step(STEPS[name], n)
-
-
-async def _sequence(programs: list[Program]) -> Any:
-    return [await _perform(program) for program in programs]
-
-
-async def _gather(programs: list[Program]) -> Any:
-    return await asyncio.gather(*map(_perform, programs))
-
-
-async def _group(programs: list[Program]) -> Any:
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_perform(program)) for program in programs]
-    except BaseExceptionGroup as error:
-        raise error.exceptions[0] from None
-    return [task.result() for task in tasks]
-
-
-async def _tolerant(program: Program) -> Any:
-    try:
-        return await _perform(program)
-    except StepFailed as error:
-        return error.outcome
-    except ValueError:
-        return "the saga's own"
-
-
-async def _sleep(seconds: int) -> None:
-    await saga.sleep(timedelta(seconds=seconds))
-
-
-async def _timeout(seconds: int, program: Program) -> Any:
-    try:
-        async with asyncio.timeout(seconds):
-            return await _perform(program)
-    except TimeoutError:
-        return "timeout"
-
-
-async def _wait_for(seconds: int, program: Program) -> Any:
-    try:
-        return await asyncio.wait_for(_perform(program), seconds)
-    except TimeoutError:
-        return "timeout"
-
-
-async def _first(programs: list[Program]) -> Any:
-    done, pending = await saga.wait([_perform(p) for p in programs], return_when=asyncio.FIRST_COMPLETED)
-    for task in pending:
-        task.cancel()
-    return [task.result() for task in done]
-
-
-async def _background(name: str, n: int, seconds: int) -> None:
-    saga.step(STEPS[name], n)
-    await asyncio.sleep(seconds)
-
-
-async def _fickle(name: str, n: int, seconds: int) -> None:
-    request = saga.step(STEPS[name], n)
-    await asyncio.sleep(seconds)
-    request.cancel()
-
-
-async def _fail() -> None:
-    raise ValueError("the saga's own")
-
-
-_KINDS: dict[str, Callable[..., Any]] = {
-    "step": _step,
-    "sequence": _sequence,
-    "gather": _gather,
-    "group": _group,
-    "tolerant": _tolerant,
-    "sleep": _sleep,
-    "timeout": _timeout,
-    "wait_for": _wait_for,
-    "first": _first,
-    "background": _background,
-    "fickle": _fickle,
-    "fail": _fail,
-}
 
 _seconds = st.integers(0, 12)
 _names = st.sampled_from(sorted(STEPS))

@@ -1,0 +1,71 @@
+"""Play seeds by hand: ``python -m tests.simulation --seed 7 --verbose`` prints the schedule of one.
+
+``--from 1000 --count 5000`` hunts; it prints the seeds that fail, and exits with 1 if there were any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+from orchestrator import embedded, store
+from tests.simulation.database import empty, prepare
+from tests.simulation.network import Sessions
+from tests.simulation.world import Simulation
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--from", type=int, default=1, dest="first")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--verbose", action="store_true", help="print the schedule")
+    parser.add_argument("--keep-going", action="store_true", help="do not end at the first seed that fails")
+    arguments = parser.parse_args()
+    seeds = range(arguments.first, arguments.first + arguments.count)
+    if arguments.seed is not None:
+        seeds = range(arguments.seed, arguments.seed + 1)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simulation-")))
+        url = os.environ.get("ORCHESTRATOR_TEST_DATABASE_URL")
+        url = url or stack.enter_context(embedded.start(folder)).database_url
+        store.migrate(url)
+        prepare(url)
+        sessions = Sessions()
+        stack.callback(sessions.close)
+        return hunt(seeds, url, folder, sessions, arguments)
+
+
+def hunt(seeds: range, url: str, folder: Path, sessions: Sessions, arguments: argparse.Namespace) -> int:
+    failed: list[int] = []
+    happened: Counter[str] = Counter()
+    states: Counter[str] = Counter()
+    began = time.monotonic()
+    for seed in seeds:
+        empty(url)
+        tell = print if arguments.verbose else None
+        simulation = Simulation(seed, url, folder / "effects", sessions, tell)
+        verdict = simulation.play()
+        happened += verdict.happened
+        states += verdict.states
+        if len(seeds) > 1 and (seed - seeds.start) % 100 == 99:
+            print(f"{seed - seeds.start + 1} seeds in {time.monotonic() - began:.0f} s", flush=True)
+        if verdict.broken:
+            failed.append(seed)
+            print(f"seed {seed}:", *verdict.broken, sep="\n    ", flush=True)
+            if not arguments.keep_going:
+                break
+    seconds = time.monotonic() - began
+    print(f"{len(seeds)} seeds in {seconds:.1f} s; failed: {failed}")
+    print(", ".join(f"{name} {count}" for name, count in sorted((happened + states).items()) if "once" not in name))
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

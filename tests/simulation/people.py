@@ -1,0 +1,134 @@
+"""Those who start runs, and those who give orders: the real client, from processes that can die as any other.
+
+Owns what is acknowledged: a start that returned.  An operator tells the truth, also when it is a guess to the engine.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from orchestrator.client import Client
+from orchestrator.errors import StoreUnavailableError, UnknownRunError, UsageError
+from orchestrator.settings import Settings
+from tests.machine.programs import Program
+from tests.simulation.scheduler import Process
+from tests.simulation.steps import simulated
+
+if TYPE_CHECKING:
+    from tests.simulation.world import Simulation
+
+_ORDERS = ("cancel", "cancel", "terminate", "retry", "skip", "resolve")
+
+
+class People:
+    """Backends that start runs, and operators."""
+
+    def __init__(self, simulation: Simulation, random: Random, runs: list[tuple[str, Program, dict[str, Any]]]) -> None:
+        self._simulation = simulation
+        self._random = random
+        self._runs = runs
+        self.acknowledged: list[str] = []
+        self.done: Counter[str] = Counter()
+        self.busy = 0
+
+    # -- starting ------------------------------------------------------------------------------------------------------
+    def open_backends(self) -> None:
+        """Let a backend start each run, most of them at once."""
+        for run in self._runs:
+            self._as_process(f"backend {run[0]}", functools.partial(self._start, run))
+
+    def _as_process(self, name: str, act: Callable[[Client], None]) -> None:
+        scheduler, broker = self._simulation.scheduler, self._simulation.broker
+        settings = Settings.from_environment({}, database_url=self._simulation.database_url, max_connections=2)
+        process = Process(name)
+        self.busy += 1
+
+        def leave() -> None:
+            self.busy -= 1
+
+        def run() -> None:
+            client = Client(settings, broker.ring, lambda: "a")
+            act(client)
+            client.pool.close()
+            process.on_death.remove(leave)
+            leave()
+
+        process.on_death.append(leave)
+        scheduler.spawn(process, name, run)
+
+    def _start(self, run: tuple[str, Program, dict[str, Any]], client: Client) -> None:
+        run_id, program, options = run
+        after_s, in_transaction = options.pop("after_s"), options.pop("in_transaction")
+        scheduler = self._simulation.scheduler
+        scheduler.wait(after_s)
+        start = self._start_in_transaction if in_transaction else self._start_alone
+        while True:
+            try:
+                start(client, program, {**options, "task_id": run_id})
+                break
+            except (StoreUnavailableError, psycopg.OperationalError):
+                scheduler.wait(0.3)
+        self.acknowledged.append(run_id)
+
+    def _start_alone(self, client: Client, program: Program, options: dict[str, Any]) -> None:
+        client.start(simulated, (program,), {}, options)
+
+    def _start_in_transaction(self, client: Client, program: Program, options: dict[str, Any]) -> None:
+        connection = psycopg.connect(client.settings.dsn)
+        try:
+            client.start(simulated, (program,), {}, {**options, "transaction": connection})
+            connection.commit()
+        finally:
+            connection.close()
+
+    # -- orders --------------------------------------------------------------------------------------------------------
+    def order_something(self) -> bool:
+        """Let somebody order something, to the point or not; False if there is no run yet."""
+        if not self.acknowledged:
+            return False
+        run_id, order = self._random.choice(self.acknowledged), self._random.choice(_ORDERS)
+        self._as_process(f"operator of {run_id}", lambda client: self._order(client, run_id, order))
+        return True
+
+    def _order(self, client: Client, run_id: str, order: str) -> None:
+        try:
+            if order in ("cancel", "terminate"):
+                getattr(client, order)(run_id, "by chance", "ann")
+            else:
+                self._mend(client, run_id, order)
+            self.done[order] += 1
+        except (UsageError, UnknownRunError, StoreUnavailableError):
+            return
+
+    def mend(self, run_id: str) -> None:
+        """Let an operator look after a parked run."""
+        order = self._random.choice(["retry", "retry", "resolve", "skip"])
+        self._as_process(f"operator of {run_id}", lambda client: self._order(client, run_id, order))
+
+    def _mend(self, client: Client, run_id: str, order: str) -> None:
+        for item in client.outcome(run_id).parked:
+            assert isinstance(item, dict)
+            key = str(item["key"])
+            if not key:
+                if item["role"] in ("drift", "code"):
+                    self._simulation.broke(f"run {run_id} parked by {item['role']}: {item['why']}")
+                client.operate(run_id, "resolve", "", by="ann", reason="as good as done", value=[])
+            elif item["role"] == "undo" or order == "retry":
+                # An undo that is skipped leaves its effect; whoever skips it does so with open eyes.
+                client.operate(run_id, "skip" if order == "skip" else "retry", key, by="ann")
+            elif order == "skip":
+                client.operate(run_id, "skip", key, by="ann")
+            else:
+                self._resolve(client, run_id, key)
+
+    def _resolve(self, client: Client, run_id: str, key: str) -> None:
+        thing, name = self._simulation.thing_of(run_id, key)
+        there = self._simulation.provider.settle(thing)
+        value = f"{name}-{thing}" if there else None
+        client.operate(run_id, "resolve", key, by="ann", reason="looked it up", value=value, no_effect=not there)

@@ -1,0 +1,59 @@
+"""The promise under seeded trouble: whatever goes wrong, in whatever order, everything ends, and as it should."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from tests.simulation.faults import KINDS
+from tests.simulation.kept import KEPT
+from tests.simulation.verdict import Verdict
+
+Play = Callable[[int], Verdict]
+MUST_HAPPEN = {
+    *KINDS,
+    *("doorbell dropped", "doorbell doubled", "doorbell late"),
+    *("step rejected", "step failed before its effect", "step failed after its effect", "step timed out"),
+    *("step overran its time", "cancel", "terminate", "retry", "skip", "resolve"),
+    *("turns that shared a statement", "fence taken anew"),
+    *("effects", "fenced", "redispatches", "late success", "correcting run", "parked"),
+}
+MUST_BE_REACHED = {"completed", "failed", "compensated", "cancelled", "terminated"}
+ENOUGH = 200
+
+
+@pytest.mark.timeout(1800)
+def test_after_the_last_fault_everything_ends_and_every_promise_was_kept(play: Play, seeds: list[int]) -> None:
+    happened: Counter[str] = Counter()
+    states: Counter[str] = Counter()
+    broken: list[str] = []
+    for seed in seeds:
+        verdict = play(seed)
+        happened += verdict.happened
+        states += verdict.states
+        if verdict.broken:
+            broken.append(in_words(verdict))
+    assert not broken, "\n".join(broken)
+    if len(seeds) >= ENOUGH:
+        assert MUST_HAPPEN - set(happened) == set(), "a kind of trouble that this test is meant to see was not there"
+        assert MUST_BE_REACHED - set(states) == set()
+
+
+@pytest.mark.parametrize("seed", KEPT, ids=str)
+def test_seeds_that_once_failed(play: Play, seed: int) -> None:
+    verdict = play(seed)
+    assert not verdict.broken, in_words(verdict)
+
+
+def test_the_same_seed_is_the_same_story(play: Play) -> None:
+    first, second = play(3), play(3)
+    assert first.schedule == second.schedule
+
+
+def in_words(verdict: Verdict) -> str:
+    """Return what was broken, and how to see it again."""
+    again = f"pytest tests/simulation --seed {verdict.seed}"
+    schedule = f"python -m tests.simulation --seed {verdict.seed} --verbose"
+    return "\n    ".join([f"seed {verdict.seed} (again: {again}; its schedule: {schedule})", *verdict.broken])

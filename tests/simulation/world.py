@@ -1,0 +1,256 @@
+"""One seed, from its first start to the verdict: first faults, then none, and then everything must have ended.
+
+Owns the phases and what they must lead to.  Everything that the engine does here is done by the engine itself, on a
+real Postgres; the clock, the network, the broker, the processes and the provider are the simulation's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tests.machine.programs import Program
+from tests.proof.checker import NOTHING, check
+from tests.proof.effects import EffectLog
+from tests.simulation import steps
+from tests.simulation.broker import Broker
+from tests.simulation.faults import Faults
+from tests.simulation.network import Network, Sessions
+from tests.simulation.people import People
+from tests.simulation.programs import Programs
+from tests.simulation.provider import Provider
+from tests.simulation.scheduler import Scheduler
+from tests.simulation.surroundings import surrounded
+from tests.simulation.verdict import Verdict, left_at_the_provider
+from tests.simulation.workers import Node
+
+_MOST_MOVES = 60_000
+_QUIET_S = 400.0  # of time that creeps, after the last fault
+_UNSETTLED = """
+SELECT id FROM orchestrator.runs WHERE finished_at IS NULL
+UNION SELECT run_id FROM orchestrator.arrivals UNION SELECT run_id FROM orchestrator.work
+"""
+_NEXT = """
+SELECT extract(epoch FROM min(CASE WHEN fence IS NULL THEN due_at ELSE expires_at + interval '2.1 s' END)
+    - orchestrator.now())::float8 FROM orchestrator.work
+"""
+_ENTRIES = """
+SELECT CASE kind WHEN 'late' THEN 'late success' ELSE kind END, count(*) FROM orchestrator.history
+WHERE kind IN ('late', 'parked') GROUP BY kind
+UNION SELECT 'correcting run', count(*) FROM orchestrator.runs WHERE id LIKE '%/late/%' HAVING count(*) > 0
+"""
+_PARKED = """
+SELECT r.id FROM orchestrator.runs r WHERE r.state = 'parked' OR (r.parked <> '[]' AND r.finished_at IS NULL
+    AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.run_id = r.id AND w.key <> ''))
+"""
+
+
+class Stuck(Exception):
+    """The system does not come to rest."""
+
+
+class Simulation:
+    """Everything that takes part in one seed."""
+
+    def __init__(self, seed: int, database_url: str, effect_log: Path, sessions: Sessions, tell: Any = None) -> None:
+        random = self.random = Random(seed)
+        self.seed = seed
+        self.database_url = database_url
+        self.scheduler = Scheduler(Random(random.random()))
+        self._schedule = hashlib.sha256()
+        self._tell = tell
+        self.scheduler.tell = self._note
+        self.network = Network(self.scheduler, database_url, sessions)
+        self.broker = Broker(self.scheduler)
+        self.effect_log = effect_log
+        effect_log.write_bytes(b"")
+        self.provider = Provider(seed, self.scheduler, EffectLog(effect_log), calm=random.random() < 0.1)
+        self.faults = Faults(self, Random(random.random()))
+        self.programs: dict[str, Program] = {}
+        self.people = People(self, random, self._runs())
+        self.refused: list[tuple[str, str, int]] = []
+        self.broken: list[str] = []
+        self.pids: set[int] = set()
+        self.new_pid = itertools.count(100)
+        self._looked_at = 0.0
+        self.nodes = self._nodes()
+
+    def _runs(self) -> list[tuple[str, Program, dict[str, Any]]]:
+        programs = Programs(self.random)
+        runs = []
+        burst = self.random.random() < 0.15
+        for number in range(self.random.randint(5, 8) if burst else self.random.randint(2, 5)):
+            options: dict[str, Any] = {
+                "after_s": self.random.choice([0, 0, 0, 0.3, 2.0]),
+                "in_transaction": self.random.random() < 0.2,
+                "queue": self.random.choice(["a", "a", "b"]),
+                "priority": self.random.choice([0, 0, 0, 5]),
+            }
+            if self.random.random() < 0.15:
+                options["countdown"] = self.random.choice([1, 5000])
+            if self.random.random() < 0.2:
+                options["deadline"] = self.random.choice([0.5, 3.0, 3000.0, 6000.0])
+            run_id = f"run-{number}"
+            self.programs[run_id] = programs.draw(short=burst)
+            runs.append((run_id, self.programs[run_id], options))
+        return runs
+
+    def _nodes(self) -> list[Node]:
+        settings = {
+            "drain_steps": self.random.choice([1, 3, 500]),
+            "cache_runs": self.random.choice([0, 1, 1000]),
+            "pump_interval": timedelta(seconds=self.random.choice([1.0, 1.9])),
+            "lease": timedelta(seconds=3),
+        }
+        unhurried = {**settings, "pump_interval": timedelta(seconds=2.8)}
+        nodes = [Node(self, "one", queues=["a", "b"], slots=self.random.choice([1, 2]), knows_saga=True, **settings)]
+        queues = self.random.choice([["a"], ["b"], ["a", "b"]])
+        knows = self.random.random() < 0.8
+        nodes.append(Node(self, "two", queues=queues, slots=1, knows_saga=knows, **unhurried))
+        return nodes
+
+    def _note(self, line: str) -> None:
+        self._schedule.update(line.encode())
+        if self._tell is not None:
+            self._tell(f"{self.scheduler.monotonic - 1000:9.4f} {line}")
+
+    # -- asked by others -----------------------------------------------------------------------------------------------
+    def any_node(self) -> Node | None:
+        """Return a worker that is up."""
+        up = [node for node in self.nodes if node.up and not node.stopping and node.incarnation]
+        return self.random.choice(up) if up else None
+
+    def broke(self, what: str) -> None:
+        """Note that something happened that must not."""
+        self.scheduler.tell(f"BROKEN: {what}")
+        self.broken.append(what)
+
+    def thing_of(self, run_id: str, key: str) -> tuple[int, str]:
+        """Return the number that a request is about, and the name of its step."""
+        (entry,) = self.network.ask(
+            "SELECT entry FROM orchestrator.history WHERE run_id = %s AND key = %s AND kind = 'asked'", run_id, key
+        )
+        return int(entry["args"]["n"]), str(entry["task"]).rsplit(".", 1)[-1]
+
+    def killed(self, process: Any) -> None:
+        """Do for the killed what the kernel does: tell those who watch."""
+        for node in self.nodes:
+            for child in node.children:
+                if child.process is process:
+                    node.kill_child(child)
+                    return
+        self.scheduler.doom(process)
+
+    # -- phases --------------------------------------------------------------------------------------------------------
+    def play(self) -> Verdict:
+        """Play the seed; the verdict says what was broken."""
+        with surrounded(self):
+            try:
+                self._make_trouble()
+                self._come_to_rest()
+            except Stuck as stuck:
+                self.broke(f"stuck: {stuck}")
+            finally:
+                self._entries = self.network.rows(_ENTRIES)
+                for node in self.nodes:
+                    node.kill()
+                self.scheduler.end()
+                self.network.close()
+                steps.use(None)
+        return self._judge()
+
+    def _make_trouble(self) -> None:
+        self.network.show_time()
+        for node in self.nodes:
+            node.start()
+        self.people.open_backends()
+        self.network.fate, self.network.kill = self.faults.fate, self.killed
+        self.scheduler.on_move.append(self.faults.after_move)
+        self.broker.trouble = self.random.choice([0.0, 0.1, 0.5]) if not self.faults.over else 0.0
+        until = self.scheduler.monotonic + 15.0
+        while self.scheduler.monotonic < until and not self.faults.over:
+            self._move()
+            if self._is_quiet() and self._settled():
+                break
+        self.faults.left = 0
+        self.broker.trouble = 0.0
+        self.network.down_until = 0.0
+
+    def _come_to_rest(self) -> None:
+        until = self.scheduler.monotonic + _QUIET_S
+        while self.scheduler.monotonic < until:
+            self._move()
+            if self._is_quiet():
+                if self._settled():
+                    return
+                self._go_on()
+        raise Stuck(f"not at rest after {_QUIET_S} s: {self._standing()}")
+
+    def _move(self) -> None:
+        for node in self.nodes:
+            if not node.up:
+                node.start()
+        self.scheduler.move()
+        if self.scheduler.moves > _MOST_MOVES:
+            raise Stuck(f"{_MOST_MOVES} moves: {self._standing()}")
+
+    def _is_quiet(self) -> bool:
+        """Tell, every now and then, whether nobody is about to do anything but what is done every second."""
+        if self.scheduler.monotonic < self._looked_at + 0.1:
+            return False
+        children = [child for node in self.nodes for child in node.children]
+        up = all(node.up and node.children and node.incarnation for node in self.nodes)
+        if not up or any(child.busy for child in children) or not self.broker.empty or self.people.busy:
+            return False
+        self._looked_at = self.scheduler.monotonic
+        return True
+
+    def _settled(self) -> bool:
+        return not self.network.rows(_UNSETTLED) and bool(self.people.acknowledged)
+
+    def _go_on(self) -> None:
+        """Operators look after what is parked; long waiting is cut short."""
+        parked = [run_id for (run_id,) in self.network.rows(_PARKED)]
+        for run_id in parked:
+            self.people.mend(run_id)
+        (seconds,) = self.network.ask(_NEXT)
+        if not parked and seconds is not None and seconds > 0.3:
+            self.scheduler.jump(seconds)
+            self.network.show_time()
+
+    def _standing(self) -> str:
+        runs = self.network.rows("SELECT id, state, position, parked FROM orchestrator.runs WHERE finished_at IS NULL")
+        work = self.network.rows("SELECT run_id, key, role, target, due_at, fence, child FROM orchestrator.work")
+        arrivals = self.network.rows("SELECT run_id, arrival FROM orchestrator.arrivals")
+        return f"runs {runs}; work {work}; arrivals {arrivals}"
+
+    # -- verdict -------------------------------------------------------------------------------------------------------
+    def _judge(self) -> Verdict:
+        report = check(
+            self.database_url,
+            effect_log=self.effect_log,
+            acknowledged=self.people.acknowledged,
+            refused=self.refused,
+            unlogged=steps.UNLOGGED,
+            demand=NOTHING,
+        )
+        broken = [*self.broken, *map(str, report.violations)]
+        broken += left_at_the_provider(self.database_url, self.provider)
+        if self.network.deadlocks:
+            broken.append(f"{self.network.deadlocks} deadlocks")
+        states = {name.removeprefix("state "): n for name, n in report.seen.items() if name.startswith("state ")}
+        happened = (
+            self.faults.happened
+            + self.network.happened
+            + self.broker.happened
+            + self.provider.happened
+            + self.people.done
+        )
+        happened += Counter({name: report.seen[name] for name in ("fenced", "redispatches", "effects", "runs")})
+        happened += Counter(dict(self._entries))
+        return Verdict(self.seed, broken, happened, Counter(states), self._schedule.hexdigest())
