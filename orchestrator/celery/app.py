@@ -26,6 +26,7 @@ from orchestrator.codec import set_limit
 from orchestrator.engine.commit import Scope
 from orchestrator.engine.drain import Drainer, Worker
 from orchestrator.errors import DefinitionError, OrchestratorError, Rejected, StoreUnavailableError, UsageError
+from orchestrator.failpoints import failpoint
 from orchestrator.machine.turn import Script
 from orchestrator.saga import Saga
 from orchestrator.settings import Settings
@@ -131,7 +132,10 @@ class Orchestrator:
         self.refuse_plain_messages(name)
         encoded = saga.codec.encode_call(tuple(args), dict(kwargs), from_json=True)
         new, _ = self.client.prepare(saga, encoded, {"task_id": run_id})
-        return self.client.start_encoded(saga, new).id
+        failpoint("message.before")
+        result = self.client.start_encoded(saga, new)
+        failpoint("message.started")
+        return result.id
 
     def refuse_plain_messages(self, name: str) -> None:
         """With ``accept_messages="doorbells"`` messages start nothing.  Raises: Ignore."""
