@@ -280,6 +280,7 @@ class _SagaTask:
     orchestrator: Orchestrator
     ignore_result = True
     acks_late = True  # a start by message is acknowledged after its commit
+    reject_on_worker_lost = True  # ... and comes again if the child that was to start it dies before
     embeds_ignored = True
     typing = False
 
@@ -287,7 +288,7 @@ class _SagaTask:
         """Start the run that the message asks for."""
         try:
             return self.orchestrator.start_by_message(self.name, self.request.id, args, kwargs)
-        except StoreUnavailableError as error:
+        except (StoreUnavailableError, OSError) as error:
             time.sleep(1.0)  # not lost: the broker keeps it until the database is back
             raise Reject(str(error), requeue=True) from error
         except (OrchestratorError, TypeError) as error:

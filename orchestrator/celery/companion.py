@@ -30,7 +30,7 @@ from orchestrator.engine.watchdog import Watchdog
 from orchestrator.errors import OrchestratorError
 from orchestrator.failpoints import failpoint
 from orchestrator.store import check, liveness
-from orchestrator.store.connection import UNAVAILABLE, Connection, open_connection
+from orchestrator.store.connection import UNAVAILABLE, Connection, open_connection, unavailable
 
 logger = logging.getLogger(__name__)
 EX_STUCK = 75  # sysexits.h: EX_TEMPFAIL
@@ -292,13 +292,18 @@ def main() -> int:
     first = _first_line()
     if not first:
         return 0
-    companion = Companion(Config(**json.loads(first)), lambda line: print(line, flush=True))
+    companion = Companion(Config(**json.loads(first)), _say)
     try:
         companion.run()
-    except OrchestratorError as error:
-        print(f"error {error}", flush=True)
+    except (*UNAVAILABLE, OrchestratorError) as error:
+        _say(f"error {error if isinstance(error, OrchestratorError) else unavailable(error)}")
         return 1
     return 0
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # main is gone, as the end of its pipe is about to tell
+        os.write(1, f"{line}\n".encode())
 
 
 def _first_line() -> bytes:

@@ -46,13 +46,13 @@ class Stage:
         path = self.folder / name
         return path.read_text() if path.exists() else ""
 
-    def check(self) -> Report:
-        """Put the proof's rules to what is left."""
+    def check(self, lived: bool) -> Report:
+        """Put the proof's rules to what is left; who died could not report that its late success was refused."""
         return check(
             self.database_url,
             effect_log=self.folder / "effects",
             acknowledged=self.read("acknowledged").splitlines(),
-            refused=refused_in(self.read("log")),
+            refused=refused_in(self.read("log")) if lived else (),
             demand=NOTHING,
         )
 

@@ -17,6 +17,7 @@ from orchestrator.engine.pump import Pump
 from orchestrator.machine.journal import Cancel, Operate, encode
 from orchestrator.step import registry as steps
 from orchestrator.store import liveness, runs
+from orchestrator.store.connection import open_connection
 from tests.crash.driver import Day, Worker
 from tests.engine.stage import script_of
 
@@ -52,9 +53,10 @@ def overtake(day: Day, slow: Worker, meanwhile: Callable[[], object]) -> None:
 
     def before(taken: Any) -> None:
         slow.runner.before = lambda taken: None
-        liveness.declare_dead(day.look, slow.incarnation)
-        day.look.execute("UPDATE orchestrator.work SET deadline_at = orchestrator.now() WHERE fence IS NOT NULL")
-        liveness.give_back_dead(day.look)
+        with open_connection(day.url, name="pump") as pump:
+            liveness.declare_dead(pump, slow.incarnation)
+            pump.execute("UPDATE orchestrator.work SET deadline_at = orchestrator.now() WHERE fence IS NOT NULL")
+            liveness.give_back_dead(pump)
         slow.reborn()
         meanwhile()
 

@@ -180,7 +180,7 @@ STOPPED = {
 }
 FORGOTTEN = {
     "forgotten": Planned(in_a_row, ["a", "wait"], "cancelled"),
-    "ignored": Planned(in_a_row, ["a"], "completed"),
+    "ignored": Planned(in_a_row, ["a"], "completed cancelled"),
 }
 STORIES = {
     "ordinary": ORDINARY,
