@@ -99,7 +99,7 @@ class Site:
         """Wait for a condition and keep the worker up."""
         deadline = time.monotonic() + _WITHIN_S
         while not condition():
-            assert time.monotonic() < deadline, f"{what}: not within {_WITHIN_S} s; {self.log.read_text()[-8000:]}"
+            assert time.monotonic() < deadline, f"{what}: not within {_WITHIN_S} s; {self.outstanding()}"
             self.worker.look()
             meanwhile()
             time.sleep(0.05)
@@ -115,6 +115,14 @@ class Site:
             if companions:
                 self.worker.kill()
                 psutil.wait_procs(companions, timeout=15.0)
+
+    def outstanding(self) -> str:
+        """Return what is left to do and who is there, for a person."""
+        with psycopg.connect(self.database_url) as connection:
+            work = connection.execute("SELECT * FROM orchestrator.work").fetchall()
+            alive = connection.execute("SELECT id, pid, dead_at FROM orchestrator.incarnations").fetchall()
+            marks = connection.execute("SELECT * FROM orchestrator.drainers").fetchall()
+        return f"{self.unfinished()} {work=} {alive=} {marks=}\n{self.log.read_text()[-8000:]}"
 
     def unfinished(self) -> list[str]:
         with psycopg.connect(self.database_url) as connection:
