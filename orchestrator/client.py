@@ -34,6 +34,7 @@ from orchestrator.errors import (
     UnknownSagaError,
     UsageError,
 )
+from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Arrival, Cancel, Operate, Terminate, encode
 from orchestrator.machine.states import TERMINAL
 from orchestrator.saga import Saga
@@ -83,7 +84,9 @@ class Client:
     def start_encoded(self, saga: Saga[Any, Any], new: runs.Start, transaction: Any = None) -> SagaResult:
         """Start a run whose input is encoded already."""
         if transaction is not None:
+            failpoint("join.before")
             created = foreign.execute(transaction, runs.START, new.values()) is not None
+            failpoint("join.after")
             if not created:
                 self._compare(saga, new, foreign.execute(transaction, runs.IDENTITY, {"id": new.id}))
             elif _due_now(new):
@@ -136,7 +139,9 @@ class Client:
     def _insert(self, saga: Saga[Any, Any], new: list[runs.Start]) -> None:
         queue = new[0].queue
         with self.pool.connection() as connection, _schema_named():
+            failpoint("start.before", connection)
             started, rings = runs.start_and_look(connection, new, queue)
+            failpoint("start.after", connection)
             self._try_to_ring(queue, rings)
             for each in new:
                 if each.id not in started:
@@ -266,8 +271,12 @@ class Client:
 
     def _order(self, run_id: str, arrival: Arrival) -> None:
         with self.pool.connection() as connection:
+            failpoint("order.before", connection)
             with connection.transaction():
+                failpoint("order.begun", connection)
                 queue = turns.leave_arrival(connection, run_id, encode(arrival), anyone=not _wants_code(arrival))
+                failpoint("order.left", connection)
+            failpoint("order.after", connection)
             if queue:
                 self.ring_for(connection, queue, 1)
 
@@ -278,8 +287,10 @@ class Client:
 
     def _try_to_ring(self, queue: str, times: int) -> None:
         try:
+            failpoint("call.ring.before")
             if times:
                 self._ring(queue, times)
+            failpoint("call.ring.after")
         except Exception as error:
             logger.info(
                 "the doorbell of queue %s could not be rung (%s); the pump rings it", queue, type(error).__name__

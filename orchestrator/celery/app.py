@@ -26,6 +26,7 @@ from orchestrator.codec import set_limit
 from orchestrator.engine.commit import Scope
 from orchestrator.engine.drain import Drainer, Worker
 from orchestrator.errors import DefinitionError, OrchestratorError, Rejected, StoreUnavailableError, UsageError
+from orchestrator.failpoints import failpoint
 from orchestrator.machine.turn import Script
 from orchestrator.saga import Saga
 from orchestrator.settings import Settings
@@ -131,7 +132,10 @@ class Orchestrator:
         self.refuse_plain_messages(name)
         encoded = saga.codec.encode_call(tuple(args), dict(kwargs), from_json=True)
         new, _ = self.client.prepare(saga, encoded, {"task_id": run_id})
-        return self.client.start_encoded(saga, new).id
+        failpoint("message.before")
+        result = self.client.start_encoded(saga, new)
+        failpoint("message.started")
+        return result.id
 
     def refuse_plain_messages(self, name: str) -> None:
         """With ``accept_messages="doorbells"`` messages start nothing.  Raises: Ignore."""
@@ -276,6 +280,7 @@ class _SagaTask:
     orchestrator: Orchestrator
     ignore_result = True
     acks_late = True  # a start by message is acknowledged after its commit
+    reject_on_worker_lost = True  # ... and comes again if the child that was to start it dies before
     embeds_ignored = True
     typing = False
 
@@ -283,7 +288,7 @@ class _SagaTask:
         """Start the run that the message asks for."""
         try:
             return self.orchestrator.start_by_message(self.name, self.request.id, args, kwargs)
-        except StoreUnavailableError as error:
+        except (StoreUnavailableError, OSError) as error:
             time.sleep(1.0)  # not lost: the broker keeps it until the database is back
             raise Reject(str(error), requeue=True) from error
         except (OrchestratorError, TypeError) as error:

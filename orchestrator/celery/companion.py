@@ -28,8 +28,9 @@ from orchestrator.engine.lease import begin_life, is_alive
 from orchestrator.engine.pump import Pump
 from orchestrator.engine.watchdog import Watchdog
 from orchestrator.errors import OrchestratorError
+from orchestrator.failpoints import failpoint
 from orchestrator.store import check, liveness
-from orchestrator.store.connection import UNAVAILABLE, Connection, open_connection
+from orchestrator.store.connection import UNAVAILABLE, Connection, open_connection, unavailable
 
 logger = logging.getLogger(__name__)
 EX_STUCK = 75  # sysexits.h: EX_TEMPFAIL
@@ -94,7 +95,9 @@ class Companion:
         if self._incarnation is None:
             self._begin_life()
         self._listen()
+        failpoint("companion.begun", self._connection)
         self._announce(f"incarnation {self._incarnation}")
+        failpoint("companion.announced", self._connection)
         next_renewal = next_pump = monotonic()
         while not self._over():
             now = monotonic()
@@ -191,9 +194,11 @@ class Companion:
     def _give_back_gone(self) -> None:
         while self._gone:
             assert self._incarnation is not None
+            failpoint("companion.child_gone", self._connection)
             for queue in liveness.give_back_child(self._connect(), self._incarnation, self._gone[-1]):
                 self._ring(queue, 1)
             self._gone.pop()
+            failpoint("companion.child_buried", self._connection)
 
     def _is_stuck(self, connection: Connection, rung: bool) -> bool:
         assert self._incarnation is not None
@@ -258,7 +263,9 @@ class Companion:
         def end() -> None:
             assert self._incarnation is not None
             connection = self._connect()
+            failpoint("companion.ending", connection)
             liveness.declare_dead(connection, self._incarnation)
+            failpoint("companion.ended", connection)
             give_back = liveness.give_back_dead if self._children else None
             queues = give_back(connection) if give_back else liveness.give_back_gone(connection, self._incarnation)
             for queue in queues:
@@ -285,13 +292,18 @@ def main() -> int:
     first = _first_line()
     if not first:
         return 0
-    companion = Companion(Config(**json.loads(first)), lambda line: print(line, flush=True))
+    companion = Companion(Config(**json.loads(first)), _say)
     try:
         companion.run()
-    except OrchestratorError as error:
-        print(f"error {error}", flush=True)
+    except (*UNAVAILABLE, OrchestratorError) as error:
+        _say(f"error {error if isinstance(error, OrchestratorError) else unavailable(error)}")
         return 1
     return 0
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # main is gone, as the end of its pipe is about to tell
+        os.write(1, f"{line}\n".encode())
 
 
 def _first_line() -> bytes:

@@ -19,6 +19,8 @@ from typing import Any
 from kombu.connection import Connection
 from kombu.messaging import Producer
 
+from orchestrator.failpoints import failpoint
+
 logger = logging.getLogger(__name__)
 
 DRAIN = "orchestrator.drain"
@@ -51,8 +53,10 @@ class Bell:
                 return False
             try:
                 producer = self._opened()
+                failpoint("bell.before")
                 for _ in range(times):
                     self._publish(producer, queue)
+                failpoint("bell.after")
                 return True
             except Exception as error:
                 self._rest_until = monotonic() + _REST_AFTER_FAILURE_S

@@ -55,6 +55,7 @@ class CompanionStep(bootsteps.StartStopStep):
         self._folder = ""
         self._watching = True
         self._incarnation: int | None = None
+        self._forking = threading.Lock()
 
     def create(self, worker: Any) -> None:
         """Start the companion; what it cannot live with ends the worker with one sentence."""
@@ -77,7 +78,7 @@ class CompanionStep(bootsteps.StartStopStep):
             raise SystemExit(f"orchestrator: {error}") from None
         signals.worker_shutting_down.connect(_begin_stop, weak=False)
         signals.worker_ready.connect(self._ring_own_queues, weak=False)
-        os.register_at_fork(after_in_child=self._forked)
+        self.exclude_forks()
         threading.Thread(target=self._watch, name="orchestrator companion", daemon=True).start()
 
     def _configure(self, worker: Any) -> Config:
@@ -100,14 +101,24 @@ class CompanionStep(bootsteps.StartStopStep):
             incarnation=self._incarnation,
         )
 
-    def _spawn(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.celery.companion"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+    def exclude_forks(self) -> None:
+        """Let no pool child be forked while a companion is being started.
+
+        It would hold the pipe whose end the starting thread waits for, and keep this worker without a companion.
+        """
+        os.register_at_fork(
+            before=self._forking.acquire, after_in_parent=self._forking.release, after_in_child=self._forked
         )
+
+    def _spawn(self) -> None:
+        with self._forking:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "orchestrator.celery.companion"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(asdict(self._config)) + "\n")
         self._process.stdin.flush()
@@ -136,6 +147,7 @@ class CompanionStep(bootsteps.StartStopStep):
 
     def _forked(self) -> None:
         """A child must not hold the pipe whose end tells the companion that main is gone."""
+        self._forking.release()
         self._watching = False
         process, self._process = self._process, None
         if process is not None and process.stdin is not None:

@@ -17,6 +17,7 @@ from orchestrator.engine.cache import Executions
 from orchestrator.engine.commit import Begun, Identity, IsShort, Scope, begin_next, commit_of, correction
 from orchestrator.engine.observe import tell
 from orchestrator.errors import DriftError, describe_exception
+from orchestrator.failpoints import failpoint
 from orchestrator.machine.fold import RunInfo
 from orchestrator.machine.journal import (
     Arrival,
@@ -265,10 +266,14 @@ class Advancer:
         """
         assert taken.fence is not None
         queue = None
+        failpoint("arrive.before", connection)
         with connection.transaction():
+            failpoint("arrive.begun", connection)
             accepted = turns.arrive(connection, taken.run_id, taken.key, taken.fence, encode(outcome))
             if accepted and not drivable:
                 queue = turns.owe_turn(connection, taken.run_id)
+            failpoint("arrive.left", connection)
+        failpoint("arrive.after", connection)
         if accepted:
             if queue:
                 self._ring(connection, queue, 1)
@@ -278,8 +283,12 @@ class Advancer:
                        taken.attempt)  # fmt: skip
         if outcome.verdict == "succeeded" and not (taken.call or {}).get("n"):
             late = LateSuccess(taken.key, taken.role, taken.attempt, outcome.result, outcome.worker)
+            failpoint("late.before", connection)
             with connection.transaction():
+                failpoint("late.begun", connection)
                 queue = turns.leave_arrival(connection, taken.run_id, encode(late), anyone=True)
+                failpoint("late.left", connection)
+            failpoint("late.after", connection)
             if queue:
                 self._ring(connection, queue, 1)
         return False
@@ -367,6 +376,8 @@ class Advancer:
                 committed = self._write(connection, execution, turn, first, consumed, done, holds_turn)
                 for late in turn.corrections if committed.written else ():
                     self._correct(connection, execution, late)
+            if turn.corrections:
+                failpoint("correct.after", connection)
         except BaseException:
             self._runs.forget(loaded.run.id)
             execution.discard()
@@ -467,13 +478,16 @@ class Advancer:
         step = execution.fold.steps[late.key]
         info = execution.info
         run_id = f"{info.id}/late/{late.key}/{late.attempt}"
+        failpoint("correct.before", connection)
         with connection.transaction():
             new = runs.Start(
                 id=run_id, saga=info.saga, version=info.version, input=info.input, queue=info.queue,
                 priority=info.priority, parent=info.id,
             )  # fmt: skip
             if runs.start(connection, new):
+                failpoint("correct.started", connection)
                 turns.seed_journal(connection, run_id, self._runs.clock(), correction(step.asked, late))
+                failpoint("correct.seeded", connection)
         self._ring(connection, info.queue, 1)
 
 

@@ -19,6 +19,7 @@ from orchestrator.codec import Json, check, encode_any
 from orchestrator.engine.advance import Advancer, AfterCommit
 from orchestrator.engine.commit import Identity, Scope, new_fence
 from orchestrator.errors import PayloadError, Rejected, StoreUnavailableError, describe_exception
+from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import RetryPolicy
 from orchestrator.machine.turn import Script
@@ -288,11 +289,17 @@ class Drainer:
         """Run the code of one attempt."""
         if taken.role == "once":
             connection, advancer = self._ready()
-            return self._outcome(taken, _run_once(advancer.function_of(connection, taken)))
+            function = advancer.function_of(connection, taken)
+            failpoint("once.before", connection)
+            invocation = _run_once(function)
+            failpoint("once.after", connection)
+            return self._outcome(taken, invocation)
         if self._recent_s.get(taken.task, 1.0) > _SHORT_S:
             self._lend_connection()
         began = time.monotonic()
+        failpoint("effect.before", self._connection)
         invocation = self._worker.runner.invoke(taken, self._context(taken))
+        failpoint("effect.after", self._connection)
         self._recent_s[taken.task] = time.monotonic() - began
         return self._outcome(taken, invocation)
 
@@ -441,9 +448,11 @@ class Drainer:
         return self._connection, self._advancer
 
     def _ring(self, connection: Connection, queue: str, rows: int) -> None:
+        failpoint("ring.before", connection)
         times = runs.rings_needed(connection, queue, rows)
         if times:
             self._worker.ring(queue, times)
+        failpoint("ring.after", connection)
 
     def _drop_connection(self) -> None:
         if self._advancer is not None:

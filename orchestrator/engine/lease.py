@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Sequence
 
+from orchestrator.failpoints import failpoint
 from orchestrator.store import liveness
 from orchestrator.store.connection import Connection
 
@@ -44,7 +45,9 @@ def begin_life(
     for earlier, _, its_node, its_host, its_pid in liveness.alive(connection):
         gone = its_pid != pid and its_node == node and its_host == host and not is_alive(its_pid)
         if gone and liveness.declare_dead(connection, earlier):
+            failpoint("life.buried", connection)
             rings += liveness.give_back_gone(connection, earlier)
+            failpoint("life.inherited", connection)
     incarnation = liveness.register(
         connection, node=node, host=host, pid=pid, queues=queues, targets=targets, slots=slots
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from time import monotonic
 
+from orchestrator.failpoints import failpoint
 from orchestrator.store import liveness, runs
 from orchestrator.store.connection import Connection
 
@@ -68,9 +69,12 @@ class Pump:
         for queue, rows in due.items():
             times = runs.rings_needed(connection, queue, rows) or self._doubt(queue)
             if times:
+                failpoint("pump.ring.before", connection)
                 self._ring(queue, times)
+                failpoint("pump.ring.after", connection)
                 pumped.rung[queue] += times
         self._waited = {queue: rounds for queue, rounds in self._waited.items() if queue in due}
+        failpoint("pump.rung", connection)
         pumped.next_due_s = liveness.next_due(connection)
         self._rounds += 1
         if self._rounds % 60 == 0:

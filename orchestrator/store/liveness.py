@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from orchestrator.codec import dumps
+from orchestrator.failpoints import failpoint
 from orchestrator.store.connection import Connection
 from orchestrator.store.turns import CLOCK, owe_turn
 
@@ -25,7 +26,9 @@ def register(
 ) -> int:
     """Record the start of a worker; returns its incarnation."""
     values = {"node": node, "host": host, "pid": pid, "queues": list(queues), "targets": list(targets), "slots": slots}
+    failpoint("register.before", connection)
     row = connection.execute(_REGISTER, values).fetchone()
+    failpoint("register.after", connection)
     assert row is not None
     return int(row[0])
 
@@ -38,7 +41,10 @@ WHERE id = %(id)s AND dead_at IS NULL RETURNING beats
 
 def renew(connection: Connection, incarnation: int, now: datetime | None = None) -> bool:
     """Renew the lease; False if the incarnation was declared dead."""
-    return connection.execute(_RENEW, {"id": incarnation, "now": now}).fetchone() is not None
+    failpoint("renew.before", connection)
+    renewed = connection.execute(_RENEW, {"id": incarnation, "now": now}).fetchone() is not None
+    failpoint("renew.after", connection)
+    return renewed
 
 
 def alive(connection: Connection) -> list[tuple[int, int, str, str, int]]:
@@ -59,7 +65,10 @@ def declare_dead(
 ) -> bool:
     """Declare an incarnation dead, for ever; with `beats`, only if it has not renewed since."""
     values = {"id": incarnation, "beats": beats, "now": now}
-    return connection.execute(_DECLARE_DEAD, values).fetchone() is not None
+    failpoint("declare_dead.before", connection)
+    declared = connection.execute(_DECLARE_DEAD, values).fetchone() is not None
+    failpoint("declare_dead.after", connection)
+    return declared
 
 
 # A page of what dead incarnations hold (index work_begun).  Begun means in doubt: the row goes and an arrival comes.
@@ -107,9 +116,17 @@ EXPIRED: dict[str, Any] = {
 
 def _give_back(connection: Connection, which: str, values: dict[str, Any]) -> list[str]:
     """Turn lost attempts into arrivals and make their runs' turns due; returns the queues to ring, one per run."""
+    failpoint("give_back.before", connection)
     with connection.transaction():
+        failpoint("give_back.begun", connection)
         rows = connection.execute(_LOST.format(which=which), values).fetchall()
+        if rows:
+            failpoint("give_back.arrived", connection)
         queues = [owe_turn(connection, run_id, values.get("now")) for run_id in sorted({row[0] for row in rows})]
+        if queues:
+            failpoint("give_back.owed", connection)
+    if queues:
+        failpoint("give_back.after", connection)
     return [queue for queue in queues if queue]
 
 
@@ -255,7 +272,11 @@ SELECT DISTINCT run_id FROM (
 def wake_forgotten(connection: Connection, limit: int = 500, now: datetime | None = None) -> list[str]:
     """Make the turns of runs with unread arrivals due; returns the queues to ring."""
     rows = connection.execute(_FORGOTTEN, {"limit": limit, "now": now}).fetchall()
+    if rows:
+        failpoint("wake_forgotten.before", connection)
     queues = [owe_turn(connection, run_id, now) for (run_id,) in rows]
+    if rows:
+        failpoint("wake_forgotten.after", connection)
     return [queue for queue in queues if queue]
 
 
@@ -269,26 +290,34 @@ ON CONFLICT (incarnation, child) DO UPDATE SET queues = EXCLUDED.queues RETURNIN
 def enter(connection: Connection, incarnation: int, child: int, queues: Sequence[str]) -> bool:
     """Mark that a child drains these queues; False if its incarnation was declared dead."""
     values = {"incarnation": incarnation, "child": child, "queues": list(queues)}
-    return connection.execute(_ENTER, values).fetchone() is not None
+    failpoint("enter.before", connection)
+    entered = connection.execute(_ENTER, values).fetchone() is not None
+    failpoint("enter.after", connection)
+    return entered
 
 
 def leave(connection: Connection, incarnation: int, child: int) -> None:
     """Take the mark back."""
+    failpoint("leave.before", connection)
     connection.execute(
         "DELETE FROM orchestrator.drainers WHERE incarnation = %(incarnation)s AND child = %(child)s",
         {"incarnation": incarnation, "child": child},
     )
+    failpoint("leave.after", connection)
 
 
 def sweep(connection: Connection, keep: timedelta = timedelta(hours=1), now: datetime | None = None) -> None:
     """Delete marks of dead incarnations, and dead incarnations that hold nothing any more."""
+    failpoint("sweep.before", connection)
     connection.execute(
         """DELETE FROM orchestrator.drainers d
            WHERE NOT EXISTS (
                SELECT FROM orchestrator.incarnations i WHERE i.id = d.incarnation AND i.dead_at IS NULL)"""
     )
+    failpoint("sweep.marks", connection)
     connection.execute(
         f"""DELETE FROM orchestrator.incarnations i WHERE dead_at < {CLOCK} - %(keep)s::interval
             AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.incarnation = i.id AND w.fence IS NOT NULL)""",
         {"keep": keep, "now": now},
     )
+    failpoint("sweep.after", connection)

@@ -15,6 +15,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
 from orchestrator.errors import SchemaError, StoreUnavailableError
+from orchestrator.failpoints import failpoint
 from orchestrator.settings import Settings
 from orchestrator.store.connection import Connection as Psycopg
 from orchestrator.store.tables import SCHEMA
@@ -40,8 +41,12 @@ def migrate(database_url: str) -> list[str]:
     try:
         with engine.begin() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+            failpoint("migrate.locked", connection)
             connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
-            return _upgrade(connection)
+            applied = _upgrade(connection)
+            failpoint("migrate.applied", connection)
+        failpoint("migrate.after")
+        return applied
     except OperationalError as error:
         raise StoreUnavailableError(f"the database cannot be reached, nothing was migrated: {error.orig}") from None
     finally:

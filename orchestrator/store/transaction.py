@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from orchestrator.errors import UsageError
+from orchestrator.failpoints import failpoint
 from orchestrator.store.connection import UNAVAILABLE
 from orchestrator.store.connection import Connection as Psycopg
 from orchestrator.store.permits import Permits
@@ -64,6 +65,7 @@ class Transactions:
                 return value
             try:
                 outer.commit()
+                failpoint("transaction.after", connection)
             except OperationalError as error:
                 if _is_serialization(error):
                     raise TransactionFailed(error) from error
@@ -82,9 +84,11 @@ class Transactions:
     ) -> T:
         """Do everything before the commit; a connection that is lost here has taken all of it back."""
         try:
+            failpoint("transaction.before", connection)
             outer = connection.begin()
             milliseconds = str(int(timeout.total_seconds() * 1000))
             connection.execute(_IDLE_TIMEOUT, {"timeout": milliseconds})
+            failpoint("transaction.begun", connection)
             inner = connection.begin_nested()
         except OperationalError as error:
             raise TransactionFailed(error) from error
@@ -94,12 +98,14 @@ class Transactions:
         with _without_endings(handed):
             value = work(handed)
         try:
+            failpoint("transaction.worked", connection)
             if wants_session:
                 handed.flush()
                 handed.expunge_all()
             inner.commit()
             if not settle(_driver(connection), value):
                 outer.rollback()
+            failpoint("transaction.settled", connection)
         except (OperationalError, *UNAVAILABLE) as error:
             raise TransactionFailed(error) from error
         except DBAPIError as error:

@@ -15,6 +15,7 @@ from typing import Any
 import psycopg
 
 from orchestrator.codec import Json, dumps
+from orchestrator.failpoints import failpoint
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.store.connection import Connection
 
@@ -91,8 +92,13 @@ def take(
     Turns are reserved.  Steps are begun: those of the tasks that are `short` together, any other one alone.
     """
     values = (queues, targets, list(short), incarnation, child, list(fences), reservation, now)
-    rows = connection.execute(_TAKE, values).fetchall()
-    return [_taken(row) for row in rows]
+    failpoint("take.before", connection)
+    taken = [_taken(row) for row in connection.execute(_TAKE, values).fetchall()]
+    if taken and taken[0].fence is None:
+        failpoint("take.reserved", connection)
+    elif taken:
+        failpoint("take.begun", connection)
+    return taken
 
 
 def _taken(row: tuple[Any, ...]) -> Taken:
@@ -267,8 +273,10 @@ def commit_turn(connection: Connection, commit: Commit, now: datetime | None = N
     Does not commit by itself: with autocommit the statement is the transaction, inside the caller's it is a savepoint.
     """
     try:
+        failpoint("commit.before", connection)
         with contextlib.nullcontext() if _is_idle(connection) else connection.transaction():
             row = connection.execute(_COMMIT, commit.values(now)).fetchone()
+        failpoint("commit.after", connection)
     except psycopg.Error as error:
         if error.sqlstate != _FENCE_LOST:
             raise
@@ -297,7 +305,9 @@ def commit_turns(
     first = commits[0]
     text = f"[{','.join(dumps(commit.among_others()) for commit in commits)}]"
     try:
+        failpoint("commits.before", connection)
         rows = connection.execute(_COMMIT_MANY, (text, first.incarnation, first.child, now)).fetchall()
+        failpoint("commits.after", connection)
     except psycopg.Error as error:
         if error.sqlstate != _FENCE_LOST:
             raise
@@ -355,7 +365,9 @@ FROM orchestrator.runs r WHERE r.id = w.run_id AND w.run_id = %(run_id)s AND w.k
 
 def pass_on(connection: Connection, run_id: str) -> None:
     """Leave the run's turn to who has its code (primary key of work)."""
+    failpoint("pass_on.before", connection)
     connection.execute(_PASS_ON, {"run_id": run_id})
+    failpoint("pass_on.after", connection)
 
 
 _POSTPONE = f"""
@@ -367,7 +379,9 @@ WHERE run_id = %(run_id)s AND key = ''
 
 def postpone(connection: Connection, run_id: str, pause: timedelta, now: datetime | None = None) -> None:
     """Try the run's turn again later (primary key of work)."""
+    failpoint("postpone.before", connection)
     connection.execute(_POSTPONE, {"run_id": run_id, "pause": pause, "now": now})
+    failpoint("postpone.after", connection)
 
 
 def run_row(connection: Connection, run_id: str) -> RunRow | None:
@@ -412,7 +426,9 @@ def heartbeat(
     """Extend the attempt's life; returns whether it should stop, None if it has lost its fence."""
     encoded = None if details is None else dumps(details)
     values = {"run_id": run_id, "key": key, "fence": fence, "details": encoded, "now": now}
+    failpoint("heartbeat.before", connection)
     row = connection.execute(_HEARTBEAT, values).fetchone()
+    failpoint("heartbeat.after", connection)
     return None if row is None else bool(row[0])
 
 
@@ -437,7 +453,9 @@ DELETE FROM orchestrator.arrivals WHERE run_id = %(run_id)s AND id = ANY(%(ids)s
 
 def ignore(connection: Connection, run_id: str, ids: Sequence[int]) -> None:
     """Delete the turn row of a run that has ended, and arrivals that came too late to matter."""
+    failpoint("ignore.before", connection)
     connection.execute(_IGNORE, {"run_id": run_id, "ids": list(ids)})
+    failpoint("ignore.after", connection)
 
 
 _SEED = """
@@ -477,7 +495,10 @@ WHERE run_id = %(run_id)s AND key = %(key)s AND fence = %(fence)s RETURNING 1
 def refence(connection: Connection, run_id: str, key: str, fence: int, new: int) -> bool:
     """Change an attempt's fence, waiting for whoever holds its row: after True the old fence can never commit."""
     values = {"run_id": run_id, "key": key, "fence": fence, "new": new}
-    return connection.execute(_REFENCE, values).fetchone() is not None
+    failpoint("refence.before", connection)
+    changed = connection.execute(_REFENCE, values).fetchone() is not None
+    failpoint("refence.after", connection)
+    return changed
 
 
 _RECORDED = """
@@ -497,6 +518,7 @@ def recorded(connection: Connection, run_id: str, key: str, attempt: int, worker
     """Tell whether an outcome that `worker` reported is in the journal or the inbox of the run (primary keys)."""
     values = {"run_id": run_id, "key": key, "attempt": attempt, "worker": worker}
     row = connection.execute(_RECORDED, values).fetchone()
+    failpoint("recorded.after", connection)
     return bool(row and row[0])
 
 
@@ -509,4 +531,6 @@ WHERE fence IS NULL AND (run_id, key) IN (SELECT unnest(%(runs)s::text[]), '')
 
 def give_back(connection: Connection, run_ids: Sequence[str], incarnation: int, child: int) -> None:
     """Give back turns that this child reserved and will not get to."""
+    failpoint("give_back_turns.before", connection)
     connection.execute(_GIVE_BACK_TURNS, {"runs": list(run_ids), "incarnation": incarnation, "child": child})
+    failpoint("give_back_turns.after", connection)
