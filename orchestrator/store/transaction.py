@@ -109,6 +109,7 @@ class Transactions:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Connection]:
+        """Lend a connection; one that the server has ended does not hide why the transaction is left."""
         try:
             connection = self._engine.connect()
         except OperationalError as error:
@@ -116,8 +117,12 @@ class Transactions:
         try:
             yield connection
         finally:
-            with contextlib.suppress(OperationalError):  # it broke: nothing is left to roll back
+            try:
                 connection.close()
+            except DBAPIError:  # not always an OperationalError; nothing is left to roll back
+                if not connection.closed:
+                    connection.invalidate()
+                    connection.close()
 
     @contextlib.contextmanager
     def _permitted(self) -> Iterator[None]:
