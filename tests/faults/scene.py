@@ -21,6 +21,7 @@ from tests.acceptance.running import Worker, until
 from tests.engine.proxy import Proxy
 from tests.faults import steps
 from tests.faults.load import QUEUE, Load, Office
+from tests.faults.servers import kill_all
 from tests.faults.steps import ACCOUNTS, BALANCE, Stop
 from tests.faults.tally import TALLY
 from tests.proof import effects
@@ -203,23 +204,15 @@ class Scene:
         return report
 
     def close(self) -> None:
-        """End what runs: warmly, all at once."""
-        alive = [worker for worker in self.workers if worker.is_alive]
-        for worker in alive:
-            for process in self._family(worker):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(signal.SIGCONT)
-            os.kill(_pid(worker), signal.SIGTERM)
-        for worker in alive:
-            worker.stop()
+        """End what runs, at once; how workers stop by themselves is a test of its own."""
+        for worker in self.workers:
+            if worker.is_alive:
+                kill_all(psutil.Process(_pid(worker)))
+                worker.kill()
         for office in self._offices:
             office.close()
         self.database.close()
         self.broker.close()
-
-    def _family(self, worker: Worker) -> list[psutil.Process]:
-        main = psutil.Process(_pid(worker))
-        return [main, *main.children(recursive=True)]
 
 
 def _pid(worker: Worker) -> int:

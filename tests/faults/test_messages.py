@@ -60,7 +60,7 @@ def test_queues_that_are_emptied_under_load_cost_nothing(
 def test_messages_that_come_three_times_do_nothing_twice(
     new_scene: Callable[..., Scene], new_broker_url: Callable[[], str]
 ) -> None:
-    """Tripled, late by up to half a second each, so that they also come in another order; then all of them once more."""
+    """Tripled, late by up to half a second each, so in another order too; then all of them once more."""
     scene = new_scene(new_broker_url())
     with posted(scene, new_broker_url(), Habits(copies=3, longest_delay_s=0.5)) as postman:
         load = scene.load(runs=44)
