@@ -42,12 +42,14 @@ class Transactions:
     With `permits` a connection lives as long as its transaction, and needs a permit.
     """
 
-    def __init__(self, sqlalchemy_url: str, permits: Permits | None = None) -> None:
+    def __init__(self, sqlalchemy_url: str, permits: Permits | None = None, *, prepare: bool = True) -> None:
         self._permits = permits
+        options: dict[str, Any] = {} if prepare else {"connect_args": {"prepare_threshold": None}}
         if permits is None:
-            self._engine: Engine = create_engine(sqlalchemy_url, pool_size=1, max_overflow=20, pool_pre_ping=True)
+            options |= {"pool_size": 1, "max_overflow": 20, "pool_pre_ping": True}
         else:
-            self._engine = create_engine(sqlalchemy_url, poolclass=NullPool)
+            options["poolclass"] = NullPool
+        self._engine: Engine = create_engine(sqlalchemy_url, **options)
 
     def run(
         self, wants_session: bool, timeout: timedelta, work: Callable[[Any], T], settle: Callable[[Psycopg, T], bool]
@@ -100,10 +102,7 @@ class Transactions:
             inner.commit()
             if not settle(_driver(connection), value):
                 outer.rollback()
-        except (OperationalError, *UNAVAILABLE) as error:
-            raise TransactionFailed(error) from error
-        except DBAPIError as error:
-            outer.rollback()
+        except (DBAPIError, *UNAVAILABLE) as error:
             raise TransactionFailed(error) from error
         return value
 
