@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev test check bench clean
+.PHONY: help demo dev test faults soak check bench clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 14
@@ -20,6 +20,12 @@ dev: $(INSTALLED) ## keep Postgres, Valkey, worker, beat and Flower up until Ctr
 
 test: $(INSTALLED) ## run the whole suite against real, embedded servers (ARGS=tests/machine)
 	@$(BIN)/pytest $(ARGS)
+
+faults: $(INSTALLED) ## the long matrix of real faults, with both brokers (needs RabbitMQ, PgBouncer, faketime)
+	@$(BIN)/pytest tests/faults -m "long or not long" --timeout 900 $(ARGS)
+
+soak: $(INSTALLED) ## a random mix of faults (MINUTES=10 SEED=a printed one)
+	@$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 check: $(INSTALLED) ## lint, format, types, layers
 	@$(BIN)/ruff check .

@@ -64,7 +64,7 @@ class Client:
 
     def __init__(self, settings: Settings, ring: Ring, default_queue: Callable[[], str]) -> None:
         self.settings = settings
-        self.pool = ClientPool(settings.dsn, settings.max_connections)
+        self.pool = ClientPool(settings.dsn, settings.max_connections, prepare=settings.prepared_statements)
         self._ring = ring
         self._default_queue = default_queue
         self._poller = _Poller(self.pool)

@@ -48,6 +48,7 @@ class Settings(BaseModel):
     drain_seconds: float = Field(default=1.0, gt=0)
     drain_steps: int = Field(default=500, ge=1)
     max_connections: int = Field(default=20, ge=1)
+    prepared_statements: bool = True
     cache_runs: int = Field(default=1000, ge=0)
     payload_limit: int = Field(default=262_144, ge=1, description="bytes of one encoded value")
     accept_messages: Literal["all", "doorbells"] = "all"

@@ -213,7 +213,7 @@ class Orchestrator:
                 runner=runner.Runner(
                     self.app,
                     bond.node,
-                    lambda: Transactions(self.settings.sqlalchemy_url, transactions),
+                    lambda: self._transactions(transactions),
                     self._events(bond.node),
                 ),
                 ring=self._ring,
@@ -222,9 +222,13 @@ class Orchestrator:
             )
         )
 
+    def _transactions(self, permits: Permits | None = None) -> Transactions:
+        settings = self.settings
+        return Transactions(settings.sqlalchemy_url, permits, prepare=settings.prepared_statements)
+
     def in_transaction(self, step: Step[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a transactional step outside of a saga, in a transaction of its own."""
-        transactions = Transactions(self.settings.sqlalchemy_url)
+        transactions = self._transactions()
         try:
             return transactions.run(
                 runner.wants_session(step),

@@ -53,6 +53,7 @@ class Config:
     lease_s: float
     pump_s: float
     reservation_s: float
+    prepare: bool
     watchdog_s: float
     incarnation: int | None = None
 
@@ -117,7 +118,9 @@ class Companion:
     # -- the database --------------------------------------------------------------------------------------------------
     def _connect(self) -> Connection:
         if self._connection is None or self._connection.closed:
-            self._connection = open_connection(self._config.dsn, name=f"companion of {self._config.node}")
+            self._connection = open_connection(
+                self._config.dsn, name=f"companion of {self._config.node}", prepare=self._config.prepare
+            )
             check(self._connection)
         return self._connection
 

@@ -98,6 +98,7 @@ class CompanionStep(bootsteps.StartStopStep):
             pump_s=settings.pump_interval.total_seconds(),
             reservation_s=settings.reservation.total_seconds(),
             watchdog_s=settings.watchdog.total_seconds(),
+            prepare=settings.prepared_statements,
             incarnation=self._incarnation,
         )
 

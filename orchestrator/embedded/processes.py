@@ -43,7 +43,8 @@ class Processes:
         return process
 
     def watch(self, postgres: subprocess.Popen[bytes], valkey: subprocess.Popen[bytes]) -> None:
-        """End the servers when this process ends, whatever ends it."""
+        """End the servers when this process ends, whatever ends it; an earlier watch is over."""
+        self._unwatch()
         self._watcher = subprocess.Popen(
             ["/bin/sh", "-c", _WATCH, "watch", str(postgres.pid), str(valkey.pid)],
             stdin=subprocess.PIPE,
@@ -52,12 +53,15 @@ class Processes:
             start_new_session=True,
         )
 
-    def stop(self) -> None:
+    def _unwatch(self) -> None:
         if self._watcher is not None and self._watcher.stdin is not None:
             self._watcher.kill()  # before the pids that it knows are free for others
             self._watcher.wait()
             self._watcher.stdin.close()
             self._watcher = None
+
+    def stop(self) -> None:
+        self._unwatch()
         for server, process in self._servers.items():
             process.send_signal(signal.SIGINT if server == "postgres" else signal.SIGTERM)
         for process in self._servers.values():

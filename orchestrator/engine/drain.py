@@ -127,7 +127,7 @@ class Drainer:
         if marked is None:
             return
         with suppress(*UNAVAILABLE, StoreUnavailableError):
-            connection = self._connection or open_connection(self._settings.dsn, name="mark")
+            connection = self._connection or self._open("mark")
             liveness.leave(connection, marked.incarnation, marked.child)
             if connection is not self._connection:
                 connection.close()
@@ -435,7 +435,7 @@ class Drainer:
         if self._connection is None:
             if self._worker.permits is not None:
                 self._permit = self._worker.permits.take()
-            self._connection = open_connection(self._settings.dsn, name=f"child of {self._worker.runner.worker}")
+            self._connection = self._open(f"child of {self._worker.runner.worker}")
             self._reconnected = self._reconnected or self._advancer is None
         if self._advancer is None:
             identity = self._worker.identity()
@@ -446,6 +446,9 @@ class Drainer:
             scope = replace(self._worker.scope, may_begin=self._may_begin)
             self._advancer = Advancer(self._worker.script_of, scope, identity, self._ring, self._settings.cache_runs)
         return self._connection, self._advancer
+
+    def _open(self, name: str) -> Connection:
+        return open_connection(self._settings.dsn, name=name, prepare=self._settings.prepared_statements)
 
     def _ring(self, connection: Connection, queue: str, rows: int) -> None:
         failpoint("ring.before", connection)

@@ -19,8 +19,12 @@ REFUSED = psycopg.Error  # what is not a lost connection: a statement that the d
 def open_connection(dsn: str, *, name: str, prepare: bool = True) -> Connection:
     """Open an autocommit connection that Postgres shows as `name`.
 
-    `prepare` off is for poolers without prepared statements.  Raises: StoreUnavailableError.
+    `prepare` off is for poolers that lend a connection for one transaction: no statement is prepared, and nothing is
+    asked of the session but its time zone, which such poolers carry along.  Raises: StoreUnavailableError.
     """
+    # Plans are kept, and every statement has its index: one that was planned while the tables were empty must not go on
+    # scanning them when they are full.
+    kept: Any = {"options": "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c timezone=UTC"}
     try:
         connection = psycopg.connect(
             dsn,
@@ -31,10 +35,11 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True) -> Connection:
             keepalives_idle=10,
             keepalives_interval=5,
             keepalives_count=3,
-            # Plans are kept, and every statement has its index: one that was planned while the tables were empty must
-            # not go on scanning them when they are full.
-            options="-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c timezone=UTC",
+            tcp_user_timeout=25_000,  # keepalives are silent while something is under way and nobody takes it
+            **(kept if prepare else {}),
         )
+        if not prepare:
+            connection.execute("SET timezone TO 'UTC'")
     except psycopg.OperationalError as error:
         raise unavailable(error) from None
     return connection

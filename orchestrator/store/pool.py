@@ -20,8 +20,9 @@ from orchestrator.store.connection import UNAVAILABLE, Connection, open_connecti
 class ClientPool:
     """A pool of autocommit connections, opened on first use and made anew after a fork."""
 
-    def __init__(self, dsn: str, size: int) -> None:
+    def __init__(self, dsn: str, size: int, *, prepare: bool = True) -> None:
         self._dsn = dsn
+        self._prepare = prepare
         self._size = max(1, size)
         self._pool: QueuePool | None = None
         self._owner = 0
@@ -32,7 +33,7 @@ class ClientPool:
             if self._pool is not None:
                 self._abandoned.append(self._pool)
             self._pool = QueuePool(
-                lambda: open_connection(self._dsn, name="client"),  # type: ignore[arg-type]
+                lambda: open_connection(self._dsn, name="client", prepare=self._prepare),  # type: ignore[arg-type]
                 pool_size=self._size, max_overflow=0, timeout=10, reset_on_return=None,
             )  # fmt: skip
             self._owner = os.getpid()

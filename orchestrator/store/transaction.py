@@ -43,12 +43,14 @@ class Transactions:
     With `permits` a connection lives as long as its transaction, and needs a permit.
     """
 
-    def __init__(self, sqlalchemy_url: str, permits: Permits | None = None) -> None:
+    def __init__(self, sqlalchemy_url: str, permits: Permits | None = None, *, prepare: bool = True) -> None:
         self._permits = permits
+        options: dict[str, Any] = {} if prepare else {"connect_args": {"prepare_threshold": None}}
         if permits is None:
-            self._engine: Engine = create_engine(sqlalchemy_url, pool_size=1, max_overflow=20, pool_pre_ping=True)
+            options |= {"pool_size": 1, "max_overflow": 20, "pool_pre_ping": True}
         else:
-            self._engine = create_engine(sqlalchemy_url, poolclass=NullPool)
+            options["poolclass"] = NullPool
+        self._engine: Engine = create_engine(sqlalchemy_url, **options)
 
     def run(
         self, wants_session: bool, timeout: timedelta, work: Callable[[Any], T], settle: Callable[[Psycopg, T], bool]
@@ -106,15 +108,13 @@ class Transactions:
             if not settle(_driver(connection), value):
                 outer.rollback()
             failpoint("transaction.settled", connection)
-        except (OperationalError, *UNAVAILABLE) as error:
-            raise TransactionFailed(error) from error
-        except DBAPIError as error:
-            outer.rollback()
+        except (DBAPIError, *UNAVAILABLE) as error:
             raise TransactionFailed(error) from error
         return value
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Connection]:
+        """Lend a connection; one that the server has ended does not hide why the transaction is left."""
         try:
             connection = self._engine.connect()
         except OperationalError as error:
@@ -122,8 +122,12 @@ class Transactions:
         try:
             yield connection
         finally:
-            with contextlib.suppress(OperationalError):  # it broke: nothing is left to roll back
+            try:
                 connection.close()
+            except DBAPIError:  # not always an OperationalError; nothing is left to roll back
+                if not connection.closed:
+                    connection.invalidate()
+                    connection.close()
 
     @contextlib.contextmanager
     def _permitted(self) -> Iterator[None]:

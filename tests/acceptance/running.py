@@ -82,11 +82,19 @@ class World:
 class Worker:
     """A real worker on a queue of its own, in a process group of its own."""
 
-    def __init__(self, queue: str, log: Path, environment: dict[str, str], *options: str) -> None:
+    def __init__(
+        self,
+        queue: str,
+        log: Path,
+        environment: dict[str, str],
+        *options: str,
+        app: str = "tests.acceptance.app",
+        name: str = "",
+    ) -> None:
         self.queue = queue
         self.log = log
-        command = [sys.executable, "-m", "celery", "-A", "tests.acceptance.app", "worker", "-c", "2", "-Q", queue]
-        command += ["-n", f"{queue}@acceptance", "-l", "INFO"]
+        command = [sys.executable, "-m", "celery", "-A", app, "worker", "-c", "2", "-Q", queue]
+        command += ["-n", f"{name or queue}@{app.split('.')[1]}", "-l", "INFO"]
         self._command = [*command, "--without-gossip", "--without-mingle", "--without-heartbeat", *options]
         self._environment = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
         self.process: subprocess.Popen[bytes] | None = None
@@ -104,9 +112,13 @@ class Worker:
     def start(self, **environment: str) -> Worker:
         """Start the process and wait until it takes work."""
         self.launch(**environment)
+        self.until_ready()
+        return self
+
+    def until_ready(self) -> None:
+        """Wait until it takes work."""
         until(lambda: re.search(r" ready\.$", self.said, re.M) or not self.is_alive, "the worker is ready", 60.0)
         assert self.is_alive, self.said
-        return self
 
     @property
     def said(self) -> str:

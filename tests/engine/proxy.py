@@ -1,7 +1,8 @@
-"""A TCP proxy that can be cut: how tests take a database or a broker away without stopping it.
+"""A TCP proxy that misbehaves when it is told to: how tests take a server away, or its answers, without stopping it.
 
-Owns two kinds of failure: `cut` (nobody answers, open connections break) and `swallow` (what is asked reaches the
-server, and the connection breaks before the answer does).
+Owns these failures: `cut` (nobody answers, open connections break), `reset` (open connections break, new ones are
+welcome), `hang` (half-open: connections stay, and nothing passes), `delay` (everything comes late), and `swallow` (what
+is asked reaches the server, and the connection breaks before the answer does).
 """
 
 from __future__ import annotations
@@ -9,9 +10,14 @@ from __future__ import annotations
 import contextlib
 import selectors
 import socket
+import struct
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from urllib.parse import urlsplit, urlunsplit
+
+_RST = struct.pack("ii", 1, 0)  # closing with this tells the peer at once, and rudely
 
 
 class Proxy:
@@ -24,7 +30,11 @@ class Proxy:
         self._selector = selectors.DefaultSelector()
         self._peers: dict[socket.socket, socket.socket] = {}
         self._servers: set[socket.socket] = set()
+        self._late: deque[tuple[float, socket.socket, bytes]] = deque()
+        self._delay_s = 0.0
+        self._hangs = False
         self._swallow: Callable[[bytes], bool] | None = None
+        self._swallow_times = 0
         self.swallowed = 0
         self._port = 0
         self._listener: socket.socket | None = None
@@ -46,13 +56,33 @@ class Proxy:
             if listener is not None:
                 self._selector.unregister(listener)
                 listener.close()
+            self._drop_all()
+
+    def reset(self) -> int:
+        """Break the connections that are open, in the way of a peer that crashed; returns how many there were."""
+        with self._lock:
+            count = len(self._servers)
             for end in list(self._peers):
-                self._drop(end)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST)
+            self._drop_all()
+        return count
+
+    def hang(self) -> None:
+        """Let nothing pass any more, and tell nobody: connections stay open, and new ones are let in."""
+        with self._lock:
+            self._hangs = True
+
+    def delay(self, seconds: float) -> None:
+        """Let everything pass, so much later."""
+        with self._lock:
+            self._delay_s = seconds
 
     def restore(self) -> None:
-        """Answer again, on the same port."""
+        """Answer again, on the same port; what hung is broken, as a router does that has forgotten it."""
         with self._lock:
-            self._swallow = None
+            if self._hangs:
+                self._drop_all()
+            self._swallow, self._hangs, self._delay_s = None, False, 0.0
             if self._listener is None:
                 listener = socket.socket()
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -62,11 +92,11 @@ class Proxy:
                 self._selector.register(listener, selectors.EVENT_READ)
                 self._listener = listener
 
-    def swallow(self, asked: Callable[[bytes], bool]) -> None:
-        """Deliver the next data for which `asked` is true, and break that connection once the server has answered."""
+    def swallow(self, asked: Callable[[bytes], bool], times: int = 1) -> None:
+        """Deliver data for which `asked` is true, and break that connection once the server has answered."""
         with self._lock:
             self.swallowed = 0
-            self._swallow = asked
+            self._swallow, self._swallow_times = asked, times
 
     def close(self) -> None:
         self.cut()
@@ -74,8 +104,13 @@ class Proxy:
 
     def _serve(self) -> None:
         while not self._closed:
-            for key, _ in self._selector.select(0.05):
-                with self._lock:
+            ready = self._selector.select(0.002 if self._late else 0.05)
+            with self._lock:
+                self._send_late()
+                if self._hangs:
+                    ready = [item for item in ready if item[0].fileobj is self._listener]
+                    time.sleep(0.0 if ready else 0.02)
+                for key, _ in ready:
                     if key.fileobj is self._listener:
                         self._accept()
                     elif key.fileobj in self._peers:
@@ -102,16 +137,36 @@ class Proxy:
             data = end.recv(65536)
             if not data:
                 raise ConnectionResetError
+            if self._delay_s:
+                self._late.append((time.monotonic() + self._delay_s, peer, data))
+                return
             peer.sendall(data)
         except OSError:
             self._drop(end)
             return
         if end not in self._servers and self._swallow is not None and self._swallow(data):
+            self._swallow_answer(end, peer)
+
+    def _swallow_answer(self, end: socket.socket, peer: socket.socket) -> None:
+        self.swallowed += 1
+        if self.swallowed >= self._swallow_times:
             self._swallow = None
-            with contextlib.suppress(OSError):
-                peer.settimeout(10.0)
-                peer.recv(65536)  # the answer: the server has done what it was asked
-            self.swallowed += 1
+        with contextlib.suppress(OSError):
+            peer.settimeout(10.0)
+            peer.recv(65536)  # the answer: the server has done what it was asked
+        self._drop(end)
+
+    def _send_late(self) -> None:
+        while self._late and self._late[0][0] <= time.monotonic():
+            _, peer, data = self._late.popleft()
+            if peer in self._peers:
+                try:
+                    peer.sendall(data)
+                except OSError:
+                    self._drop(peer)
+
+    def _drop_all(self) -> None:
+        for end in list(self._peers):
             self._drop(end)
 
     def _drop(self, end: socket.socket) -> None:

@@ -1,0 +1,120 @@
+"""Servers that a test may kill: a Postgres and a Valkey of this session's own, on ports that they keep.
+
+Owns their processes.  Built from the embedded servers, which start them; those know nothing of being killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import threading
+import uuid
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import psycopg
+from psycopg import sql
+
+from orchestrator import store
+from orchestrator.embedded import postgres, valkey
+from orchestrator.embedded.place import Place, Programs, settle, take
+from orchestrator.embedded.processes import Processes, await_start
+
+
+class Servers:
+    """A Postgres and a Valkey; each can be ended without a farewell, and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._programs = Programs.find()
+        self._place = Place(folder.resolve())
+        self._processes = Processes(take(self._place))
+        self._settings = settle(self._place, None, None)
+        self._lock = threading.Lock()
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self.start_postgres()
+        self.start_valkey()
+        self._template = self.new_database("template0")
+        store.migrate(self.url_of(self._template))
+
+    @property
+    def postgres_url(self) -> str:
+        return postgres.url(self._settings)
+
+    def url_of(self, database: str) -> str:
+        return urlsplit(self.postgres_url)._replace(path=f"/{database}").geturl()
+
+    def broker_url(self, number: int) -> str:
+        return urlsplit(valkey.url(self._settings))._replace(path=f"/{number}").geturl()
+
+    def new_database(self, template: str = "") -> str:
+        """Make a database with the schema in it; returns its name."""
+        name = f"faults_{uuid.uuid4().hex}"
+        with psycopg.connect(self.postgres_url, autocommit=True) as connection:
+            words = sql.SQL("CREATE DATABASE {} TEMPLATE {}")
+            connection.execute(words.format(sql.Identifier(name), sql.Identifier(template or self._template)))
+        return name
+
+    def drop_database(self, name: str) -> None:
+        with psycopg.connect(self.postgres_url, autocommit=True) as connection:
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+    # -- Postgres ------------------------------------------------------------------------------------------------------
+    def start_postgres(self) -> None:
+        process = postgres.run(self._processes, self._programs, self._place, self._settings)
+        self._running["postgres"] = process
+        self._watch()
+        await_start(process, lambda: postgres.is_ready(self._place, process), self._place.log("postgres"))
+
+    def stop_postgres(self, how: signal.Signals = signal.SIGQUIT) -> None:
+        """End Postgres; SIGQUIT is its `immediate` mode: no checkpoint, and recovery at the next start."""
+        process = self._running["postgres"]
+        backends = psutil.Process(process.pid).children()
+        process.send_signal(how)
+        process.wait(30.0)
+        psutil.wait_procs(backends, timeout=30.0)
+
+    def restart_postgres(self) -> None:
+        """Crash Postgres and start it again."""
+        self.stop_postgres()
+        self.start_postgres()
+
+    # -- Valkey --------------------------------------------------------------------------------------------------------
+    def start_valkey(self) -> None:
+        process = valkey.run(self._processes, self._programs, self._place, self._settings)
+        self._running["valkey"] = process
+        self._watch()
+        await_start(process, lambda: valkey.answers(self._settings), self._place.log("valkey"))
+
+    def stop_valkey(self) -> None:
+        """Kill Valkey; what was in it is gone."""
+        self._running["valkey"].kill()
+        self._running["valkey"].wait(30.0)
+
+    def restart_valkey(self) -> None:
+        self.stop_valkey()
+        self.start_valkey()
+
+    def _watch(self) -> None:
+        if len(self._running) == 2:
+            self._processes.watch(self._running["postgres"], self._running["valkey"])
+
+    def stop(self) -> None:
+        self._processes.stop()
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def kill_all(process: psutil.Process) -> None:
+    """Kill a process and all that it has started."""
+    for each in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            os.kill(each.pid, signal.SIGKILL)

@@ -1,0 +1,134 @@
+"""Messages that are lost, doubled, late, or of yesterday; with Valkey and with RabbitMQ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from kombu import Connection
+
+from tests.acceptance.running import until
+from tests.faults.conftest import new_valkey_url
+from tests.faults.load import QUEUE, Office
+from tests.faults.postman import Habits, Postman
+from tests.faults.rabbitmq import RabbitMQ
+from tests.faults.scene import LOADED, Scene
+from tests.faults.servers import Servers
+
+
+@pytest.fixture(params=["valkey", "rabbitmq"])
+def new_broker_url(request: pytest.FixtureRequest, own_servers: Servers) -> Callable[[], str]:
+    """Make URLs of brokers without messages: all of Valkey, or all of RabbitMQ."""
+    if request.param == "valkey":
+        return lambda: new_valkey_url(own_servers)
+    rabbitmq: RabbitMQ = request.getfixturevalue("rabbitmq")
+    return rabbitmq.new_url
+
+
+@contextmanager
+def posted(scene: Scene, source: str, habits: Habits) -> Iterator[Postman]:
+    """Two workers and a client whose doorbells a postman carries."""
+    scene.office = Office(scene.database_url, source, scene.folder / "acknowledged")
+    with Postman(source, scene.broker_url, habits) as postman:
+        scene.start_workers(2, FAULTS_WRITE_TO=source)
+        yield postman
+    scene.office.close()
+
+
+def purge(url: str) -> int:
+    with Connection(url) as connection:
+        return int(connection.default_channel.queue_purge(QUEUE) or 0)
+
+
+def test_queues_that_are_emptied_under_load_cost_nothing(
+    new_scene: Callable[..., Scene], new_broker_url: Callable[[], str]
+) -> None:
+    scene = new_scene(new_broker_url())
+    scene.start_workers(2)
+    load = scene.load(runs=66)
+    lost = 0
+    for count in range(5, 60, 5):
+        load.until_ended(count)
+        lost += purge(scene.broker_url)
+        scene.fault("queue purged")
+    scene.judge(LOADED, load)
+
+
+def test_messages_that_come_three_times_do_nothing_twice(
+    new_scene: Callable[..., Scene], new_broker_url: Callable[[], str]
+) -> None:
+    """Tripled, late by up to half a second each, so in another order too; then all of them once more."""
+    scene = new_scene(new_broker_url())
+    with posted(scene, new_broker_url(), Habits(copies=3, longest_delay_s=0.5)) as postman:
+        load = scene.load(runs=44)
+        load.until_ended(44)
+        replayed = postman.replay()
+        again = scene.load(runs=22, seed=2)
+        again.until_ended(22)
+        scene.fault("messages tripled and late", postman.carried)
+        scene.fault("messages replayed", replayed)
+        scene.redeliveries = postman.repeated
+        scene.judge(replace(LOADED, redeliveries=1), load, again)
+
+
+def test_messages_that_are_eaten_cost_seconds_and_no_work(
+    new_scene: Callable[..., Scene], new_broker_url: Callable[[], str]
+) -> None:
+    """Three in ten on their way, and all that waits, again and again."""
+    scene = new_scene(new_broker_url())
+    with posted(scene, new_broker_url(), Habits(eaten=0.3)) as postman:
+        load = scene.load(runs=66)
+        load.until_ended(66)
+        until(lambda: postman.eaten, "a message was eaten")
+        scene.fault("messages eaten", postman.eaten)
+        scene.judge(LOADED, load)
+
+
+def test_a_broker_that_is_killed_and_restarted_costs_seconds(scene_of_each_broker: Scene, request: Any) -> None:
+    _kill_the_broker(scene_of_each_broker, request, times=2, runs=44)
+
+
+@pytest.mark.long
+def test_a_broker_that_is_killed_twenty_times(scene_of_each_broker: Scene, request: Any) -> None:
+    _kill_the_broker(scene_of_each_broker, request, times=20, runs=220)
+
+
+def _kill_the_broker(scene: Scene, request: pytest.FixtureRequest, *, times: int, runs: int) -> None:
+    rabbit = scene.broker_url.startswith("amqp")
+    restart = request.getfixturevalue("rabbitmq" if rabbit else "own_servers")
+    scene.start_workers(2)
+    load = scene.load(runs=runs, ms=30)
+    for number in range(times):
+        load.until_ended((number + 1) * runs // (times + 2), within_s=180.0)
+        restart.restart() if rabbit else restart.restart_valkey()
+        scene.fault("broker killed")
+    scene.judge(LOADED, load, within_s=180.0)
+
+
+def _half_open(scene: Scene, seconds: float, runs: int) -> None:
+    workers = scene.start_workers(2, proxied=True)
+    load = scene.load(runs=runs, office=scene.proxied_office())
+    load.until_ended(runs // 4)
+    scene.broker.hang()
+    scene.fault("broker half-open")
+    began = scene.sql("SELECT clock_timestamp()")[0][0]
+    load.until_ended(runs // 2, within_s=180.0)  # it goes on: what drains goes on draining
+    until(
+        lambda: (scene.sql("SELECT clock_timestamp()")[0][0] - began).total_seconds() > seconds,
+        "it was half-open for long enough", seconds + 30.0,
+    )  # fmt: skip
+    scene.broker.restore()
+    scene.judge(LOADED, load, within_s=180.0)
+    assert all(worker.is_alive for worker in workers)
+
+
+@pytest.mark.long
+def test_a_broker_that_is_half_open_for_ninety_seconds(scene_of_each_broker: Scene) -> None:
+    _half_open(scene_of_each_broker, 90.0, 66)
+
+
+def test_a_broker_that_is_half_open_is_outlived(scene: Scene) -> None:
+    _half_open(scene, 5.0, 33)

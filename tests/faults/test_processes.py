@@ -1,0 +1,142 @@
+"""Processes that die, stand still, or are told to go: worker, pool child, companion."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+
+import redis
+
+from tests.acceptance.running import until
+from tests.faults.load import QUEUE
+from tests.faults.scene import BARE, LOADED, Scene
+from tests.faults.steps import Stop
+
+
+def test_workers_children_and_companions_are_killed_under_load(scene: Scene) -> None:
+    first, second = scene.start_workers(2)
+    load = scene.load(runs=77, ms=30)
+    for count in (8, 16, 24):
+        load.until_ended(count)
+        scene.signal(scene.children(first)[0], signal.SIGKILL)
+    load.until_ended(32)
+    scene.signal(scene.companion(second), signal.SIGKILL)
+    load.until_ended(40)
+    scene.signal(first, signal.SIGKILL)
+    first.launch()
+    load.until_ended(50)
+    scene.signal(second, signal.SIGKILL, whole=True)
+    scene.judge(replace(LOADED, redispatches=1), load)
+
+
+# -- that stand still for longer than their lease ----------------------------------------------------------------------
+def test_what_a_worker_does_after_it_was_given_up_counts_for_nothing(scene: Scene) -> None:
+    """Stopped before and after the effect, in ordinary and in transactional steps, for longer than the lease."""
+    stopped, heir = scene.start_workers(2, "-c", "4")
+    runs = [(f"{kind}-{where}", where) for kind in ("linger", "pay") for where in ("before", "after")]
+    with scene.stopped(heir):  # so that all of them begin in the other one
+        for run, where in runs:
+            scene.start(run, Stop(name="a", kind=run.partition("-")[0], how=[where, "ok"]))
+            scene.until_at(run, where)
+    with scene.stopped(stopped):
+        for run, where in runs:
+            scene.until_state(run, "completed")
+            scene.let_go(run, where)
+    for run in ("linger-before", "linger-after"):
+        late = until(lambda run=run: scene.entries(run, "late"), f"the late result of {run} is on record")  # type: ignore[misc]
+        assert [entry["attempt"] for entry in late] == [1]
+    until(lambda: "has lost its fence, its transaction is rolled back" in stopped.said, "a transaction is rolled back")
+    scene.judge(replace(BARE, fenced=2, redispatches=4))
+
+
+def test_an_undo_is_not_overtaken_by_the_effect_that_it_undoes(scene: Scene) -> None:
+    stopped, heir = scene.start_workers(2)
+    with scene.stopped(heir):
+        result = scene.start("late", Stop(name="a", kind="linger", how=["before"]))
+        scene.until_at("late", "before")
+    with scene.stopped(stopped):
+        scene.office.order(result, "cancelled")
+        until(lambda: scene.entries("late", "attempted"), "the attempt is given up", 30.0)
+        assert scene.effects("late") == []
+        scene.let_go("late", "before")
+    scene.until_state("late", "cancelled")
+    effects = scene.effects("late")
+    assert effects[0] == "do 1" and set(effects[1:]) <= {"undo 1", "undo 2"} and len(effects) > 1
+    scene.judge(replace(BARE, fenced=1, redispatches=1))
+
+
+# -- that are told to go -----------------------------------------------------------------------------------------------
+def begun_by_the_dead(scene: Scene) -> int:
+    query = """SELECT count(*) FROM orchestrator.work w JOIN orchestrator.incarnations i ON i.id = w.incarnation
+        WHERE w.fence IS NOT NULL AND i.dead_at IS NOT NULL"""
+    return int(scene.sql(query)[0][0])
+
+
+def living(scene: Scene) -> set[str]:
+    return {row[0] for row in scene.sql("SELECT node FROM orchestrator.incarnations WHERE dead_at IS NULL")}
+
+
+def attempts_lost(scene: Scene) -> int:
+    query = """SELECT count(*) FROM orchestrator.history WHERE kind = 'attempted'
+        AND entry -> 'error' ->> 'type' IN ('WorkerLost', 'LeaseLost', 'AttemptExpired')"""
+    return int(scene.sql(query)[0][0])
+
+
+def test_shutdowns_burn_no_attempt_and_leave_no_lease(scene: Scene) -> None:
+    """Warm, soft, and told twice, one after the other while the load goes on."""
+    scene.start_workers(1)
+    going = scene.start_workers(3, FAULTS_SOFT="5")
+    load = scene.load(runs=77, ms=30)
+    for number, (worker, how) in enumerate(
+        zip(going, ([signal.SIGTERM], [signal.SIGQUIT], [signal.SIGTERM, signal.SIGTERM]), strict=True)
+    ):
+        load.until_ended(8 + 12 * number)
+        for each in how:
+            scene.signal(worker, each)
+        assert worker.process is not None
+        worker.process.wait(30.0)
+        until(lambda node=f"w{2 + number}@faults": node not in living(scene), "its lease is given back", 5.0)  # type: ignore[misc]
+        assert begun_by_the_dead(scene) == 0
+    scene.judge(LOADED, load)
+    assert attempts_lost(scene) == 0
+
+
+# -- steps that kill ---------------------------------------------------------------------------------------------------
+def test_a_step_that_always_kills_its_worker_comes_to_an_end(scene: Scene) -> None:
+    worker = scene.worker().start()
+    scene.start("murder", Stop(name="a", kind="insist"), Stop(name="x", how=["murder"]))
+    for _ in range(3):
+        until(lambda: not worker.is_alive, "the step has killed its worker", 60.0)
+        scene.fault("SIGKILL by a step")
+        worker.start()
+    scene.until_state("murder", "compensated", within_s=60.0)
+    assert scene.effects("murder") == ["do 1"] * 2 + ["do 2", "do 3", "undo 1", "undo 1"]
+    scene.judge(replace(BARE, redispatches=3))
+
+
+def test_memory_that_runs_out_costs_an_attempt(scene: Scene) -> None:
+    """As an error where a limit is set, as a SIGKILL by the kernel where none is."""
+    scene.worker().start()
+    scene.start("limit", Stop(name="a", kind="insist", how=["eat", "ok"]))
+    scene.start("killed", Stop(name="a", kind="insist", how=["die", "ok"]))
+    scene.start("in a transaction", Stop(name="b", kind="move", how=["die", "ok"]))
+    for run in ("limit", "killed", "in a transaction"):
+        scene.until_state(run, "completed")
+        scene.fault("out of memory")
+    assert [entry["error"]["type"] for entry in scene.entries("limit", "attempted")] == ["MemoryError"]
+    scene.judge(replace(BARE, redispatches=2))
+
+
+# -- messages that go with a process -----------------------------------------------------------------------------------
+def test_a_message_that_a_dead_worker_had_in_hand_is_not_missed(scene: Scene) -> None:
+    """Valkey hands a message to whoever waits for it; with nobody at the other end it is gone."""
+    stopped = scene.worker().start()
+    scene.start("first", Stop(name="a"))
+    scene.until_state("first", "completed")
+    with redis.Redis.from_url(scene.broker_url) as broker, scene.stopped(stopped):
+        scene.start("missed", Stop(name="a"))  # while its BRPOP, of a second, is outstanding
+        assert broker.llen(QUEUE) == 0, "the message is handed out to who cannot read it"
+        scene.worker().start()
+        scene.until_state("missed", "completed")
+    scene.signal(stopped, signal.SIGKILL)
+    scene.judge(BARE)

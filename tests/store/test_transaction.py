@@ -1,0 +1,67 @@
+"""The transaction of a transactional step, when the server takes its connection away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import Connection, text
+
+from orchestrator.store.transaction import CommitUnknown, TransactionFailed, Transactions
+
+MINUTE = timedelta(minutes=1)
+
+
+@pytest.fixture
+def transactions(database_url: str) -> Iterator[Transactions]:
+    made = Transactions(database_url.replace("postgresql://", "postgresql+psycopg://"))
+    yield made
+    made.dispose()
+
+
+def end_backend(database_url: str, pid: int) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+
+
+def backend_of(connection: Connection) -> int:
+    return int(connection.execute(text("SELECT pg_backend_pid()")).scalar_one())
+
+
+def test_a_lost_connection_does_not_hide_why_the_code_failed(transactions: Transactions, database_url: str) -> None:
+    def work(connection: Connection) -> None:
+        end_backend(database_url, backend_of(connection))
+        raise ValueError("the reason")
+
+    with pytest.raises(ValueError, match="the reason"):
+        transactions.run(False, MINUTE, work, lambda connection, value: True)
+    assert transactions.run(False, MINUTE, backend_of, lambda connection, value: True) > 0
+
+
+def test_a_connection_lost_while_the_outcome_is_written_fails_the_transaction(
+    transactions: Transactions, database_url: str
+) -> None:
+    def settle(connection: psycopg.Connection[Any], pid: int) -> bool:
+        end_backend(database_url, pid)
+        return connection.execute("SELECT 1").fetchone() is not None
+
+    with pytest.raises(TransactionFailed, match="terminating connection"):
+        transactions.run(False, MINUTE, backend_of, settle)
+
+
+def test_a_connection_lost_before_the_commit_leaves_it_unknown(transactions: Transactions, database_url: str) -> None:
+    def settle(connection: psycopg.Connection[Any], pid: int) -> bool:
+        end_backend(database_url, pid)
+        return True
+
+    with pytest.raises(CommitUnknown):
+        transactions.run(False, MINUTE, backend_of, settle)
+
+
+def test_a_database_that_is_away_fails_the_transaction() -> None:
+    nobody = Transactions("postgresql+psycopg://nobody@127.0.0.1:1/nowhere")
+    with pytest.raises(TransactionFailed, match="refused"):
+        nobody.run(False, MINUTE, lambda connection: None, lambda connection, value: True)
