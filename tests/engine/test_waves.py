@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator import Effect, RetryPolicy, saga, step
+from orchestrator.store import liveness
 from orchestrator.store.connection import Connection
 from tests.engine.proxy import Proxy
 from tests.engine.stage import Child, start, state
@@ -31,7 +32,7 @@ async def quick(thing: str) -> None:
     await saga.step(short, thing)
 
 
-@step(effect=Effect.NONE, retry=RetryPolicy(timedelta(0), 1.0, timedelta(0), 2))
+@step(effect=Effect.NONE, retry=RetryPolicy(timedelta(0), 1.0, timedelta(0), 4))
 def shaky(thing: str) -> str:
     TRIED.append(thing)
     if TRIED.count(thing) == 1:
@@ -76,9 +77,7 @@ def test_steps_that_are_known_to_be_short_are_begun_together(child: Child, conne
     assert seen[:3] == [3, 3, 3]
 
 
-def test_attempts_that_are_tried_again_at_once_keep_their_own_rows(
-    child: Child, connection: Connection, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_attempts_that_are_tried_again_at_once_keep_their_own_rows(child: Child, connection: Connection) -> None:
     """Not the row of another outcome of its run: as long as its own is there, there would be two of its key."""
     TRIED.clear()
     for task in (short, shaky):
@@ -86,6 +85,42 @@ def test_attempts_that_are_tried_again_at_once_keep_their_own_rows(
     start(connection, side_by_side, "x")
     child.drain()
     assert (sorted(TRIED), state(connection)) == (["a", "a", "b", "b"], "completed")
+    count = "SELECT count(DISTINCT seq) FROM orchestrator.history WHERE kind = 'attempted'"
+    assert connection.execute(count).fetchone() == (1,), "both failures are in one turn"
+
+
+@saga.define
+async def only_shaky(thing: str) -> None:
+    await saga.step(shaky, thing)
+
+
+def test_outcomes_of_attempts_that_were_given_to_others_meanwhile_are_refused_without_a_fuss(
+    new_child: Callable[..., Child], connection: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    TRIED.clear()
+    late, heir = new_child(cache_runs=0), new_child()
+    late.drainer._recent_s[shaky.name] = heir.drainer._recent_s[shaky.name] = 0.001
+
+    def interrupt(taken: Any) -> None:
+        raise KeyboardInterrupt
+
+    def lose_the_lease(taken: Any) -> None:
+        if len(late.runner.calls) == 2:
+            liveness.declare_dead(connection, late.incarnation)
+            liveness.give_back_dead(connection)
+            heir.runner.before = interrupt
+            with pytest.raises(KeyboardInterrupt):  # it has begun the next attempts
+                heir.drain()
+            late.reborn()
+
+    late.runner.before = lose_the_lease
+    for name in ("a", "b"):
+        start(connection, only_shaky, name, run_id=name)
+    late.drain()
+    heir.runner.before = lambda taken: None
+    heir.drain()
+    assert (state(connection, "a"), state(connection, "b")) == ("completed", "completed")
+    assert caplog.text.count("has lost its fence, its outcome is refused") == 2
     assert "could not be committed together" not in caplog.text
 
 
