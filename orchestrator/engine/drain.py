@@ -100,6 +100,8 @@ class Drainer:
         self._until = math.inf
         self._steps = 0
         self._marked: Identity | None = None
+        self._wave: list[Taken] = []  # the attempts that this child is about, and what they have begun so far
+        self._begun: list[Taken] = []
         self._recent_s: dict[str, float] = {}  # how long each task took the last time
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -207,21 +209,22 @@ class Drainer:
 
         In waves: first turns share a commit, and so do the outcomes of steps that are known to be short.
         """
-        pending = taken
-        while pending:
-            firsts = [item for item in pending if item.role == "turn"]
+        self._begun = taken
+        while self._begun:
+            wave, self._begun = self._begun, []
+            firsts = [item for item in wave if item.role == "turn"]
             if firsts and self._worker.stopping():
                 self._give_back(firsts)
                 firsts = []
-            attempts = [item for item in pending if item.role != "turn"]
+            attempts = self._wave = [item for item in wave if item.role != "turn"]
             self._steps += len(attempts)
-            pending = self._start_turns(firsts)
+            self._begun.extend(self._start_turns(firsts))
             short = [item for item in attempts if self._is_short(item.task) and item.role in ("do", "undo")]
             if len(short) > 1:
-                pending += self._run_together(short)
+                self._begun.extend(self._run_together(short))
                 attempts = [item for item in attempts if item not in short]
             for item in attempts:
-                pending += self._run(item)
+                self._begun.extend(self._run(item))
 
     def _start_turns(self, items: list[Taken]) -> list[Taken]:
         if not items:
@@ -254,7 +257,7 @@ class Drainer:
             self._drop_connection()
             begun = []
             for item, outcome in ended:
-                begun += self._record(item, outcome, broken=True)
+                self._begun.extend(self._record(item, outcome, broken=True))
         for item, outcome in ended:
             self._worker.runner.finished(item, outcome)
         return begun
@@ -426,7 +429,8 @@ class Drainer:
             return None  # taken away meanwhile: recording it again reports a late effect
         identity = advancer.identity
         held = turns.held(connection, identity.incarnation, identity.child)
-        return [item for item in held if item.run_id == taken.run_id and item.key != taken.key]
+        in_hand = {item.fence for item in (*self._wave, *self._begun)}
+        return [item for item in held if item.run_id == taken.run_id and item.fence not in in_hand]
 
     def _ready(self) -> tuple[Connection, Advancer]:
         """Return connection and advancer of the present incarnation, opening what is missing."""

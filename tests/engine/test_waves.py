@@ -48,6 +48,12 @@ async def side_by_side(thing: str) -> None:
 
 
 @saga.define
+async def three_then_one(thing: str) -> None:
+    await asyncio.gather(*(saga.step(short, f"{thing}{n}") for n in range(3)))
+    await saga.step(short, "then")
+
+
+@saga.define
 async def slow(thing: str) -> None:
     await saga.step(long, thing)
 
@@ -161,3 +167,26 @@ def test_a_shared_commit_that_was_not_answered_makes_no_step_run_twice(
     assert ended == (5,)
     late = connection.execute("SELECT count(*) FROM orchestrator.history WHERE kind = 'late'").fetchone()
     assert late == (0,)
+
+
+def test_what_a_turn_of_several_outcomes_began_is_run_once_though_nobody_answered(
+    new_child: Callable[..., Child], connection: Connection, proxy: Proxy
+) -> None:
+    """Each of the outcomes is found to be recorded, and each has led to the same next step."""
+    child = new_child(dsn=proxy.url)
+    for n in range(3):
+        start(connection, three_then_one, "warm", run_id=f"warm {n}")
+        child.drain()
+        child.drainer._recent_s[short.name] = 0.001
+    ran: list[str] = []
+
+    def look(taken: Any) -> None:
+        ran.append(taken.key)
+        if len(ran) == 3:
+            proxy.swallow(lambda data: b'[{"run":' in data)
+
+    child.runner.before = look
+    start(connection, three_then_one, "x")
+    child.drain()
+    assert proxy.swallowed == 1
+    assert (len(ran), len(set(ran)), state(connection)) == (4, 4, "completed")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from orchestrator import embedded, store
 from tests.simulation.database import empty, prepare
+from tests.simulation.faults import MUST_HAPPEN
 from tests.simulation.network import Sessions
 from tests.simulation.world import Simulation
 
@@ -61,9 +62,11 @@ def hunt(seeds: range, url: str, folder: Path, sessions: Sessions, arguments: ar
             print(f"seed {seed}:", *verdict.broken, sep="\n    ", flush=True)
             if not arguments.keep_going:
                 break
+    missing = [name for name in sorted(MUST_HAPPEN) if not happened[name]]
     seconds = time.monotonic() - began
     print(f"{len(seeds)} seeds in {seconds:.1f} s; failed: {failed}")
     print(", ".join(f"{name} {count}" for name, count in sorted((happened + states).items()) if "once" not in name))
+    print(f"did not happen: {missing}")
     return bool(failed)
 
 

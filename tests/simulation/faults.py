@@ -22,6 +22,15 @@ _EVENTS = (
     "database away", "clock jumps", "warm shutdown", "order",
 )  # fmt: skip
 KINDS = (*(f"line {fate.value}" for fate in _FATES), *_EVENTS)
+MUST_HAPPEN = {
+    *KINDS,
+    *("doorbell dropped", "doorbell doubled", "doorbell late"),
+    *("step rejected", "step failed before its effect", "step failed after its effect", "step timed out"),
+    *("step overran its time", "cancel", "terminate", "retry", "skip", "resolve"),
+    *("turns that shared a statement", "fence taken anew"),
+    *("effects", "fenced", "redispatches", "late success", "correcting run", "parked"),
+}
+"""What must have been there at least once in a whole set of seeds."""
 _CRUCIAL = ("COMMIT", "commit_turn", "take_1", "arrivals", "SET fence")
 
 

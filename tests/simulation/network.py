@@ -43,6 +43,7 @@ class Line(psycopg.Connection[Any]):
     severed = False
     saying = ""
     kind = ""
+    answered = True
 
     def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
         self.saying = _shortened(str(query))
@@ -141,7 +142,7 @@ class Network:
         line.severed = True
         if line.pgconn.status != psycopg.pq.ConnStatus.OK:
             return
-        if line.pgconn.transaction_status == _IDLE and not line.pgconn.pipeline_status:
+        if line.answered and line._pipeline is None and line.pgconn.transaction_status == _IDLE:
             self._sessions.setdefault(line.kind, []).append(line)
             return
         pid = line.pgconn.backend_pid
@@ -182,7 +183,7 @@ class Network:
             return self._drive(line, gen)
         if actor.process.dead:
             raise Killed
-        saying = f"{_what(gen)} {line.saying}"
+        saying, line.answered = f"{_what(gen)} {line.saying}", False
         self.scheduler.yield_()
         if line.closed:
             raise psycopg.OperationalError(_GONE)
@@ -199,6 +200,7 @@ class Network:
             self.scheduler.die()
         if fate not in (Fate.LOST, Fate.LATE):
             answer = self._drive(line, gen)
+            line.answered = True
             if fate is Fate.ARRIVES:
                 return answer
         if fate is Fate.KILLED_AFTER:

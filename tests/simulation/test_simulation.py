@@ -7,19 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.simulation.faults import KINDS
+from tests.simulation.faults import MUST_HAPPEN
 from tests.simulation.kept import KEPT
 from tests.simulation.verdict import Verdict
 
 Play = Callable[[int], Verdict]
-MUST_HAPPEN = {
-    *KINDS,
-    *("doorbell dropped", "doorbell doubled", "doorbell late"),
-    *("step rejected", "step failed before its effect", "step failed after its effect", "step timed out"),
-    *("step overran its time", "cancel", "terminate", "retry", "skip", "resolve"),
-    *("turns that shared a statement", "fence taken anew"),
-    *("effects", "fenced", "redispatches", "late success", "correcting run", "parked"),
-}
 MUST_BE_REACHED = {"completed", "failed", "compensated", "cancelled", "terminated"}
 ENOUGH = 200
 

@@ -195,7 +195,7 @@ class Node:
         self.settings = Settings.from_environment({}, database_url=world.database_url, **settings)
         self.children: list[Child] = []
         self.companion: _Beside | None = None
-        self.beside = Process("")
+        self.beside, self.main = Process(""), Process("")
         self.incarnation = 0
         self.pid = 0
         self.stopping = self.main_ended = self.up = False
@@ -249,7 +249,8 @@ class Node:
             dsn=self.settings.dsn, broker={}, socket="/nonexistent/simulated/socket", node=self.name, pid=self.pid,
             queues=self.queues, targets=self.targets, slots=self.slots, lease_s=self.settings.lease.total_seconds(),
             pump_s=self.settings.pump_interval.total_seconds(),
-            reservation_s=self.settings.reservation.total_seconds(), incarnation=self.incarnation or None,
+            reservation_s=self.settings.reservation.total_seconds(), watchdog_s=1e6,
+            incarnation=self.incarnation or None,
         )  # fmt: skip
         self.beside = Process(f"{self.name}/companion")
         self.world.scheduler.spawn(self.beside, self.beside.name, lambda: self._live(config))

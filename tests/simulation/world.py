@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import traceback
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -155,6 +156,8 @@ class Simulation:
                 self._come_to_rest()
             except Stuck as stuck:
                 self.broke(f"stuck: {stuck}")
+            except Exception:
+                self.broke(f"an actor ended in {traceback.format_exc()}")
             finally:
                 self._entries = self.network.rows(_ENTRIES)
                 for node in self.nodes:
