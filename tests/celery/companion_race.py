@@ -27,7 +27,7 @@ def main(folder: str) -> None:
     shell.chmod(0o700)
     sys.executable = str(shell)
     step = CompanionStep(SimpleNamespace())
-    step._config = Config("", {}, "", "race@here", os.getpid(), [], [], 1, 2.0, 1.0, 0.1)
+    step._config = Config("", {}, "", "race@here", os.getpid(), [], [], 1, 2.0, 1.0, 0.1, 60.0)
     step.exclude_forks()
     lived: list[int] = []
 

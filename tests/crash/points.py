@@ -25,7 +25,7 @@ PRELUDES = {
 # Where most transactions of a run are: not only their first is to be tried.
 CORE = (
     "take.reserved", "take.begun", "effect.before", "effect.after", "commit.before", "commit.after", "commits.before",
-    "commits.begun", "commits.written", "commits.after", "transaction.begun", "transaction.worked",
+    "commits.after", "transaction.begun", "transaction.worked",
     "transaction.settled", "transaction.after",
 )  # fmt: skip
 
