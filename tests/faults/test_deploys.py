@@ -53,7 +53,7 @@ def _beat(scene: Scene, folder: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, **scene.environment(proxied=False), "FAULTS_BEAT_S": "0.2", "PYTHONPATH": str(ROOT)}
     with (folder / "beat.log").open("ab") as log:
         return subprocess.Popen(
-            [*command, "--pidfile", "", "--max-interval", "0.1"], env=environment, cwd=ROOT,
+            [*command, "--pidfile", "", "--max-interval", "1"], env=environment, cwd=ROOT,
             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip
 
