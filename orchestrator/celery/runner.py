@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import inspect
 import signal
 import threading
@@ -229,13 +230,27 @@ def wants_session(declared: Step[Any, Any]) -> bool:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt the block after `seconds` with StepTimeout; only the main thread of a process can be interrupted."""
-    if seconds <= 0 or threading.current_thread() is not threading.main_thread():
+    """Interrupt the block after `seconds` with StepTimeout, as soon as it runs Python code."""
+    if seconds <= 0:
         yield
-        return
+    elif threading.current_thread() is threading.main_thread():
+        with _alarm(seconds):
+            yield
+    else:
+        with _interruption(seconds):
+            yield
+
+
+def _overran(seconds: float) -> StepTimeout:
+    return StepTimeout(f"the step overran its start_to_close_timeout of {seconds:g} s and was interrupted")
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """By a signal, which reaches the main thread even while it waits."""
 
     def interrupt(number: int, frame: Any) -> None:
-        raise StepTimeout(f"the step overran its start_to_close_timeout of {seconds:g} s and was interrupted")
+        raise _overran(seconds)
 
     before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -244,6 +259,32 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def _interruption(seconds: float) -> Iterator[None]:
+    """By an exception that the interpreter raises in this thread; one that comes too late is taken back."""
+    thread, lock, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+
+    def interrupt() -> None:
+        with lock:
+            if not over:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(StepTimeout))
+
+    timer = threading.Timer(seconds, interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except StepTimeout as error:
+        if error.args:
+            raise
+        raise _overran(seconds) from None  # what is raised into a thread is a class, and comes without words
+    finally:
+        timer.cancel()
+        with lock:
+            over = True
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)
 
 
 def _codec_of(taken: Taken) -> FunctionCodec:

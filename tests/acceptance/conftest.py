@@ -23,6 +23,9 @@ from orchestrator import store
 from tests.acceptance.running import Worker, World
 from tests.engine.proxy import Proxy
 
+POOL = os.environ.get("ACCEPTANCE_POOL", "prefork")  # tests/faults has all of them run these tests
+_POOLS = {"prefork": (), "spawn": (), "threads": ("-P", "threads"), "solo": ("-P", "solo")}
+
 
 @dataclass
 class Site:
@@ -48,7 +51,7 @@ class Site:
         number = next(self.numbers)
         queue = queue or f"own-{number}"
         surroundings = {**self.environment(proxied=proxied), "ACCEPTANCE_QUEUE": queue, **environment}
-        return Worker(queue, self.folder / f"worker-{number}.log", surroundings, *options)
+        return Worker(queue, self.folder / f"worker-{number}.log", surroundings, *_POOLS[POOL], *options)
 
 
 @pytest.fixture(scope="session")

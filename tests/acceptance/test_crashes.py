@@ -61,6 +61,7 @@ def test_another_worker_takes_over_from_one_that_was_killed(new_worker: Callable
     assert result.get(timeout=20) == ["a done", "b done"]
 
 
+@pytest.mark.own_process
 def test_a_killed_pool_child_burns_one_attempt_of_one_step(own_worker: Worker, world: World) -> None:
     result = sagas.sequence.apply_async(([A, GATE, C],), queue=own_worker.queue)
     first = world.until_at(result, "at b")
@@ -72,6 +73,7 @@ def test_a_killed_pool_child_burns_one_attempt_of_one_step(own_worker: Worker, w
     assert first.key == second.key and own_worker.is_alive
 
 
+@pytest.mark.own_process
 def test_a_step_that_always_kills_its_child_ends_and_is_undone(own_worker: Worker, world: World) -> None:
     result = sagas.sequence.apply_async(([A, Plan(name="x", do=["die"])],), queue=own_worker.queue)
     with pytest.raises(SagaFailed) as caught:
@@ -81,6 +83,7 @@ def test_a_step_that_always_kills_its_child_ends_and_is_undone(own_worker: Worke
     assert own_worker.is_alive
 
 
+@pytest.mark.own_process
 def test_a_child_that_dies_in_an_undo_undoes_again_with_the_same_key(own_worker: Worker, world: World) -> None:
     plans = [Plan(name="a", undo=["die", "ok"]), Plan(name="x", do=["reject"])]
     result = sagas.sequence.apply_async((plans,), queue=own_worker.queue)
@@ -152,6 +155,7 @@ def test_transfers_conserve_money_through_a_killed_worker(
 
 
 # -- transactional steps -----------------------------------------------------------------------------------------------
+@pytest.mark.own_process
 @pytest.mark.parametrize("where", ["debit", "credit"])
 def test_a_transactional_step_killed_before_its_commit_takes_effect_once(
     own_worker: Worker, world: World, sql_of: psycopg.Connection[Any], where: str
@@ -199,6 +203,7 @@ def test_a_transactional_step_leaves_a_row_only_if_it_succeeds(
 
 
 # -- heartbeats and timeouts -------------------------------------------------------------------------------------------
+@pytest.mark.own_process
 def test_heartbeat_details_reach_the_attempt_after_a_killed_one(own_worker: Worker, world: World) -> None:
     plans = [Plan(name="t", kind="train", do=["gate", "ok"])]
     result = sagas.sequence.apply_async((plans,), queue=own_worker.queue)
@@ -207,6 +212,7 @@ def test_heartbeat_details_reach_the_attempt_after_a_killed_one(own_worker: Work
     assert [e.told for e in world.effects(result) if e.what == "from"] == [None, {"epoch": 1}]
 
 
+@pytest.mark.own_process
 def test_a_missed_heartbeat_gives_the_attempt_back_and_replaces_the_child_that_hangs(
     own_worker: Worker, world: World
 ) -> None:

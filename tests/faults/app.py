@@ -12,6 +12,12 @@ from celery import Celery
 from orchestrator import Orchestrator
 
 app = Celery("faults", include=["tests.faults.steps", "tests.faults.sagas"])
+if os.environ.get("FAULTS_NEWER"):
+    app.conf.include = [*app.conf.include, "tests.faults.newer"]
+if os.environ.get("FAULTS_BEAT_S"):
+    app.conf.beat_schedule = {
+        "often": {"task": "faults.trip", "schedule": float(os.environ["FAULTS_BEAT_S"]), "args": ([],)}
+    }
 app.conf.broker_connection_retry_on_startup = True
 app.conf.worker_prefetch_multiplier = 1
 app.conf.broker_heartbeat = 2

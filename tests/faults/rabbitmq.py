@@ -72,7 +72,11 @@ class RabbitMQ:
 
     def new_url(self) -> str:
         """Return the URL of a virtual host that nobody has used yet."""
-        return f"amqp://{_USER}:{_PASSWORD}@127.0.0.1:{self.port}/h{next(self._numbers)}"
+        return self.url(next(self._numbers))
+
+    def url(self, number: int) -> str:
+        """Return the URL of a virtual host; there are some two dozen."""
+        return f"amqp://{_USER}:{_PASSWORD}@127.0.0.1:{self.port}/h{number % _HOSTS}"
 
     @property
     def pid(self) -> int:
