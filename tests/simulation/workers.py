@@ -28,7 +28,7 @@ from orchestrator.store.connection import Connection
 from orchestrator.store.transaction import TransactionFailed, Transactions
 from orchestrator.store.turns import Taken
 from tests.simulation.provider import limit
-from tests.simulation.scheduler import Process, Scheduler
+from tests.simulation.scheduler import Process
 from tests.simulation.steps import TASKS, simulated
 
 if TYPE_CHECKING:
@@ -44,17 +44,16 @@ class _RolledBack(Exception):
 class Runner:
     """Runs steps by calling their functions, and notes whose outcome was refused."""
 
-    def __init__(
-        self, name: str, scheduler: Scheduler, settings: Settings, refused: list[tuple[str, str, int]]
-    ) -> None:
+    def __init__(self, name: str, settings: Settings, world: Simulation) -> None:
         self.worker = name
-        self._scheduler = scheduler
+        self._world = world
+        self._scheduler = world.scheduler
         self._settings = settings
-        self._refused = refused
         self._transactions: Transactions | None = None
 
     def invoke(self, taken: Taken, context: StepContext) -> Invocation:
         self._scheduler.tell(f"{self.worker}: runs {taken.role} of {taken.run_id} {taken.key}, attempt {taken.attempt}")
+        self._world.ran(taken.run_id, taken.key, taken.role, taken.attempt)
         declared = registry_of_steps.steps[taken.task]
         now = self._scheduler.monotonic
         inside, current = limit.set(now + taken.call["t"]), current_step.set(context)
@@ -100,7 +99,7 @@ class Runner:
 
     def finished(self, taken: Taken, outcome: AttemptEnded) -> None:
         if taken.refused and taken.role == "do":
-            self._refused.append((taken.run_id, taken.key, taken.attempt))
+            self._world.refused.append((taken.run_id, taken.key, taken.attempt))
 
 
 class Child:
@@ -113,7 +112,7 @@ class Child:
         self.busy = False
         self.incarnation = node.incarnation
         self.process = Process(f"{node.name}/{self.pid}")
-        self.runner = Runner(self.process.name, world.scheduler, node.settings, world.refused)
+        self.runner = Runner(self.process.name, node.settings, world)
         self._drainer = Drainer(
             Worker(
                 settings=node.settings,
@@ -249,7 +248,7 @@ class Node:
             dsn=self.settings.dsn, broker={}, socket="/nonexistent/simulated/socket", node=self.name, pid=self.pid,
             queues=self.queues, targets=self.targets, slots=self.slots, lease_s=self.settings.lease.total_seconds(),
             pump_s=self.settings.pump_interval.total_seconds(),
-            reservation_s=self.settings.reservation.total_seconds(), watchdog_s=1e6,
+            reservation_s=self.settings.reservation.total_seconds(), watchdog_s=1e6, prepare=True,
             incarnation=self.incarnation or None,
         )  # fmt: skip
         self.beside = Process(f"{self.name}/companion")

@@ -79,6 +79,7 @@ class Simulation:
         self.pids: set[int] = set()
         self.new_pid = itertools.count(100)
         self._looked_at = 0.0
+        self._attempts: set[tuple[Any, ...]] = set()
         self.nodes = self._nodes()
 
     def _runs(self) -> list[tuple[str, Program, dict[str, Any]]]:
@@ -130,6 +131,12 @@ class Simulation:
         """Note that something happened that must not."""
         self.scheduler.tell(f"BROKEN: {what}")
         self.broken.append(what)
+
+    def ran(self, *attempt: Any) -> None:
+        """Note that the code of an attempt runs: a begun attempt belongs to one child, which runs it once."""
+        if attempt in self._attempts:
+            self.broke(f"an attempt ran twice: {attempt}")
+        self._attempts.add(attempt)
 
     def thing_of(self, run_id: str, key: str) -> tuple[int, str]:
         """Return the number that a request is about, and the name of its step."""
