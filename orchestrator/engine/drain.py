@@ -400,11 +400,13 @@ class Drainer:
     def _record(self, taken: Taken, outcome: AttemptEnded, broken: bool = False) -> list[Taken]:
         """Record an outcome; if the connection breaks, find out what became of it and go on."""
         pause, until = 0.05, time.monotonic() + _PATIENCE
+        assert taken.fence is not None
+        fences = [taken.fence]
         while True:
             try:
                 connection, advancer = self._ready()
                 if broken:
-                    found = self._recover(connection, advancer, taken, outcome)
+                    found = self._recover(connection, advancer, taken, outcome, fences)
                     if found is not None:
                         return found
                 return advancer.record(connection, taken, outcome)
@@ -417,15 +419,14 @@ class Drainer:
                 pause = min(pause * 2, 1.0)
 
     def _recover(
-        self, connection: Connection, advancer: Advancer, taken: Taken, outcome: AttemptEnded
+        self, connection: Connection, advancer: Advancer, taken: Taken, outcome: AttemptEnded, fences: list[int]
     ) -> list[Taken] | None:
         """After a connection was lost at a commit: None if the outcome can still be recorded, else what to do next."""
-        assert taken.fence is not None
-        fence = new_fence()
-        if turns.refence(connection, taken.run_id, taken.key, taken.fence, fence):
-            taken.fence = fence
+        fences.append(new_fence())
+        if turns.refence(connection, taken.run_id, taken.key, fences, fences[-1]):
+            taken.fence = fences[-1]
             return None
-        if not turns.recorded(connection, taken.run_id, taken.key, taken.attempt, outcome.worker):
+        if not turns.recorded(connection, taken.run_id, taken.key, outcome.role, taken.attempt, outcome.worker):
             return None  # taken away meanwhile: recording it again reports a late effect
         identity = advancer.identity
         held = turns.held(connection, identity.incarnation, identity.child)

@@ -489,13 +489,16 @@ def held(connection: Connection, incarnation: int, child: int, now: datetime | N
 
 _REFENCE = """
 UPDATE orchestrator.work SET fence = %(new)s
-WHERE run_id = %(run_id)s AND key = %(key)s AND fence = %(fence)s RETURNING 1
+WHERE run_id = %(run_id)s AND key = %(key)s AND fence = ANY(%(fences)s) RETURNING 1
 """
 
 
-def refence(connection: Connection, run_id: str, key: str, fence: int, new: int) -> bool:
-    """Change an attempt's fence, waiting for whoever holds its row: after True the old fence can never commit."""
-    values = {"run_id": run_id, "key": key, "fence": fence, "new": new}
+def refence(connection: Connection, run_id: str, key: str, fences: Sequence[int], new: int) -> bool:
+    """Change an attempt's fence, waiting for whoever holds its row: after True the old one can never commit.
+
+    `fences` are all that it may have: a change that was not answered may have been made.
+    """
+    values = {"run_id": run_id, "key": key, "fences": list(fences), "new": new}
     failpoint("refence.before", connection)
     changed = connection.execute(_REFENCE, values).fetchone() is not None
     failpoint("refence.after", connection)
@@ -506,18 +509,19 @@ _RECORDED = """
 SELECT EXISTS (
     SELECT FROM orchestrator.journal j CROSS JOIN LATERAL json_array_elements(j.entries) AS e (entry)
     WHERE j.run_id = %(run_id)s AND e.entry ->> 'key' = %(key)s AND (e.entry ->> 'attempt')::int = %(attempt)s
-      AND e.entry ->> 'e' IN ('settled', 'attempted', 'undone') AND e.entry ->> 'worker' = %(worker)s
+      AND e.entry ->> 'worker' = %(worker)s AND %(role)s = CASE e.entry ->> 'e' WHEN 'settled' THEN 'do'
+          WHEN 'undone' THEN 'undo' WHEN 'attempted' THEN coalesce(e.entry ->> 'role', 'do') END
 ) OR EXISTS (
     SELECT FROM orchestrator.arrivals
     WHERE run_id = %(run_id)s AND arrival ->> 'key' = %(key)s AND (arrival ->> 'attempt')::int = %(attempt)s
-      AND arrival ->> 'worker' = %(worker)s
+      AND arrival ->> 'worker' = %(worker)s AND arrival ->> 'role' = %(role)s
 )
 """
 
 
-def recorded(connection: Connection, run_id: str, key: str, attempt: int, worker: str) -> bool:
+def recorded(connection: Connection, run_id: str, key: str, role: str, attempt: int, worker: str) -> bool:
     """Tell whether an outcome that `worker` reported is in the journal or the inbox of the run (primary keys)."""
-    values = {"run_id": run_id, "key": key, "attempt": attempt, "worker": worker}
+    values = {"run_id": run_id, "key": key, "role": role, "attempt": attempt, "worker": worker}
     row = connection.execute(_RECORDED, values).fetchone()
     failpoint("recorded.after", connection)
     return bool(row and row[0])

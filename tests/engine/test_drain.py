@@ -373,6 +373,28 @@ def test_a_connection_that_breaks_before_the_commit_is_recorded_on_the_next(
     assert (state(connection), DONE) == ("completed", ["do a", "do b", "do c"])
 
 
+@pytest.mark.parametrize("role", ["do", "undo"])
+def test_a_connection_that_breaks_again_while_it_is_found_out_what_became_of_a_commit_costs_no_attempt(
+    new_child: Callable[..., Child], connection: Connection, proxy: Proxy, role: str
+) -> None:
+    """The new fence is set, and nobody says so: it is known for its own all the same."""
+    child = new_child(dsn=proxy.url)
+
+    def cut(taken: Any) -> None:
+        if taken.role == role:
+            child.runner.after = lambda taken: None
+            proxy.cut()
+            proxy.restore()
+            proxy.swallow(lambda data: b"SET fence" in data)
+
+    child.runner.after = cut
+    start(connection, in_a_row, ["a", "bad"])
+    drain_all(connection, child)
+    assert proxy.swallowed == 1
+    assert (state(connection), DONE) == ("compensated", ["do a", "do bad", "undo a a!"])
+    assert {"attempted", "late"} & set(kinds(connection)) == set()
+
+
 def test_a_terminated_backend_costs_no_step(child: Child, connection: Connection) -> None:
     def terminate(taken: Any) -> None:
         if "#1" in taken.key:

@@ -383,11 +383,14 @@ def test_a_held_turn_is_deleted_or_moved_to_its_next_wake(connection: Connection
 
 def test_arrivals_need_the_fence_and_are_left_once(connection: Connection, begun: int) -> None:
     assert not turns.arrive(connection, "r", "k", 7, {"e": "outcome"})
-    assert turns.arrive(connection, "r", "k", begun, {"e": "outcome", "key": "k", "attempt": 1, "worker": "w"})
+    assert turns.arrive(
+        connection, "r", "k", begun, {"e": "outcome", "key": "k", "role": "do", "attempt": 1, "worker": "w"}
+    )
     assert not turns.arrive(connection, "r", "k", begun, {"e": "outcome"})
     assert turns.has_arrivals(connection, "r")
-    assert turns.recorded(connection, "r", "k", 1, "w")
-    assert not turns.recorded(connection, "r", "k", 2, "w")
+    assert turns.recorded(connection, "r", "k", "do", 1, "w")
+    assert not turns.recorded(connection, "r", "k", "do", 2, "w")
+    assert not turns.recorded(connection, "r", "k", "undo", 1, "w")
 
 
 def test_a_new_fence_waits_for_a_commit_in_flight(connect: Connect, begun: int) -> None:
@@ -396,8 +399,8 @@ def test_a_new_fence_waits_for_a_commit_in_flight(connect: Connect, begun: int) 
     with one.transaction():
         assert commit(one, 1, done=[("k", begun)]).written
         with pytest.raises(psycopg.errors.LockNotAvailable):
-            turns.refence(two, "r", "k", begun, 5)
-    assert not turns.refence(two, "r", "k", begun, 5)
+            turns.refence(two, "r", "k", [begun], 5)
+    assert not turns.refence(two, "r", "k", [begun], 5)
 
 
 # -- liveness ----------------------------------------------------------------------------------------------------------
@@ -550,8 +553,8 @@ HOT: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
     "owe_turn": (lambda c: turns.owe_turn(c, "r7"), {"runs_pkey"}),
     "has_arrivals": (lambda c: turns.has_arrivals(c, "r7"), {"arrivals_by_run"}),
     "heartbeat": (lambda c: turns.heartbeat(c, "r7", "k", 1, None), {"work_pkey"}),
-    "refence": (lambda c: turns.refence(c, "r7", "k", 1, 2), {"work_pkey"}),
-    "recorded": (lambda c: turns.recorded(c, "r7", "k", 1, "w"), {"journal_pkey", "arrivals_by_run"}),
+    "refence": (lambda c: turns.refence(c, "r7", "k", [1], 2), {"work_pkey"}),
+    "recorded": (lambda c: turns.recorded(c, "r7", "k", "do", 1, "w"), {"journal_pkey", "arrivals_by_run"}),
     "give_back": (lambda c: turns.give_back(c, ["r7"], 1, 1), {"work_pkey"}),
     "held": (lambda c: turns.held(c, 1, 1), {"work_begun"}),
     "give_back_dead": (lambda c: liveness.give_back_dead(c), {"work_begun"}),
