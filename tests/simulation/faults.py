@@ -28,7 +28,7 @@ MUST_HAPPEN = {
     *("step rejected", "step failed before its effect", "step failed after its effect", "step timed out"),
     *("step overran its time", "cancel", "terminate", "retry", "skip", "resolve"),
     *("turns that shared a statement", "fence taken anew"),
-    *("effects", "fenced", "redispatches", "late success", "correcting run", "parked"),
+    *("effects", "fenced", "redispatches", "late success", "parked"),
 }
 """What must have been there at least once in a whole set of seeds."""
 _CRUCIAL = ("COMMIT", "commit_turn", "take_1", "arrivals", "SET fence")
@@ -109,7 +109,7 @@ class Faults:
         return node is not None and self._stop(node.beside)
 
     def _stop(self, *processes: Process) -> bool:
-        until = self._simulation.scheduler.monotonic + self._random.choice([0.2, 1.0, 4.0, 7.0])
+        until = self._simulation.scheduler.monotonic + self._random.choice([0.2, 1.0, 6.0, 12.0])
         for process in processes:
             process.stop(until)
         return True

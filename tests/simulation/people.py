@@ -112,8 +112,8 @@ class People:
         self._as_process(f"operator of {run_id}", lambda client: self._order(client, run_id, order))
 
     def _mend(self, client: Client, run_id: str, order: str) -> None:
-        for item in client.outcome(run_id).parked:
-            assert isinstance(item, dict)
+        parked = [item for item in client.outcome(run_id).parked if isinstance(item, dict)]
+        for item in sorted(parked, key=lambda item: item["key"] == ""):  # the run as a whole comes last
             key = str(item["key"])
             if not key:
                 if item["role"] in ("drift", "code"):
