@@ -6,6 +6,7 @@ Owns what a caller sees.  Must never run saga code or a step.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import getpass
 import itertools
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from orchestrator.codec import Json, canonical_text, check
+from orchestrator.codec import Json, canonical_text, check, is_name
 from orchestrator.errors import (
     ConflictError,
     OrchestratorError,
@@ -173,11 +174,11 @@ class Client:
             saga=saga.name,
             version=saga.options.version,
             input=encoded,
-            queue=options.get("queue") or saga.options.queue or route(saga.name) or self._default_queue(),
+            queue=_queue(options.get("queue") or saga.options.queue or route(saga.name) or self._default_queue()),
             priority=_priority(options.get("priority"), saga),
-            delay=float(options.get("countdown") or 0),
+            delay=_seconds("countdown", options.get("countdown") or 0),
             eta=_aware(options.get("eta")),
-            deadline=deadline.total_seconds() if isinstance(deadline, timedelta) else deadline,
+            deadline=None if deadline is None else _seconds("deadline", deadline),
         )
         return new, transaction
 
@@ -199,18 +200,20 @@ class Client:
     # -- asking --------------------------------------------------------------------------------------------------------
     def outcome(self, run_id: str) -> runs.Outcome:
         """Return how a run stands.  Raises: UnknownRunError, StoreUnavailableError."""
+        _known(run_id)
 
         def ask() -> runs.Outcome:
             with self.pool.connection() as connection, _schema_named():
                 found = runs.outcomes(connection, [run_id]).get(run_id)
             if found is None:
-                raise UnknownRunError(f"there is no run {run_id!r} in this database; look it up with `saga list`")
+                raise _unknown(run_id)
             return found
 
         return self._again_if_broken(ask)
 
     def wait(self, run_id: str) -> Future[runs.Outcome]:
-        """Return a future that is done when the run is terminal."""
+        """Return a future that is done when the run is terminal.  Raises: UnknownRunError for what is no id."""
+        _known(run_id)  # all callers share one statement, and one id that cannot be asked for would fail it for all
         return self._poller.wait(run_id)
 
     def forget(self, run_id: str, future: Future[runs.Outcome]) -> None:
@@ -270,6 +273,7 @@ class Client:
         return outcome
 
     def _order(self, run_id: str, arrival: Arrival) -> None:
+        check(encode(arrival), what=f"the order for run {run_id}")
         with self.pool.connection() as connection:
             failpoint("order.before", connection)
             with connection.transaction():
@@ -455,6 +459,7 @@ class _Waiter:
 
 _SHORTEST_PAUSE_S = 0.001
 _AHEAD = 100
+_LONGEST_S = 1000 * 365 * 86400.0
 
 
 class _Poller:
@@ -539,7 +544,7 @@ class _Poller:
                     if not future.set_running_or_notify_cancel():
                         continue
                     if outcome is None:
-                        future.set_exception(UnknownRunError(f"there is no run {run_id!r} in this database"))
+                        future.set_exception(_unknown(run_id))
                     else:
                         future.set_result(outcome)
 
@@ -570,14 +575,36 @@ def _new_id() -> str:
 
 def _valid_id(run_id: Any) -> str:
     text = str(run_id)
-    if not text or len(text.encode(errors="replace")) > 500 or not text.isprintable():
-        raise UsageError("a run id (task_id) must be 1 to 500 printable characters")
+    if not is_name(text):
+        raise UsageError("a run id (task_id) must be text of 1 to 500 printable bytes")
     return text
+
+
+def _known(run_id: str) -> None:
+    if not is_name(run_id, limit_bytes=2000):  # a correcting run is named after a run and a key
+        raise _unknown(run_id)
+
+
+def _unknown(run_id: str) -> UnknownRunError:
+    return UnknownRunError(f"there is no run {run_id!r:.600} in this database; look it up with `saga list`")
+
+
+def _queue(queue: Any) -> str:
+    if not is_name(queue):
+        raise UsageError("queue must be text of 1 to 500 printable bytes")
+    return str(queue)
+
+
+def _seconds(option: str, value: Any) -> float:
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not abs(seconds) <= _LONGEST_S:
+        raise UsageError(f"{option} must be a number of seconds, at most a thousand years")
+    return float(seconds)
 
 
 def _priority(priority: Any, saga: Saga[Any, Any]) -> int:
     priority = saga.options.priority if priority is None else priority
-    if not isinstance(priority, int) or not 0 <= priority <= 9:
+    if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 9:
         raise UsageError(f"priority must be a whole number from 0 to 9 (higher first), not {priority!r}")
     return priority
 
@@ -585,7 +612,8 @@ def _priority(priority: Any, saga: Saga[Any, Any]) -> int:
 def _aware(eta: Any) -> datetime | None:
     if eta is None:
         return None
-    eta = datetime.fromisoformat(eta) if isinstance(eta, str) else eta
+    with contextlib.suppress(ValueError):
+        eta = datetime.fromisoformat(eta) if isinstance(eta, str) else eta
     if not isinstance(eta, datetime) or eta.tzinfo is None:
         raise UsageError("eta must be an aware datetime; say which time zone it is in")
     return eta

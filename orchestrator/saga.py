@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
-from orchestrator.codec import FunctionCodec, Json, check, encode_any
+from orchestrator.codec import FunctionCodec, Json, check, encode_any, is_name
 from orchestrator.errors import DefinitionError, PayloadError, StepFailed, UnknownSagaError, UsageError
 from orchestrator.machine.code import Request, SagaCode
 from orchestrator.machine.fold import Step as StepRecord
@@ -390,6 +390,8 @@ def once(name: str, function: Callable[[], T | Awaitable[T]]) -> asyncio.Future[
     It is tried again as a step is; its result comes back as plain JSON.
     """
     code = _code("once")
+    if not is_name(name):
+        raise UsageError("saga.once: its name must be text of 1 to 500 printable bytes")
     record = functools.partial(Asked, task=name, args={}, kind="once", effect=Effect.NONE, local=True)
     return code.ask(
         Request(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
-from orchestrator.codec import FunctionCodec, Json
+from orchestrator.codec import FunctionCodec, Json, is_name
 from orchestrator.errors import DefinitionError, UsageError
 from orchestrator.machine.journal import Undo
 from orchestrator.machine.loop import inside_saga
@@ -221,6 +221,10 @@ def _check_options(step: Step[Any, Any]) -> None:
         raise DefinitionError(f"step {step.name}: Effect.NONE says there is nothing to undo, yet compensate= is given")
     if options.effect is Effect.PIVOT and options.compensate is not None:
         raise DefinitionError(f"step {step.name}: a pivot is the point of no return and cannot have compensate=")
+    for option in ("key", "queue"):
+        value = getattr(options, option)
+        if value and not is_name(value):
+            raise DefinitionError(f"step {step.name}: {option}= must be text of at most 500 printable bytes")
     if options.compensate is not None:
         _undo_of(step)
 

@@ -36,13 +36,14 @@ _compression: Any = kombu.compression
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Say how much the worker takes: bytes after inflation, levels of nesting, and how long unknown names.
+    """Say how much the worker takes: bytes of body (inflated) and headers, levels of nesting, how long unknown names.
 
     Of an unknown task name: seconds until its message is first given back, at most between two returns, and
     in all before it is refused.
     """
 
     body_bytes: int = 16 * 1024 * 1024
+    header_bytes: int = 1024 * 1024
     depth: int = 200
     unknown_first_delay_s: float = 2.0
     unknown_longest_delay_s: float = 60.0
@@ -192,6 +193,20 @@ def _deeper(value: Any, levels: int) -> bool:
     return True
 
 
+def _outweighs(value: Any, limit_bytes: int) -> bool:
+    weight, parts = 0, [value]
+    while parts:
+        part = parts.pop()
+        weight += len(part) if isinstance(part, str | bytes) else 8
+        if weight > limit_bytes:
+            return True
+        if isinstance(part, dict):
+            parts += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple):
+            parts += part
+    return False
+
+
 def unfold(headers: Mapping[str, Any], payload: Any) -> tuple[Mapping[str, Any], Any, Any, Any]:
     """Return fields, args, kwargs and embed of a message of protocol 2, 1, or the hybrid of both."""
     if isinstance(payload, dict) and ("task" not in headers or "args" in payload):
@@ -209,6 +224,8 @@ def check_size(message: Any, limits: Limits) -> None:
         raise MalformedError("its properties cannot be read")
     if len(message.body or b"") > limits.body_bytes:
         raise MalformedError(f"its body exceeds {limits.body_bytes} bytes")
+    if _outweighs(message.headers, limits.header_bytes):
+        raise MalformedError(f"its headers exceed {limits.header_bytes} bytes")
     if _deeper((message.payload, message.headers, message.properties), limits.depth):
         raise MalformedError(f"it is nested deeper than {limits.depth} levels")
 

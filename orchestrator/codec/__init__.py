@@ -16,6 +16,7 @@ from orchestrator.codec.text import (
     canonical_text,
     check,
     dumps,
+    is_name,
     loads,
     set_limit,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "describe_exception",
     "dumps",
     "encode_any",
+    "is_name",
     "loads",
     "set_limit",
 ]

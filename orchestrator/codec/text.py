@@ -73,6 +73,11 @@ def check(value: Json, *, limit_bytes: int | None = None, what: str = "the value
     return dumps(value, limit_bytes=_limit_bytes if limit_bytes is None else limit_bytes, what=what)
 
 
+def is_name(value: object, limit_bytes: int = 500) -> bool:
+    """Tell whether a value can name something: printable text, not empty, fit to be stored, indexed and logged."""
+    return isinstance(value, str) and value.isprintable() and 0 < len(value.encode(errors="replace")) <= limit_bytes
+
+
 def loads(text: str | bytes) -> Json:
     """Return the value of a JSON text.
 

@@ -40,6 +40,8 @@ class Stage:
         with psycopg.connect(self.database_url, autocommit=True) as connection:
             connection.execute(f"TRUNCATE {', '.join(f'orchestrator.{t.strip()}' for t in _TABLES.split(','))}")
             connection.execute("TRUNCATE transactional_effects")
+        for file in ("effects", "acknowledged", "log"):
+            (self.folder / file).unlink(missing_ok=True)
 
     def read(self, name: str) -> str:
         """Return what a file of the case says, empty if nobody wrote it."""
@@ -115,7 +117,7 @@ def story_of(hits: dict[str, dict[str, int]]) -> Callable[[str], str]:
     def find(name: str) -> str:
         assert name not in CELERY | MIGRATION
         if name in PRELUDES:
-            return "ordinary"
+            return "broken"
         reaching = [story for story in hits if hits[story][name]]
         assert reaching, f"no story reaches the failpoint {name}: tell one in tests/crash, or take the point out"
         return min(reaching, key=lambda story: sum(hits[story].values()))

@@ -135,6 +135,22 @@ def forgotten(day: Day) -> None:
     day.leave("ignored", cancel)
 
 
+def broken(day: Day) -> None:
+    """The database ends the worker's connection between a step and its outcome."""
+    main = day.worker("main")
+
+    def end(taken: Any) -> None:
+        main.runner.after = lambda taken: None
+        day.look.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND application_name LIKE 'orchestrator child%'"
+        )
+
+    main.runner.after = lambda taken: end(taken) if "#1" in taken.key else None
+    day.start("broken")
+    day.tolerant(main.drain)
+
+
 TRICKS: dict[str, Trick] = {
     "ordinary": lambda day: None,
     "brief": lambda day: None,
@@ -143,4 +159,5 @@ TRICKS: dict[str, Trick] = {
     "met": met,
     "stopped": stopped,
     "forgotten": forgotten,
+    "broken": broken,
 }

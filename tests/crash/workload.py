@@ -182,6 +182,7 @@ FORGOTTEN = {
     "forgotten": Planned(in_a_row, ["a", "wait"], "cancelled"),
     "ignored": Planned(in_a_row, ["a"], "completed cancelled"),
 }
+BROKEN = {"broken": Planned(in_a_row, ["a", "b", "c"], "completed")}
 STORIES = {
     "ordinary": ORDINARY,
     "brief": BRIEF,
@@ -190,4 +191,5 @@ STORIES = {
     "met": MET,
     "stopped": STOPPED,
     "forgotten": FORGOTTEN,
+    "broken": BROKEN,
 }
