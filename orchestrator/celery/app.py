@@ -9,7 +9,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
@@ -53,6 +53,7 @@ class Orchestrator:
         self._warned_at = 0.0
         self._step_events: events.StepEvents | None = None
         app.orchestrator = self
+        app.__reduce__ = self._reduce_app
         guard.install(app)
         set_router(self._route)
         step_type = type("WorkerStep", (worker.CompanionStep,), {"orchestrator": self, "__module__": __name__})
@@ -61,6 +62,11 @@ class Orchestrator:
         self._register_drain()
         step_registry.listen(self._bind_step)
         sagas.registry.listen(self._bind_saga)
+
+    def _reduce_app(self) -> Any:
+        """A pool child that is spawned, not forked, gets a copy of the app: it needs an Orchestrator as well."""
+        app: Any = type(self.app)
+        return _respawn, (*app.__reduce__(self.app), self._overrides)
 
     # -- what the app has ----------------------------------------------------------------------------------------------
     @functools.cached_property
@@ -238,6 +244,12 @@ class Orchestrator:
             )
         finally:
             transactions.dispose()
+
+
+def _respawn(rebuild: Callable[..., Celery], arguments: tuple[Any, ...], options: dict[str, Any]) -> Celery:
+    app = rebuild(*arguments)
+    Orchestrator(app, **options)
+    return app
 
 
 def _permits(folder: Path, slots: int, most: int) -> tuple[Permits | None, Permits | None]:

@@ -36,12 +36,20 @@ logger = logging.getLogger(__name__)
 _VARIABLE = "ORCHESTRATOR_WORKER"
 _START_S = 20.0
 _STUCK_GRACE_S = 10.0
-_stop = mmap.mmap(-1, 1)  # shared with forked children: one byte that says that the worker stops
+_stop = mmap.mmap(-1, 1)  # one byte that says that the worker stops; a worker shares it with its children
 
 
 def stopping() -> bool:
     """Tell whether this worker's main process has begun to shut down."""
     return _stop[0] != 0
+
+
+def _share_stop(folder: Path) -> None:
+    """Share the byte with whoever knows this folder, spawned children too."""
+    global _stop
+    with (folder / "stop").open("a+b") as file:
+        file.truncate(1)
+        _stop = mmap.mmap(file.fileno(), 1)
 
 
 class CompanionStep(bootsteps.StartStopStep):
@@ -59,9 +67,9 @@ class CompanionStep(bootsteps.StartStopStep):
 
     def create(self, worker: Any) -> None:
         """Start the companion; what it cannot live with ends the worker with one sentence."""
-        _stop[0] = 0
         quiet_logs(self.orchestrator.settings.show_payloads)
         self._folder = tempfile.mkdtemp(prefix="orchestrator-")
+        _share_stop(Path(self._folder))
         self._config = self._configure(worker)
         os.environ[_VARIABLE] = json.dumps(
             {
@@ -196,6 +204,7 @@ class Bond:
         self.slots: int = worker["slots"]
         self._path = worker["socket"]
         self.folder = Path(self._path).parent
+        _share_stop(self.folder)
         self._socket: socket.socket | None = None
         self._reported: set[int] = set()
         self._incarnation = 0
