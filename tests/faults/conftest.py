@@ -70,7 +70,7 @@ def scene(new_scene: Callable[..., Scene]) -> Scene:
     return new_scene()
 
 
-@pytest.fixture(params=["valkey", "rabbitmq"])
+@pytest.fixture(params=["valkey", pytest.param("rabbitmq", marks=pytest.mark.debian)])
 def scene_of_each_broker(request: pytest.FixtureRequest, new_scene: Callable[..., Scene]) -> Scene:
     """A scene with Valkey, and one with RabbitMQ."""
     if request.param == "valkey":

@@ -7,6 +7,8 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from orchestrator.client import Client
 from orchestrator.settings import Settings
 from tests.faults import sagas
@@ -16,6 +18,7 @@ from tests.faults.scene import LOADED, Scene
 from tests.faults.steps import Stop
 
 
+@pytest.mark.debian
 def test_a_pooler_that_lends_connections_by_transaction_is_no_matter(scene: Scene, tmp_path: Path) -> None:
     """PgBouncer in transaction mode with three connections for two workers, their companions, and a client."""
     pooler = PgBouncer(scene.database_url, tmp_path / "pgbouncer", size=3)

@@ -19,6 +19,7 @@ from tests.faults.servers import Servers
 _LIBRARIES = "/usr/lib/*/faketime/libfaketime.so.1"
 
 
+@pytest.mark.debian
 def test_wall_clocks_that_are_an_hour_off_and_jump_are_no_matter(scene: Scene) -> None:
     """One worker lives an hour ahead and one an hour behind, and then it is the other way round.
 
