@@ -42,8 +42,8 @@ _AFTER_DUE_S = 0.01  # so that a round finds what the one before it saw coming
 class Config:
     """What the main process hands over, as JSON on the first line of standard input."""
 
-    dsn: str
-    broker: dict[str, Any]
+    dsn: str = field(repr=False)
+    broker: dict[str, Any] = field(repr=False)
     socket: str
     node: str
     pid: int

@@ -11,8 +11,10 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from orchestrator.celery.companion import Config
 from orchestrator.celery.worker import CompanionStep
@@ -27,7 +29,8 @@ def main(folder: str) -> None:
     shell.chmod(0o700)
     sys.executable = str(shell)
     step = CompanionStep(SimpleNamespace())
-    step._config = Config("", {}, "", "race@here", os.getpid(), [], [], 1, 2.0, 1.0, 0.1, 60.0)
+    nothing: dict[str, Any] = dict.fromkeys(field.name for field in fields(Config))
+    step._config = Config(**nothing)
     step.exclude_forks()
     lived: list[int] = []
 
