@@ -100,6 +100,14 @@ class _Guarded:
             poller.on_readable = self._survive(poller.on_readable, "an unreadable envelope")
         return connection
 
+    def on_connection_error_after_connected(self, error: Exception) -> None:
+        try:
+            super().on_connection_error_after_connected(error)  # type: ignore[misc]
+        except AttributeError as failure:
+            # kombu 5.7 gives back unread messages while it closes a Redis connection that is closed already; its broker
+            # redelivers them anyhow.
+            logger.warning("The lost broker connection could not be closed: %s", wire.reason(failure))
+
     def _survive(self, handle: Callable[..., Any], what: str) -> Callable[..., Any]:
         @wraps(handle)
         def survive(*args: Any) -> Any:

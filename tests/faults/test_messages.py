@@ -99,13 +99,14 @@ def test_a_broker_that_is_killed_twenty_times(scene_of_each_broker: Scene, reque
 def _kill_the_broker(scene: Scene, request: pytest.FixtureRequest, *, times: int, runs: int) -> None:
     rabbit = scene.broker_url.startswith("amqp")
     restart = request.getfixturevalue("rabbitmq" if rabbit else "own_servers")
-    scene.start_workers(2)
+    workers = scene.start_workers(2)
     load = scene.load(runs=runs, ms=30)
     for number in range(times):
         load.until_ended((number + 1) * runs // (times + 2), within_s=180.0)
         restart.restart() if rabbit else restart.restart_valkey()
         scene.fault("broker killed")
     scene.judge(LOADED, load, within_s=180.0)
+    assert all(worker.is_alive for worker in workers), "workers outlive their broker"
 
 
 def _half_open(scene: Scene, seconds: float, runs: int) -> None:
