@@ -157,10 +157,11 @@ class Orchestrator:
                 raise DefinitionError(f"step {step.name}: {option}= is an option of neither steps nor Celery tasks")
         if step.options.queue:
             options["queue"] = step.options.queue
-        base = type("StepTask", (runner.StepTaskMixin, self.app.Task), {"__module__": __name__})
+        # The options are inherited: of its own, Celery calls a task's queue and priority deprecated.
+        base = type("StepTask", (runner.StepTaskMixin, self.app.Task), {"__module__": __name__, **options})
         attributes = {
             "name": step.name, "step": step, "orchestrator": self, "__module__": step.__module__,
-            "__doc__": step.__doc__, "__wrapped__": step.function, "throws": _expected(step), **options,
+            "__doc__": step.__doc__, "__wrapped__": step.function, "throws": options.get("throws", _expected(step)),
         }  # fmt: skip
         step.bound = self._register(base, attributes)
 
