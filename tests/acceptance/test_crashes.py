@@ -283,13 +283,19 @@ def test_a_worker_that_answers_no_doorbell_any_more_ends_for_its_supervisor(
     healthy, deaf = (new_worker().start(ORCHESTRATOR_WATCHDOG="1") for _ in range(2))
     app.control.cancel_consumer(deaf.queue)
     until(lambda: "Canceling queue" in deaf.said or "no longer consuming" in deaf.said.lower(), "it listens no more")
-    result = sagas.sequence.apply_async(([A, C],), queue=deaf.queue)
-    assert deaf.process is not None
-    assert deaf.process.wait(30) == 75
+    results: list[Any] = []
+
+    def ends() -> bool:
+        if not results or results[-1].ready():  # the first doorbell may still be taken: Redis was asked for it before
+            results.append(sagas.sequence.apply_async(([A, C],), queue=deaf.queue))
+        return not deaf.is_alive
+
+    until(ends, "the worker that lets work lie ends", 60.0)
+    assert deaf.process is not None and deaf.process.returncode == 75
     assert "let work lie" in deaf.said
     assert healthy.is_alive, "a worker without work is not stuck"
     deaf.start()
-    assert result.get(timeout=20) is not None
+    assert results[-1].get(timeout=20) is not None
 
 
 def test_a_caller_that_waits_outlives_the_database(site: Site, worker: Worker, world: World) -> None:
