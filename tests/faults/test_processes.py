@@ -33,10 +33,13 @@ def test_workers_children_and_companions_are_killed_under_load(scene: Scene) -> 
 def test_what_a_worker_does_after_it_was_given_up_counts_for_nothing(scene: Scene) -> None:
     """Stopped before and after the effect, in ordinary and in transactional steps, for longer than the lease."""
     stopped, heir = scene.start_workers(2, "-c", "4")
-    runs = [(f"{kind}-{where}", where) for kind in ("linger", "pay") for where in ("before", "after")]
+    # One that holds rows is over when Postgres ends its transaction, after 4 s; the others have more time than that.
+    kinds = [("linger", "before"), ("linger", "after"), ("pay", "before"), ("move", "after")]
+    runs = [(f"{kind}-{where}", where) for kind, where in kinds]
     with scene.stopped(heir):  # so that all of them begin in the other one
-        for run, where in runs:
-            scene.start(run, Stop(name="a", kind=run.partition("-")[0], how=[where, "ok"]))
+        for number, (run, where) in enumerate(runs):
+            accounts = {"source": 2 * number, "target": 2 * number + 1}
+            scene.start(run, Stop(name="a", kind=run.partition("-")[0], how=[where, "ok"], **accounts))
             scene.until_at(run, where)
     with scene.stopped(stopped):
         for run, where in runs:
