@@ -162,6 +162,8 @@ class StepEvents:
         self.leave(attempt)
         attempt.end, attempt.outcome = self._end(taken, outcome, attempt.runtime, retried)
         self._finished.append(attempt)
+        if attempt.end == "task-retried":
+            self._hurry.set()  # the next attempt may be another child's, and is not to be told before this one
         self._tell()
 
     def close(self, seconds: float = 1.0) -> None:
@@ -169,6 +171,7 @@ class StepEvents:
         if self._owner == os.getpid():
             self._closing.set()
             self._wake.set()
+            self._hurry.set()
             self._thread.join(seconds)
             self._owner = 0
 
@@ -211,7 +214,7 @@ class StepEvents:
     def _begin_life(self) -> None:
         self._open: dict[int, Attempt] = {}
         self._finished: deque[Attempt] = deque(maxlen=_WAITING)
-        self._wake, self._closing = threading.Event(), threading.Event()
+        self._wake, self._hurry, self._closing = threading.Event(), threading.Event(), threading.Event()
         self._producer: Producer | None = None
         self._thread = threading.Thread(target=self._live, name="orchestrator events", daemon=True)
         self._thread.start()
@@ -226,7 +229,9 @@ class StepEvents:
         while not closing:
             self._wake.wait(_LONG_S / 2 if self._open else None)
             self._wake.clear()
-            closing = self._closing.wait(_GATHER_S)
+            self._hurry.wait(_GATHER_S)
+            self._hurry.clear()
+            closing = self._closing.is_set()
             while batch := self._batch():
                 if not self._publish(batch) and self._closing.wait(_REST_AFTER_FAILURE_S):
                     return

@@ -15,7 +15,8 @@ from orchestrator import Effect, Orchestrator, RetryPolicy, saga, step
 app = Celery("observed", broker=os.environ.get("CELERY_BROKER_URL"))
 app.conf.broker_connection_retry_on_startup = True
 orchestrator = Orchestrator(app)
-SOON = RetryPolicy(initial_interval=timedelta(milliseconds=10), maximum_attempts=3)
+# Longer than events are gathered: the events of attempts in two children that follow on each other at once may cross.
+SOON = RetryPolicy(initial_interval=timedelta(milliseconds=400), backoff_coefficient=1.0, maximum_attempts=3)
 
 
 @step(name="bank.echo", effect=Effect.NONE)
