@@ -9,17 +9,13 @@ import asyncio
 import contextlib
 import functools
 import getpass
-import itertools
 import logging
 import os
 import secrets
-import threading
 import time
 import uuid
-import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -31,13 +27,13 @@ from orchestrator.errors import (
     SagaFailed,
     SchemaError,
     StoreUnavailableError,
-    UnknownRunError,
     UnknownSagaError,
     UsageError,
 )
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Arrival, Cancel, Operate, Terminate, encode
 from orchestrator.machine.states import TERMINAL
+from orchestrator.poller import Poller, unknown_run
 from orchestrator.saga import Saga
 from orchestrator.saga import registry as sagas
 from orchestrator.settings import Settings
@@ -56,6 +52,7 @@ _CELERY_NOISE = frozenset({
     "exchange", "headers", "root_id", "parent_id", "time_limit", "soft_time_limit", "add_to_parent", "group_id",
     "group_index", "periodic_task_name",
 })  # fmt: skip
+_LONGEST_S = 1000 * 365 * 86400.0
 _PAGE = 500  # runs that start_many starts with one commit
 _CANVAS = {"link": "", "link_error": "", "chain": "", "chord": ""}
 
@@ -68,7 +65,7 @@ class Client:
         self.pool = ClientPool(settings.dsn, settings.max_connections, prepare=settings.prepared_statements)
         self._ring = ring
         self._default_queue = default_queue
-        self._poller = _Poller(self.pool)
+        self._poller = Poller(self.pool)
 
     # -- starting ------------------------------------------------------------------------------------------------------
     def start(
@@ -206,7 +203,7 @@ class Client:
             with self.pool.connection() as connection, _schema_named():
                 found = runs.outcomes(connection, [run_id]).get(run_id)
             if found is None:
-                raise _unknown(run_id)
+                raise unknown_run(run_id)
             return found
 
         return self._again_if_broken(ask)
@@ -322,7 +319,7 @@ class SagaResult:
         self.id = run_id
         self._client = client
         self._saga = saga
-        self._ended: runs.Outcome | None = None  # how the run ended, once that is known: it is final
+        self.ended: runs.Outcome | None = None  # how the run ended, once that is known: it is final
 
     def __repr__(self) -> str:
         return f"<SagaResult {self.id}>"
@@ -369,27 +366,27 @@ class SagaResult:
 
         Raises: SagaFailed, SagaCancelled (unless `propagate` is false: then they are returned), TimeoutError.
         """
-        if self._ended is None:
+        if self.ended is None:
             future = self._client.wait(self.id)
             try:
-                self._ended = future.result(timeout)
+                self.ended = future.result(timeout)
             except TimeoutError:
                 raise self._late(timeout) from None
             finally:
                 self._client.forget(self.id, future)
-        return self._value(self._ended, propagate)
+        return self._value(self.ended, propagate)
 
     async def aget(self, timeout: float | None = None, propagate: bool = True) -> Any:
         """Wait without blocking the event loop; see `get`."""
-        if self._ended is None:
+        if self.ended is None:
             future = self._client.wait(self.id)
             try:
-                self._ended = await asyncio.wait_for(asyncio.wrap_future(future), timeout)
+                self.ended = await asyncio.wait_for(asyncio.wrap_future(future), timeout)
             except TimeoutError:
                 raise self._late(timeout) from None
             finally:
                 self._client.forget(self.id, future)
-        return self._value(self._ended, propagate)
+        return self._value(self.ended, propagate)
 
     def cancel(self, reason: str = "", by: str = "") -> None:
         """Ask the run to stop and compensate.  Raises: UsageError if it has ended or is past its pivot."""
@@ -452,111 +449,6 @@ class _schema_named:  # noqa: N801 - a context manager reads like a function
             ) from error
 
 
-@dataclass(slots=True)
-class _Waiter:
-    futures: list[Future[runs.Outcome]]
-
-
-_SHORTEST_PAUSE_S = 0.001
-_AHEAD = 100
-_LONGEST_S = 1000 * 365 * 86400.0
-
-
-class _Poller:
-    """One thread and one statement for all waiting callers of a process; from 1 ms up to 250 ms apart.
-
-    Who starts many runs and then waits for one after the other asks once for many: the first statement for a new caller
-    also asks for the oldest handles that the process holds.
-    """
-
-    def __init__(self, pool: ClientPool) -> None:
-        self._pool = pool
-        self._lock = threading.Condition()
-        self._waiting: dict[str, _Waiter] = {}
-        self._thread: threading.Thread | None = None
-        self._owner = 0
-        self._pause = _SHORTEST_PAUSE_S
-        self._expected: weakref.WeakValueDictionary[str, SagaResult] = weakref.WeakValueDictionary()
-        self._somebody_new = False
-
-    def expect(self, result: SagaResult) -> SagaResult:
-        """Remember a handle for as long as its owner does, and until it is known how its run ended."""
-        with self._lock:
-            self._expected[result.id] = result
-        return result
-
-    def wait(self, run_id: str) -> Future[runs.Outcome]:
-        future: Future[runs.Outcome] = Future()
-        with self._lock:
-            if self._owner != os.getpid():
-                self._waiting, self._thread, self._owner = {}, None, os.getpid()
-            self._waiting.setdefault(run_id, _Waiter([])).futures.append(future)
-            self._pause, self._somebody_new = _SHORTEST_PAUSE_S, True
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._poll, name="orchestrator results", daemon=True)
-                self._thread.start()
-            self._lock.notify()
-        return future
-
-    def forget(self, run_id: str, future: Future[runs.Outcome]) -> None:
-        with self._lock:
-            waiter = self._waiting.get(run_id)
-            if waiter is not None and future in waiter.futures:
-                waiter.futures.remove(future)
-                if not waiter.futures:
-                    del self._waiting[run_id]
-
-    def _poll(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._lock.wait(1.0)
-                if not self._waiting:
-                    self._thread = None
-                    return
-                ids = list(self._waiting)
-                ahead = list(itertools.islice(self._expected, _AHEAD)) if self._somebody_new else []
-                self._somebody_new = False
-            try:
-                with self._pool.connection() as connection:
-                    found = runs.outcomes(connection, [*ids, *ahead])
-                self._settle(ids, found)
-            except StoreUnavailableError:
-                self._pause = 0.25  # the database comes back, or the callers' timeouts end their waiting
-            except BaseException as error:
-                self._fail(ids, error)
-            with self._lock:
-                self._lock.wait(self._pause)  # a new caller is answered at once, whatever the pause has grown to
-                self._pause = min(self._pause * 1.25, 0.25)
-
-    def _settle(self, ids: list[str], found: dict[str, runs.Outcome]) -> None:
-        with self._lock:
-            for ended in found.values():
-                result = self._expected.pop(ended.id, None) if ended.state in TERMINAL else None
-                if result is not None:
-                    result._ended = ended
-            for run_id in ids:
-                outcome = found.get(run_id)
-                if outcome is not None and outcome.state not in TERMINAL:
-                    continue
-                waiter = self._waiting.pop(run_id, None)
-                for future in waiter.futures if waiter else ():
-                    if not future.set_running_or_notify_cancel():
-                        continue
-                    if outcome is None:
-                        future.set_exception(_unknown(run_id))
-                    else:
-                        future.set_result(outcome)
-
-    def _fail(self, ids: list[str], error: BaseException) -> None:
-        with self._lock:
-            for run_id in ids:
-                waiter = self._waiting.pop(run_id, None)
-                for future in waiter.futures if waiter else ():
-                    if future.set_running_or_notify_cancel():
-                        future.set_exception(error)
-
-
 def whoami() -> str:
     """Return the name of the person at the keyboard, for the record of an operator's decision."""
     try:
@@ -582,11 +474,7 @@ def _valid_id(run_id: Any) -> str:
 
 def _known(run_id: str) -> None:
     if not is_name(run_id, limit_bytes=2000):  # a correcting run is named after a run and a key
-        raise _unknown(run_id)
-
-
-def _unknown(run_id: str) -> UnknownRunError:
-    return UnknownRunError(f"there is no run {run_id!r:.600} in this database; look it up with `saga list`")
+        raise unknown_run(run_id)
 
 
 def _queue(queue: Any) -> str:

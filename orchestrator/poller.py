@@ -1,0 +1,150 @@
+"""Waiting for runs to end: one thread and one statement for all waiting callers of a process.
+
+Owns the thread and what it asks for.  Must never be the reason that a caller waits for ever: the thread ends when
+nobody waits, a forked child begins with a poller of its own, and an error reaches the callers that it concerns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
+
+from orchestrator.errors import StoreUnavailableError, UnknownRunError
+from orchestrator.machine.states import TERMINAL
+from orchestrator.store import runs
+from orchestrator.store.pool import ClientPool
+
+_SHORTEST_PAUSE_S = 0.001
+_AHEAD = 100
+
+
+class Handle(Protocol):
+    """A handle to a run, which is told how the run ended."""
+
+    id: str
+    ended: runs.Outcome | None
+
+
+H = TypeVar("H", bound=Handle)
+
+
+class _Book:
+    """Who waits, and which handles are held, in one process."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.lock = threading.Condition()
+        self.waiting: dict[str, list[Future[runs.Outcome]]] = {}
+        self.expected: weakref.WeakValueDictionary[str, Handle] = weakref.WeakValueDictionary()
+        self.thread: threading.Thread | None = None
+        self.pause = _SHORTEST_PAUSE_S
+        self.somebody_new = False
+
+
+class Poller:
+    """Asks for all waiting callers of a process at once; from 1 ms up to 250 ms apart.
+
+    Who starts many runs and then waits for one after the other asks once for many: the first statement for a new caller
+    also asks for the oldest handles that the process holds.
+    """
+
+    def __init__(self, pool: ClientPool) -> None:
+        self._pool = pool
+        self._book = _Book()
+
+    def expect(self, handle: H) -> H:
+        """Remember a handle for as long as its owner does, and until it is known how its run ended."""
+        book = self._own_book()
+        with book.lock:
+            book.expected[handle.id] = handle
+        return handle
+
+    def wait(self, run_id: str) -> Future[runs.Outcome]:
+        """Return a future that is done when the run is terminal, or that it is unknown."""
+        future: Future[runs.Outcome] = Future()
+        book = self._own_book()
+        with book.lock:
+            book.waiting.setdefault(run_id, []).append(future)
+            book.pause, book.somebody_new = _SHORTEST_PAUSE_S, True
+            if book.thread is None:
+                book.thread = threading.Thread(
+                    target=self._poll, args=(book,), name="orchestrator results", daemon=True
+                )
+                book.thread.start()
+            book.lock.notify()
+        return future
+
+    def forget(self, run_id: str, future: Future[runs.Outcome]) -> None:
+        """Stop waiting."""
+        book = self._own_book()
+        with book.lock:
+            futures = book.waiting.get(run_id, [])
+            if future in futures:
+                futures.remove(future)
+                if not futures:
+                    del book.waiting[run_id]
+
+    def _own_book(self) -> _Book:
+        """Return this process's book: in a forked child the thread is gone, and whoever held the lock with it."""
+        if self._book.pid != os.getpid():
+            self._book = _Book()
+        return self._book
+
+    def _poll(self, book: _Book) -> None:
+        while True:
+            with book.lock:
+                if not book.waiting:
+                    book.lock.wait(1.0)
+                if not book.waiting:
+                    book.thread = None
+                    return
+                ids = list(book.waiting)
+                ahead = list(itertools.islice(book.expected, _AHEAD)) if book.somebody_new else []
+                book.somebody_new = False
+            try:
+                with self._pool.connection() as connection:
+                    found = runs.outcomes(connection, [*ids, *ahead])
+                _settle(book, ids, found)
+            except StoreUnavailableError:
+                book.pause = 0.25  # the database comes back, or the callers' timeouts end their waiting
+            except BaseException as error:
+                _fail(book, ids, error)
+            with book.lock:
+                book.lock.wait(book.pause)  # a new caller is answered at once, whatever the pause has grown to
+                book.pause = min(book.pause * 1.25, 0.25)
+
+
+def _settle(book: _Book, ids: list[str], found: dict[str, runs.Outcome]) -> None:
+    with book.lock:
+        for ended in found.values():
+            handle = book.expected.pop(ended.id, None) if ended.state in TERMINAL else None
+            if handle is not None:
+                handle.ended = ended
+        for run_id in ids:
+            outcome = found.get(run_id)
+            if outcome is not None and outcome.state not in TERMINAL:
+                continue
+            for future in book.waiting.pop(run_id, ()):
+                if not future.set_running_or_notify_cancel():
+                    continue
+                if outcome is None:
+                    future.set_exception(unknown_run(run_id))
+                else:
+                    future.set_result(outcome)
+
+
+def _fail(book: _Book, ids: list[str], error: BaseException) -> None:
+    with book.lock:
+        for run_id in ids:
+            for future in book.waiting.pop(run_id, ()):
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+
+
+def unknown_run(run_id: str) -> UnknownRunError:
+    """Return the error for an id that no run has."""
+    return UnknownRunError(f"there is no run {run_id!r:.600} in this database; look it up with `saga list`")

@@ -1,0 +1,15 @@
+"""Sagas: durable async functions, and what their code may ask for.
+
+Owns the authors' side of a run: `define` declares a saga, the other functions are called inside one.  Must never touch
+the database or the clock: requests go to the deterministic loop that runs the saga.
+"""
+
+from orchestrator.saga.declare import Saga, define, registry
+from orchestrator.saga.facts import Info, info, random, uuid4, version
+from orchestrator.saga.steps import once, step
+from orchestrator.saga.timing import as_completed, now, sleep, sleep_until, wait
+
+__all__ = [
+    "Info", "Saga", "as_completed", "define", "info", "now", "once", "random", "registry",
+    "sleep", "sleep_until", "step", "uuid4", "version", "wait",
+]  # fmt: skip

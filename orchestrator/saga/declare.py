@@ -1,0 +1,211 @@
+"""Declaring sagas: `define`, the registry, and the object that callers start.
+
+Owns what an author says about a saga as a whole.  Must never know how its runs are stored or driven.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
+
+from orchestrator.codec import FunctionCodec, Json, check
+from orchestrator.errors import DefinitionError, PayloadError, UnknownSagaError, UsageError
+from orchestrator.machine.loop import inside_saga
+from orchestrator.machine.turn import Script
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Starter(Protocol):
+    """Starts runs; an `Orchestrator` provides it."""
+
+    def start(
+        self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+    ) -> Any: ...
+    def start_many(
+        self, saga: Saga[Any, Any], calls: Iterable[tuple[Any, ...]], options: dict[str, Any]
+    ) -> list[Any]: ...
+    async def astart(
+        self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+    ) -> Any: ...
+    def handle(self, saga: Saga[Any, Any], run_id: str) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SagaOptions:
+    """Everything that is declared about a saga; see `define`."""
+
+    version: int = 1
+    deadline: timedelta | None = None
+    queue: str = ""
+    priority: int = 0
+    on_code_error: Literal["park", "compensate"] = "park"
+
+
+class Saga(Generic[P, R]):
+    """A declared saga: start it like a Celery task."""
+
+    def __init__(self, function: Callable[..., Coroutine[Any, Any, Any]], name: str, options: SagaOptions) -> None:
+        self.function = function
+        self.name = name
+        self.options = options
+        self.codec = FunctionCodec(function, what=name)
+        self.starter: Starter | None = None
+        self.__name__ = function.__name__
+        self.__doc__ = function.__doc__
+        self.__module__ = function.__module__
+        self.__wrapped__ = function
+
+    def __repr__(self) -> str:
+        return f"<saga {self.target}>"
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Refuse: a saga is started, not called.  Raises: UsageError."""
+        if inside_saga():
+            raise UsageError(f"{self.name} was called in saga code; start it from a step (`await saga.step(...)`)")
+        raise UsageError(
+            f"{self.name} is a saga: start it with {self.__name__}.delay(...), or in a unit test run it with "
+            f"orchestrator.testing.run({self.__name__}, ...)"
+        )
+
+    @property
+    def target(self) -> str:
+        """Name and version, as work for it is addressed."""
+        return f"{self.name}@{self.options.version}"
+
+    # -- starting ------------------------------------------------------------------------------------------------------
+    def _starter(self) -> Starter:
+        if inside_saga():
+            raise UsageError(f"{self.name} was started in saga code, so start it from a step (`await saga.step(...)`)")
+        if self.starter is None:
+            raise UsageError(f"saga {self.name} belongs to no Celery app yet; create `Orchestrator(app)` first")
+        return self.starter
+
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Start a run; it is committed in Postgres when this returns.
+
+        Raises: PayloadError, ConflictError, StoreUnavailableError.
+        """
+        return self._starter().start(self, args, kwargs, {})
+
+    def apply_async(self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any) -> Any:
+        """Start a run with options: `task_id` (the run id), `countdown` (seconds), `eta` (aware), `priority` (higher
+        first), `transaction` (the caller's own: the run starts if and only if it commits), `deadline` (timedelta).
+
+        Raises: PayloadError, ConflictError, StoreUnavailableError; UsageError for an option that has no meaning here.
+        """
+        return self._starter().start(self, tuple(args or ()), kwargs or {}, options)
+
+    def start_many(self, calls: Iterable[tuple[Any, ...]], **options: Any) -> list[Any]:
+        """Start a run for each tuple of arguments, many with one commit; returns their handles in the same order.
+
+        Takes the options of `apply_async` but `transaction`, for all of them; `task_ids` instead of `task_id`.
+        Raises: as `apply_async`; then some are started, and to start all of them again with the same ids is harmless.
+        """
+        return self._starter().start_many(self, calls, options)
+
+    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Start a run without blocking the event loop; see `delay`."""
+        return await self._starter().astart(self, args, kwargs, {})
+
+    async def aapply_async(self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any) -> Any:
+        """Start a run without blocking the event loop; see `apply_async`."""
+        return await self._starter().astart(self, tuple(args or ()), kwargs or {}, options)
+
+    def AsyncResult(self, task_id: str) -> Any:  # noqa: N802 - Celery's name
+        """Return a handle to a run by its id; asks nothing of the database yet."""
+        return self._starter().handle(self, task_id)
+
+    # -- what the machine is told --------------------------------------------------------------------------------------
+    def script(self) -> Script:
+        """Return this saga as the machine runs it."""
+        return Script(self._main, self.options.on_code_error == "park")
+
+    async def _main(self, encoded: Any) -> Json:
+        try:
+            args, kwargs = self.codec.decode_call(encoded)
+        except PayloadError as error:
+            raise DefinitionError(f"the recorded input no longer fits {self.name}: {error}") from error
+        output = self.codec.encode_result(await self.function(*args, **kwargs))
+        check(output, what=f"the result of {self.name}")
+        return output
+
+
+class Registry:
+    """All sagas declared in this process, by name and version."""
+
+    def __init__(self) -> None:
+        self.sagas: dict[tuple[str, int], Saga[Any, Any]] = {}
+        self._listeners: list[Callable[[Saga[Any, Any]], None]] = []
+
+    def add(self, saga: Saga[Any, Any]) -> None:
+        """Add `saga`, and tell whoever binds sagas to an app."""
+        self.sagas[saga.name, saga.options.version] = saga
+        for listener in self._listeners:
+            listener(saga)
+
+    def listen(self, listener: Callable[[Saga[Any, Any]], None]) -> None:
+        """Call `listener` for every saga declared so far and from now on."""
+        self._listeners.append(listener)
+        for saga in list(self.sagas.values()):
+            listener(saga)
+
+    def latest(self, name: str) -> Saga[Any, Any]:
+        """Return the highest version of a saga.  Raises: UnknownSagaError."""
+        versions = [saga for (other, _), saga in self.sagas.items() if other == name]
+        if not versions:
+            raise UnknownSagaError(
+                f"no saga named {name!r} is registered here; known: {', '.join(self.names) or 'none'}"
+            )
+        return max(versions, key=lambda saga: saga.options.version)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted({name for name, _ in self.sagas})
+
+
+registry = Registry()
+
+
+@overload
+def define(function: Callable[P, Coroutine[Any, Any, R]], /) -> Saga[P, R]: ...
+@overload
+def define(
+    *,
+    name: str = ...,
+    version: int = ...,
+    deadline: timedelta | None = ...,
+    queue: str = ...,
+    priority: int = ...,
+    on_code_error: Literal["park", "compensate"] = ...,
+) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Saga[P, R]]: ...
+def define(function: Any = None, /, *, name: str = "", **options: Any) -> Any:
+    """Declare an async function as a saga.
+
+    `version` pins runs: one that started with version 1 is driven by version 1, and several can be registered side by
+    side under one `name`.  `deadline` (a timedelta from the start) compensates a run that takes longer.
+    `on_code_error` says what a TypeError and its like in the saga function itself does to the run.
+    Raises: DefinitionError at import.
+    """
+    if function is None:
+        return lambda f: define_saga(f, name, options)
+    return define_saga(function, name, options)
+
+
+def define_saga(function: Any, name: str, options: dict[str, Any]) -> Saga[Any, Any]:
+    """Declare and register a saga.  Raises: DefinitionError."""
+    if not inspect.iscoroutinefunction(function):
+        raise DefinitionError(f"saga {getattr(function, '__name__', function)!r} must be an `async def` function")
+    try:
+        declared = SagaOptions(**options)
+    except TypeError as error:
+        raise DefinitionError(f"saga.define of {function.__name__}: {error}") from None
+    if declared.version < 1:
+        raise DefinitionError(f"saga {function.__name__}: version must be 1 or more")
+    saga: Saga[Any, Any] = Saga(function, name or f"{function.__module__}.{function.__name__}", declared)
+    registry.add(saga)
+    return saga

@@ -1,0 +1,53 @@
+"""What saga code may know that is the same on every replay: version gates, identifiers, chance, its own run.
+
+Owns the derivation from run and key, without a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid as _uuid
+from dataclasses import dataclass
+from datetime import datetime
+
+from orchestrator.saga.inside import code_of
+
+
+def uuid4() -> _uuid.UUID:
+    """Return a UUID that is the same on every replay."""
+    return _uuid.UUID(bytes=_digest("uuid4")[:16], version=4)
+
+
+def random() -> float:
+    """Return a number in [0, 1) that is the same on every replay."""
+    return int.from_bytes(_digest("random")[:7]) / 2.0**56
+
+
+def _digest(call: str) -> bytes:
+    code = code_of(call)
+    return hashlib.sha256(f"{code.fold.info.id}\0{code.branch.key(call)}".encode()).digest()
+
+
+def version(change: str, minimum: int, maximum: int) -> int:
+    """Answer `maximum` to a run that comes here for the first time, and what it was told then to every replay.
+
+    A run that passed this point before the gate was deployed gets `minimum`.
+    """
+    return code_of("version").version(change, minimum, maximum)
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What a saga may know about its run; `deadline` is an aware UTC instant."""
+
+    run_id: str
+    name: str
+    version: int
+    deadline: datetime | None
+    attempt: int = 1
+
+
+def info() -> Info:
+    """Return the running saga's own description."""
+    run = code_of("info").fold.info
+    return Info(run.id, run.saga, run.version, run.deadline)

@@ -1,0 +1,170 @@
+"""Asking for steps: `step` and `once`.
+
+Owns how a call in saga code becomes a request with its compensation armed.  Must never run a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any, ParamSpec, TypeVar, cast, overload
+
+from orchestrator.codec import Json, check, encode_any, is_name
+from orchestrator.errors import DefinitionError, PayloadError, StepFailed, UsageError
+from orchestrator.machine.code import Request, SagaCode
+from orchestrator.machine.fold import Step as StepRecord
+from orchestrator.machine.journal import Asked
+from orchestrator.machine.policy import START_TO_CLOSE, Effect
+from orchestrator.saga.inside import code_of
+from orchestrator.step import Step, StepOptions, legacy_codec
+from orchestrator.step import registry as declared_steps
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+@overload
+def step(task: Step[P, R], /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]: ...
+@overload
+def step(task: Any, /, *args: Any, **kwargs: Any) -> asyncio.Future[Any]: ...
+def step(task: Any, /, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
+    """Ask for a step; the returned awaitable is scheduled already, so it may be awaited later.
+
+    `task` is a step, a Celery task, or a Celery signature.  Awaiting it gives the step's result, or raises StepFailed
+    once the step is settled: rejected, undone, or by declaration without effect.
+    Raises: PayloadError for arguments that cannot be stored; UsageError outside of a saga.
+    """
+    code = code_of("step")
+    if isinstance(task, Step):
+        encoded = task.codec.encode_call(args, kwargs)
+        check(encoded, what=f"the arguments of {task.name}")
+        return code.ask(_request(task, encoded, code))
+    return code.ask(_legacy_request(task, args, kwargs, code))
+
+
+def _request(task: Step[Any, Any], args: dict[str, Json], code: SagaCode) -> Request:
+    return Request(
+        name=task.name,
+        key=task.options.key,
+        asked=functools.partial(_asked, task, args, code.fold.info.queue),
+        same=functools.partial(_same, task, args),
+        decode=functools.partial(_decode, task),
+        failure=functools.partial(_failure, code.fold.info.id),
+    )
+
+
+def _asked(task: Step[Any, Any], args: dict[str, Json], run_queue: str, key: str) -> Asked:
+    options = task.options
+    queue = "" if task.options.local or task.queue == run_queue else task.queue
+    heartbeat = options.heartbeat_timeout
+    timeout = options.start_to_close_timeout
+    return Asked(
+        key,
+        task.name,
+        args,
+        effect=task.effect,
+        undo=task.arm(args),
+        probe=task.probe_step.name if task.probe_step else "",
+        on_unknown=task.on_unknown,
+        queue=queue,
+        local=options.local,
+        transactional=options.transactional,
+        retry=options.retry.encode() if options.retry else None,
+        timeout=timeout.total_seconds() if timeout != START_TO_CLOSE else 0.0,
+        heartbeat=heartbeat.total_seconds() if heartbeat else 0.0,
+        priority=options.priority,
+    )
+
+
+def _same(task: Step[Any, Any], args: dict[str, Json], asked: Asked) -> bool:
+    if asked.task != task.name:
+        return False
+    return bool(asked.args == args) or task.codec.canonical(asked.args) == task.codec.canonical(args)
+
+
+def _decode(task: Step[Any, Any], result: Json) -> Any:
+    try:
+        return task.codec.decode_result(result)
+    except PayloadError as error:
+        raise DefinitionError(f"the recorded result of {task.name} no longer fits its annotation: {error}") from error
+
+
+def _failure(run_id: str, record: StepRecord) -> Exception:
+    error = record.error or {}
+    outcome = {"rejected": "rejected", "failed": "failed"}.get(record.forward, "unknown")
+    said = f"{error.get('type')}: {error.get('message')}" if error else "given up before it began"
+    text = f"step {record.key} of run {run_id} ended {outcome} after {record.attempts or 1} attempt(s): {said}"
+    return StepFailed(text, run_id=run_id, key=record.key, outcome=cast(Any, outcome), error=error)
+
+
+def _legacy_request(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any], code: SagaCode) -> Request:
+    """A Celery task that was not declared as a step, or a signature of one."""
+    if isinstance(task, dict) and task.get("task"):
+        if task.get("subtask_type"):
+            raise UsageError(
+                f"a {task['subtask_type']} is not a step of a saga in this release; ask for its tasks one by one"
+            )
+        name, options = task["task"], dict(task.get("options") or {})
+        args, kwargs = (*args, *task.get("args", ())), {**(task.get("kwargs") or {}), **kwargs}
+    elif hasattr(task, "run") and isinstance(getattr(task, "name", None), str):
+        name, options = task.name, {"queue": getattr(task, "queue", None)}
+    else:
+        raise UsageError(f"saga.step() takes a step, a Celery task or a signature, not {type(task).__name__}")
+    declared = _declared(name)
+    if declared is not None:
+        queue = options.get("queue")
+        declared = declared.with_options(queue=queue) if queue else declared
+        return _request(declared, declared.codec.encode_call(args, kwargs), code)
+    stand_in = _LegacyStep(name, StepOptions(queue=options.get("queue") or ""))
+    encoded = legacy_codec.encode_call(args, kwargs)
+    check(encoded, what=f"the arguments of {name}")
+    return _request(stand_in, encoded, code)
+
+
+class _LegacyStep(Step[Any, Any]):
+    """A Celery task used as a step as it is."""
+
+    def __init__(self, name: str, options: StepOptions) -> None:
+        super().__init__(_nothing, name, options)
+        self.codec = legacy_codec
+
+
+def _nothing(*args: Any, **kwargs: Any) -> Any:
+    """Stands for the function of a Celery task, which only a worker knows."""
+
+
+def _declared(name: str) -> Step[Any, Any] | None:
+    return declared_steps.steps.get(name)
+
+
+def once(name: str, function: Callable[[], T | Awaitable[T]]) -> asyncio.Future[T]:
+    """Run `function` in the worker that drives the saga and record what it returned; replays get the recorded value.
+
+    It is tried again as a step is; its result comes back as plain JSON.
+    """
+    code = code_of("once")
+    if not is_name(name):
+        raise UsageError("saga.once: its name must be text of 1 to 500 printable bytes")
+    record = functools.partial(Asked, task=name, args={}, kind="once", effect=Effect.NONE, local=True)
+    return code.ask(
+        Request(
+            name=f"once:{name}",
+            asked=lambda key: record(key),
+            same=lambda asked: asked.kind == "once",
+            decode=lambda result: result,
+            failure=functools.partial(_failure, code.fold.info.id),
+            run=lambda: encode_any(_run(function), f"the result of saga.once({name!r})"),
+        )
+    )
+
+
+def _run(function: Callable[[], Any]) -> Any:
+    result = function()
+    return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+
+
+async def _awaited(value: Awaitable[T]) -> T:
+    return await value

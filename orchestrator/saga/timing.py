@@ -1,0 +1,77 @@
+"""Durable time and waiting: `sleep`, `now`, and asyncio's `wait` and `as_completed` in request order.
+
+Owns what depends on journal time.  Must never look at a clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from datetime import datetime, timedelta
+from typing import Any
+
+from orchestrator.errors import UsageError
+from orchestrator.saga.inside import code_of
+
+
+async def sleep(duration: timedelta) -> None:
+    """Sleep durably; no worker is held meanwhile."""
+    await asyncio.sleep(duration.total_seconds())
+
+
+async def sleep_until(instant: datetime) -> None:
+    """Sleep durably until an aware instant; one in the past returns at once.  Raises: UsageError for a naive one."""
+    if instant.tzinfo is None:
+        raise UsageError("saga.sleep_until() needs an aware datetime; say which time zone it is in")
+    await asyncio.sleep(max(0.0, (instant - now()).total_seconds()))
+
+
+def now() -> datetime:
+    """Return journal time (aware, UTC): the same on every replay, and standing still between outcomes."""
+    return code_of("now").now()
+
+
+async def wait(
+    awaitables: Iterable[Any], *, timeout: float | timedelta | None = None, return_when: str = asyncio.ALL_COMPLETED
+) -> tuple[list[asyncio.Future[Any]], list[asyncio.Future[Any]]]:
+    """Wait as ``asyncio.wait`` does; returns (done, pending) as lists in the order of `awaitables`."""
+    code_of("wait")
+    futures = [asyncio.ensure_future(item) for item in awaitables]
+    if not futures:
+        raise ValueError("saga.wait() needs something to wait for")
+    loop = asyncio.get_running_loop()
+    waiter = loop.create_future()
+
+    def release() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    def look(_: object) -> None:
+        done = [future for future in futures if future.done()]
+        failed = any(not f.cancelled() and f.exception() is not None for f in done)
+        enough = {asyncio.FIRST_COMPLETED: bool(done), asyncio.FIRST_EXCEPTION: failed}.get(return_when, False)
+        if enough or len(done) == len(futures):
+            release()
+
+    look(None)
+    for future in futures:
+        future.add_done_callback(look)
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    timer = None if seconds is None else loop.call_later(seconds, release)
+    try:
+        await waiter
+    finally:
+        if timer is not None:
+            timer.cancel()
+        for future in futures:
+            future.remove_done_callback(look)
+    return [f for f in futures if f.done()], [f for f in futures if not f.done()]
+
+
+async def as_completed(awaitables: Iterable[Any]) -> AsyncIterator[asyncio.Future[Any]]:
+    """Yield the futures of `awaitables` as they are done; those done at once in the order of `awaitables`."""
+    pending = [asyncio.ensure_future(item) for item in awaitables]
+    while pending:
+        done, pending = await wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for future in done:
+            yield future
