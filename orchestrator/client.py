@@ -19,10 +19,11 @@ from concurrent.futures import Future
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from orchestrator.codec import Json, canonical_text, check, is_name
+from orchestrator.codec import Json, ValueCodec, canonical_text, check, encode_any, first_line, is_name
 from orchestrator.errors import (
     ConflictError,
     OrchestratorError,
+    PayloadError,
     SagaCancelled,
     SagaFailed,
     SchemaError,
@@ -31,11 +32,12 @@ from orchestrator.errors import (
     UsageError,
 )
 from orchestrator.failpoints import failpoint
-from orchestrator.machine.journal import Arrival, Cancel, Operate, Terminate, encode
+from orchestrator.machine.journal import Arrival, Cancel, Operate, Signal, Terminate, encode
 from orchestrator.machine.states import TERMINAL
 from orchestrator.poller import Poller, unknown_run
 from orchestrator.saga import Saga
 from orchestrator.saga import registry as sagas
+from orchestrator.saga.face import is_tag
 from orchestrator.settings import Settings
 from orchestrator.step import current_step, route
 from orchestrator.store import foreign, runs, turns
@@ -46,7 +48,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Ring = Callable[[str, int], None]
 
-_OPTIONS = frozenset({"task_id", "countdown", "eta", "priority", "transaction", "deadline", "queue"})
+_OPTIONS = frozenset({"task_id", "countdown", "eta", "priority", "transaction", "deadline", "queue", "tags"})
 _CELERY_NOISE = frozenset({
     "producer", "connection", "router", "ignore_result", "shadow", "expires", "retry", "serializer", "routing_key",
     "exchange", "headers", "root_id", "parent_id", "time_limit", "soft_time_limit", "add_to_parent", "group_id",
@@ -176,6 +178,7 @@ class Client:
             delay=_seconds("countdown", options.get("countdown") or 0),
             eta=_aware(options.get("eta")),
             deadline=None if deadline is None else _seconds("deadline", deadline),
+            tags=_tags(options.get("tags")),
         )
         return new, transaction
 
@@ -234,6 +237,19 @@ class Client:
         """Stop a run and undo nothing; what is left is listed in its result.  Raises: UnknownRunError, UsageError."""
         self._open(run_id, "terminated")
         self._order(run_id, Terminate(by or whoami(), reason))
+
+    def signal(self, run_id: str, name: str, payload: Any = None, signal_id: str | None = None) -> str:
+        """Tell a run something; returns the signal's id, by which the run drops a second one.
+
+        Commits.  Raises: UnknownRunError, PayloadError; UsageError if the run has ended, or its saga declares its
+        signals and this is none of them.
+        """
+        if not is_name(name) or not (signal_id is None or is_name(signal_id)):
+            raise UsageError("the name and id of a signal must be text of 1 to 500 printable bytes")
+        outcome = self._open(run_id, "signalled")
+        signal_id = signal_id or str(uuid.uuid4())
+        self._order(run_id, Signal(name, signal_id, _payload(_saga_of(outcome), name, payload)))
+        return signal_id
 
     def operate(
         self,
@@ -345,6 +361,11 @@ class SagaResult:
         return self._client.outcome(self.id).left
 
     @property
+    def published(self) -> Any:
+        """What the run shows of itself: what it published last, and its progress."""
+        return self._client.outcome(self.id).published or {}
+
+    @property
     def parked(self) -> list[Json]:
         """What waits for an operator: key, role and why of each."""
         return self._client.outcome(self.id).parked
@@ -388,6 +409,13 @@ class SagaResult:
                 self._client.forget(self.id, future)
         return self._value(self.ended, propagate)
 
+    def signal(self, name: str, payload: Any = None, *, id: str | None = None) -> str:
+        """Tell the run something, for `saga.wait_signal`; returns the signal's id, by which a second one is dropped.
+
+        Raises: UsageError if the run has ended, or its saga declares no such signal; PayloadError.
+        """
+        return self._client.signal(self.id, name, payload, id)
+
     def cancel(self, reason: str = "", by: str = "") -> None:
         """Ask the run to stop and compensate.  Raises: UsageError if it has ended or is past its pivot."""
         self._client.cancel(self.id, reason, by)
@@ -427,6 +455,21 @@ class SagaResult:
         if propagate:
             raise failure
         return failure
+
+
+def _payload(saga: Saga[Any, Any] | None, name: str, payload: Any) -> Json:
+    """Encode what a signal carries, as the saga declares it if it does."""
+    encoded = encode_any(payload, f"signal {name!r}")
+    declared = saga.options.signals if saga else None
+    if declared is None:
+        return encoded
+    if name not in declared:
+        raise UsageError(f"its saga has no signal {name!r}; it has {', '.join(sorted(declared)) or 'none'}")
+    try:
+        ValueCodec(declared[name], what=f"signal {name!r}").decode(encoded)
+    except ValueError as error:
+        raise PayloadError(f"signal {name!r} is to carry {declared[name]!r}: {first_line(error)}") from error
+    return encoded
 
 
 def _saga_of(outcome: runs.Outcome) -> Saga[Any, Any] | None:
@@ -497,6 +540,17 @@ def _priority(priority: Any, saga: Saga[Any, Any]) -> int:
     return priority
 
 
+def _tags(tags: Any) -> dict[str, Json] | None:
+    if not tags:
+        return None
+    if not isinstance(tags, dict) or not all(map(is_tag, tags.values())):
+        raise UsageError(
+            "tags must be a mapping of names to text of at most 500 printable bytes, numbers, truth values"
+        )
+    check(tags, what="the tags")
+    return tags
+
+
 def _aware(eta: Any) -> datetime | None:
     if eta is None:
         return None
@@ -508,8 +562,8 @@ def _aware(eta: Any) -> datetime | None:
 
 
 def _wants_code(arrival: Arrival) -> bool:
-    """Only to go on with the run itself takes its code; stopping and mending a key can be done by any worker."""
-    return isinstance(arrival, Operate) and not arrival.key
+    """To tell or to go on with the run itself takes its code; stopping and mending a key can be done by any worker."""
+    return isinstance(arrival, Signal) or (isinstance(arrival, Operate) and not arrival.key)
 
 
 def _due_now(new: runs.Start) -> bool:

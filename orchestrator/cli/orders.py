@@ -55,6 +55,25 @@ def terminate(ctx: click.Context, run_id: str, reason: str, by: str, json_: bool
     _say(json_, run_id, "terminate", f"Run {run_id} was told to stop without undoing anything.")
 
 
+@click.command(cls=Command)
+@run_argument
+@click.argument("name")
+@click.argument("payload", type=JsonType(object, '{"by": "ann"}'), required=False)
+@click.option("--id", "signal_id", help="The signal's id; a second one with the same id changes nothing.")
+@as_json
+@click.pass_context
+def signal(ctx: click.Context, run_id: str, name: str, payload: Any, signal_id: str | None, json_: bool) -> None:
+    """Send signal NAME to RUN, with a JSON value as its PAYLOAD.
+
+    One that comes before the saga waits for it is kept.
+
+    \b
+      saga signal order-42 approved '{"by": "ann"}'
+    """
+    signal_id = client_of(ctx).signal(run_id, name, payload, signal_id)
+    _say(json_, run_id, "signal", f"Run {run_id} was sent {name} (id {signal_id}).", name=name, signal=signal_id)
+
+
 @_order
 @run_argument
 @key_argument

@@ -141,6 +141,8 @@ def summary_of(execution: Execution, turn: Turn) -> dict[str, Any] | None:
         "left_effects": list(fold.ended.left) if fold.ended else [],
         "parked": parked,
         "past_pivot": fold.past_pivot,
+        "published": execution.published or None,
+        "tags": execution.tags or None,
     }
 
 
@@ -157,7 +159,8 @@ def _error(fold: Fold) -> Json:
 def signature(execution: Execution) -> tuple[Any, ...]:
     """Return what decides whether the columns of `_summary` are up to date."""
     fold = execution.fold
-    return (fold.parked, tuple(fold.parked_keys.values()), fold.past_pivot)
+    parked = (fold.parked, tuple(fold.parked_keys.values()))
+    return (*parked, fold.past_pivot, execution.published, execution.tags)
 
 
 def correction(asked: Asked, late: Late) -> list[Json]:

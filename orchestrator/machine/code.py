@@ -98,6 +98,8 @@ class SagaCode:
         self._recorder: Recorder | None = None
         self._closed = False
         self.drift: DriftError | None = None
+        self.published: dict[str, Json] = {}
+        self.tags: dict[str, Json] = {}
 
     # -- driven by the turn --------------------------------------------------------------------------------------------
     def resume(self, rows: Iterable[tuple[datetime, list[str]]], recorder: Recorder) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import assert_never
 
-from orchestrator.machine.fold import Fold, Step
+from orchestrator.machine.fold import WAITS, Fold, Step
 from orchestrator.machine.journal import (
     Abandoned,
     Arrival,
@@ -31,6 +31,8 @@ from orchestrator.machine.journal import (
     Returned,
     RollbackBegan,
     Settled,
+    Signal,
+    Signalled,
     Terminate,
     UndoAsked,
     Undone,
@@ -77,6 +79,9 @@ class Decisions:
                 self.end(RunState.TERMINATED)
             case Operate():
                 self._take_operator(arrival)
+            case Signal():
+                if (arrival.name, arrival.id) not in self.fold.signal_ids:
+                    self.record(Signalled(arrival.name, arrival.id, arrival.payload))
             case _:
                 assert_never(arrival)
 
@@ -253,6 +258,24 @@ class Decisions:
             self.record(Returned(order.value))
             self.end(RunState.COMPLETED)
 
+    # -- requests that wait for somebody else --------------------------------------------------------------------------
+    def answer(self) -> None:
+        """Give those who wait what has come for them, the oldest request first."""
+        for step in list(self.fold.waiting.values()):
+            if self.fold.signals.get(step.asked.task):
+                signal = self.fold.signals[step.asked.task][0]
+                self.record(Settled(step.key, "succeeded", result=signal.payload, by=signal.id))
+
+    def give_up(self, step: Step) -> None:
+        """Note that nobody waits for `step` any more; what has not begun is taken back, what has is told to stop."""
+        self.record(Abandoned(step.key))
+        if step.forward is not Forward.ASKED:
+            return
+        if step.asked.kind in WAITS:
+            self.record(Settled(step.key, "withdrawn"))
+        else:
+            self.withdraw.append(step.key)
+
     # -- going back ----------------------------------------------------------------------------------------------------
     def conclude(self) -> None:
         """Decide on stopping, roll back what is due, end the run when nothing is left to do."""
@@ -296,8 +319,7 @@ class Decisions:
         self.record(entry)
         for step in self.fold.steps.values():
             if not step.abandoned and step.forward is Forward.ASKED:
-                self.record(Abandoned(step.key))
-                self.withdraw.append(step.key)
+                self.give_up(step)
 
     def _roll_back(self) -> None:
         """Undo the youngest effect: one at a time, so that the order is exactly reversed; end after the last."""

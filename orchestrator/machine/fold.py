@@ -6,6 +6,7 @@ Folding the same entries gives the same state, always; the run's row in Postgres
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,13 +26,11 @@ from orchestrator.machine.journal import (
     Json,
     Late,
     Operated,
-    PageMapped,
     Parked,
     ProbeAsked,
     Raised,
     Returned,
     RollbackBegan,
-    ScopeClosed,
     Settled,
     Signalled,
     UndoAsked,
@@ -75,7 +74,7 @@ class Step:
 
     __slots__ = (
         "abandoned", "asked", "attempts", "backward", "budget_from", "details", "doubt", "error", "forward", "late",
-        "order", "parked", "probe_attempts", "probe_budget_from", "quiet", "result", "undo_attempts",
+        "order", "parked", "probe_attempts", "probe_budget_from", "quiet", "result", "signal_id", "undo_attempts",
         "undo_budget_from",
     )  # fmt: skip
 
@@ -94,6 +93,7 @@ class Step:
         self.error: Error | None = None
         self.parked = ""
         self.late = 0  # the attempt whose late effect the undo is for
+        self.signal_id = ""
 
     @property
     def key(self) -> str:
@@ -105,8 +105,9 @@ class Step:
 
     @property
     def in_flight(self) -> bool:
-        """Whether work of it is outstanding."""
-        return self.forward is Forward.ASKED or self.forward is Forward.PROBING or self.backward is Backward.ASKED
+        """Whether work of it is outstanding; what only waits for somebody else is not at work."""
+        at_work = self.forward is Forward.ASKED and self.asked.kind not in WAITS
+        return at_work or self.forward is Forward.PROBING or self.backward is Backward.ASKED
 
     @property
     def is_pivot(self) -> bool:
@@ -137,6 +138,7 @@ class Step:
         return RetryPolicy.decode(form) if form else COMPENSATION_RETRY
 
 
+WAITS = frozenset({"signal"})  # kinds of requests that no work is done for
 _FAILURES = (Forward.REJECTED, Forward.FAILED, Forward.UNKNOWN)
 _ENDING_EVENTS = {
     RunState.COMPLETED: "complete",
@@ -173,9 +175,9 @@ class Fold:
         self.parked: Parked | None = None
         self.terminated: Operated | None = None
         self.paused = False
-        self.signals: dict[str, list[Signalled]] = {}
-        self.scopes: dict[str, bool] = {}  # closed ones, and whether what was done inside is undone
-        self.pages: dict[str, PageMapped] = {}  # the last page of each fan-out
+        self.waiting: dict[str, Step] = {}  # requests that wait for somebody else, oldest first
+        self.signals: dict[str, deque[Signalled]] = {}  # those that no code has got yet
+        self.signal_ids: set[tuple[str, str]] = set()
         self.continued: Continued | None = None
         self.ended: Ended | None = None
         self._entries = 0
@@ -239,8 +241,10 @@ class Fold:
     # -- one function an entry -----------------------------------------------------------------------------------------
     def _asked(self, entry: Asked) -> None:
         self.steps[entry.key] = Step(entry, self._entries)
-        self.in_flight += 1
+        self.in_flight += self.steps[entry.key].in_flight
         self.unsettled += 1
+        if entry.kind in WAITS:
+            self.waiting[entry.key] = self.steps[entry.key]
         self.pivots_in_flight += self.steps[entry.key].is_pivot
 
     def _count(self, step: Step, was: bool) -> None:
@@ -270,8 +274,12 @@ class Fold:
         step.attempts = max(step.attempts, entry.attempt)
         self._unpark(step)
         self.unsettled -= 1
+        self.waiting.pop(entry.key, None)
+        if step.asked.kind == "signal" and step.forward is Forward.SUCCEEDED:
+            self.signals[step.asked.task].popleft()
         step.result = entry.result
         step.error = entry.error
+        step.signal_id = entry.by if step.asked.kind == "signal" else ""
         self._count(step, was)
         self.pivots_in_flight -= step.is_pivot
         if step.is_pivot and step.forward is Forward.SUCCEEDED:
@@ -320,6 +328,10 @@ class Fold:
     def _abandoned(self, entry: Abandoned) -> None:
         step = self.steps[entry.key]
         step.abandoned = True
+        if step.asked.kind == "signal" and step.forward is Forward.SUCCEEDED:
+            # It came just when nobody waited any more: the next one who waits gets it.
+            back = Signalled(step.asked.task, step.signal_id, step.result)
+            self.signals[step.asked.task].appendleft(back)
         if step.owes_undo:
             self.abandoned_effects[step.key] = step
 
@@ -386,15 +398,8 @@ class Fold:
         self._count(step, was)
 
     def _signalled(self, entry: Signalled) -> None:
-        kept = self.signals.setdefault(entry.name, [])
-        if entry.id not in (signal.id for signal in kept):
-            kept.append(entry)
-
-    def _scope_closed(self, entry: ScopeClosed) -> None:
-        self.scopes[entry.key] = entry.undo
-
-    def _page_mapped(self, entry: PageMapped) -> None:
-        self.pages[entry.key] = entry
+        self.signals.setdefault(entry.name, deque()).append(entry)
+        self.signal_ids.add((entry.name, entry.id))
 
     def _continued(self, entry: Continued) -> None:
         self.continued = entry
@@ -424,8 +429,6 @@ _APPLY: dict[type, Callable[[Fold, Any], None]] = {
     Parked: Fold._parked,
     Operated: Fold._operated,
     Signalled: Fold._signalled,
-    ScopeClosed: Fold._scope_closed,
-    PageMapped: Fold._page_mapped,
     Continued: Fold._continued,
     Ended: Fold._ended,
 }

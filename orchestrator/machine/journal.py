@@ -40,7 +40,7 @@ class Asked:
     key: str
     task: str
     args: Json
-    kind: str = "step"  # step, once, child, signal, lock, map
+    kind: str = "step"  # step, once, child, signal, lock, scope
     effect: str = ""
     undo: Undo | None = None
     probe: str = ""
@@ -52,6 +52,7 @@ class Asked:
     timeout: float = 0.0
     heartbeat: float = 0.0
     priority: int = 0
+    scope: str = ""  # the innermost block of partial rollback that it was asked in
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class Settled:
     error: Error | None = None
     worker: str = ""
     began: str = ""
-    by: str = ""  # probe, undo, or the operator's name
+    by: str = ""  # probe, undo, the operator's name, or the id of a signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,27 +226,6 @@ class Signalled:
 
 
 @dataclass(frozen=True, slots=True)
-class ScopeClosed:
-    """A block of saga code ended; with `undo`, what was done inside it is undone before it is left."""
-
-    tag: ClassVar[str] = "scope"
-    key: str
-    undo: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PageMapped:
-    """A page of a fan-out was read or finished; its items live in their own table."""
-
-    tag: ClassVar[str] = "page"
-    key: str
-    page: int
-    done: int = 0
-    failed: int = 0
-    cursor: Json = None
-
-
-@dataclass(frozen=True, slots=True)
 class Continued:
     """The run goes on with a fresh journal under the same id."""
 
@@ -264,8 +244,7 @@ class Ended:
 
 Entry = (
     Asked | Attempted | Settled | ProbeAsked | UndoAsked | Undone | Late | Abandoned | Versioned | Returned | Raised
-    | CancelAsked | CancelRefused | DeadlinePassed | RollbackBegan | Parked | Operated | Signalled | ScopeClosed
-    | PageMapped | Continued | Ended
+    | CancelAsked | CancelRefused | DeadlinePassed | RollbackBegan | Parked | Operated | Signalled | Continued | Ended
 )  # fmt: skip
 
 
@@ -344,7 +323,17 @@ class Operate:
     no_effect: bool = False
 
 
-Arrival = AttemptEnded | Withdrawn | LateSuccess | Cancel | Terminate | Operate
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Somebody tells the run something; one with an id that the run knows already is dropped."""
+
+    tag: ClassVar[str] = "signal"
+    name: str
+    id: str
+    payload: Json = None
+
+
+Arrival = AttemptEnded | Withdrawn | LateSuccess | Cancel | Terminate | Operate | Signal
 
 
 # -- work ------------------------------------------------------------------------------------------------------------

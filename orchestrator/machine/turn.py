@@ -16,9 +16,8 @@ from typing import Any
 from orchestrator.errors import DefinitionError, DriftError, UsageError, describe_exception
 from orchestrator.machine.code import SagaCode, settled_keys
 from orchestrator.machine.decide import Decisions
-from orchestrator.machine.fold import Fold, RunInfo
+from orchestrator.machine.fold import WAITS, Fold, RunInfo
 from orchestrator.machine.journal import (
-    Abandoned,
     Arrival,
     Asked,
     DeadlinePassed,
@@ -31,12 +30,15 @@ from orchestrator.machine.journal import (
     Withdrawn,
     Work,
 )
-from orchestrator.machine.states import TERMINAL, Forward, RunState
+from orchestrator.machine.states import TERMINAL, RunState
 
 CODE_ERRORS = (
     TypeError, NameError, AttributeError, ImportError, AssertionError, KeyError, IndexError,
     UsageError, DefinitionError,
 )  # fmt: skip
+
+
+NOTHING_TO_SUM_UP: tuple[Any, ...] = (None, (), False, {}, {})
 
 
 class CodeMissing(Exception):
@@ -91,7 +93,9 @@ class Execution:
         self.code: SagaCode | None = None
         self.wake: datetime | None = None
         self.committed_wake: datetime | None = None  # what the database knows; kept by whoever commits
-        self.committed_summary: tuple[Any, ...] = (None, (), False)
+        self.committed_summary: tuple[Any, ...] = NOTHING_TO_SUM_UP
+        self.published: dict[str, Json] = {}  # what its code shows, as far as it was resumed here
+        self.tags: dict[str, Json] = {}
         self._delivered: list[tuple[datetime, list[str]]] = []
         self._undelivered: list[tuple[datetime, list[str]]] = []
 
@@ -118,13 +122,21 @@ class Execution:
         deadline = self.info.deadline
         if deadline and at >= deadline and not fold.deadline_passed and fold.state not in TERMINAL:
             decisions.record(DeadlinePassed())
+        decisions.answer()
+        told = len(decisions.entries)
         self._undelivered.append((at, settled_keys(decisions.entries)))
         decisions.conclude()
-        if fold.wants_code:
+        while fold.wants_code:
             self._run_code(decisions)
             decisions.withdraw_unborn()
+            decisions.answer()
             decisions.conclude()
-        elif self.code is not None:
+            answered = settled_keys(decisions.entries[told:])
+            if not answered:
+                break
+            told = len(decisions.entries)
+            self._undelivered.append((at, answered))
+        if self.code is not None and not fold.wants_code:
             self._drop_code()
         while decisions.withdraw_unborn():
             decisions.conclude()
@@ -172,6 +184,7 @@ class Execution:
         rows, self._undelivered = self._undelivered, []
         self._delivered.extend(rows)
         self.code.resume(rows, decisions)
+        self.published, self.tags = self.code.published, self.code.tags
         return self.code
 
     def _run_code(self, decisions: _Recorder) -> None:
@@ -209,14 +222,12 @@ class _Recorder(Decisions):
 
     def record(self, entry: Entry) -> None:
         super().record(entry)
-        if type(entry) is Asked:
+        if type(entry) is Asked and entry.kind not in WAITS:
             self.work.append(self.do_work(self.fold.steps[entry.key]))
 
     def abandon(self, key: str) -> None:
         """Give up a request whose branch was cancelled."""
-        self.record(Abandoned(key))
-        if self.fold.steps[key].forward is Forward.ASKED:
-            self.withdraw.append(key)
+        self.give_up(self.fold.steps[key])
 
     def withdraw_unborn(self) -> bool:
         """What became due and was given up within one turn never becomes work; tell whether there was any."""

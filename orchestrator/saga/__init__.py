@@ -5,11 +5,13 @@ the database or the clock: requests go to the deterministic loop that runs the s
 """
 
 from orchestrator.saga.declare import Saga, define, registry
+from orchestrator.saga.face import progress, publish, tag
 from orchestrator.saga.facts import Info, info, random, uuid4, version
+from orchestrator.saga.signals import wait_signal
 from orchestrator.saga.steps import once, step
 from orchestrator.saga.timing import as_completed, now, sleep, sleep_until, wait
 
 __all__ = [
-    "Info", "Saga", "as_completed", "define", "info", "now", "once", "random", "registry",
-    "sleep", "sleep_until", "step", "uuid4", "version", "wait",
+    "Info", "Saga", "as_completed", "define", "info", "now", "once", "progress", "publish", "random", "registry",
+    "sleep", "sleep_until", "step", "tag", "uuid4", "version", "wait", "wait_signal",
 ]  # fmt: skip

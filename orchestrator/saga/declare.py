@@ -6,7 +6,7 @@ Owns what an author says about a saga as a whole.  Must never know how its runs 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
@@ -44,6 +44,7 @@ class SagaOptions:
     queue: str = ""
     priority: int = 0
     on_code_error: Literal["park", "compensate"] = "park"
+    signals: Mapping[str, Any] | None = None
 
 
 class Saga(Generic[P, R]):
@@ -182,13 +183,15 @@ def define(
     queue: str = ...,
     priority: int = ...,
     on_code_error: Literal["park", "compensate"] = ...,
+    signals: Mapping[str, Any] | None = ...,
 ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Saga[P, R]]: ...
 def define(function: Any = None, /, *, name: str = "", **options: Any) -> Any:
     """Declare an async function as a saga.
 
     `version` pins runs: one that started with version 1 is driven by version 1, and several can be registered side by
     side under one `name`.  `deadline` (a timedelta from the start) compensates a run that takes longer.
-    `on_code_error` says what a TypeError and its like in the saga function itself does to the run.
+    `on_code_error` says what a TypeError and its like in the saga function itself does to the run.  `signals` names the
+    signals that it waits for, each with the type of its payload: any other is then refused where it is sent.
     Raises: DefinitionError at import.
     """
     if function is None:

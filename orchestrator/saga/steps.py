@@ -52,7 +52,7 @@ def _request(task: Step[Any, Any], args: dict[str, Json], code: SagaCode) -> Req
         asked=functools.partial(_asked, task, args, code.fold.info.queue),
         same=functools.partial(_same, task, args),
         decode=functools.partial(_decode, task),
-        failure=functools.partial(_failure, code.fold.info.id),
+        failure=functools.partial(failure_of, code.fold.info.id),
     )
 
 
@@ -92,7 +92,8 @@ def _decode(task: Step[Any, Any], result: Json) -> Any:
         raise DefinitionError(f"the recorded result of {task.name} no longer fits its annotation: {error}") from error
 
 
-def _failure(run_id: str, record: StepRecord) -> Exception:
+def failure_of(run_id: str, record: StepRecord) -> Exception:
+    """Return what the code that awaits a step gets when it did not succeed."""
     error = record.error or {}
     outcome = {"rejected": "rejected", "failed": "failed"}.get(record.forward, "unknown")
     said = f"{error.get('type')}: {error.get('message')}" if error else "given up before it began"
@@ -155,7 +156,7 @@ def once(name: str, function: Callable[[], T | Awaitable[T]]) -> asyncio.Future[
             asked=lambda key: record(key),
             same=lambda asked: asked.kind == "once",
             decode=lambda result: result,
-            failure=functools.partial(_failure, code.fold.info.id),
+            failure=functools.partial(failure_of, code.fold.info.id),
             run=lambda: encode_any(_run(function), f"the result of saga.once({name!r})"),
         )
     )

@@ -43,6 +43,7 @@ class Start:
     eta: datetime | None = None
     deadline: float | None = None
     parent: str | None = None
+    tags: dict[str, Json] | None = None
 
     def values(self, now: datetime | None = None) -> dict[str, Any]:
         """Return the parameters of `START`."""

@@ -38,6 +38,7 @@ CREATE TABLE orchestrator.runs (
         ELSE state ~ '^(completed|failed|compensated|cancelled|terminated|continued)$' END)
 ) WITH (fillfactor = 70);
 CREATE INDEX runs_by_start ON orchestrator.runs (started_at);
+CREATE INDEX runs_by_tag ON orchestrator.runs USING gin (tags jsonb_path_ops) WHERE tags <> '{}';
 
 CREATE TABLE orchestrator.journal (
     run_id text NOT NULL,
@@ -118,12 +119,12 @@ BEGIN
     RETURN QUERY
     WITH run AS (
         INSERT INTO orchestrator.runs (
-            id, saga, version, input, queue, priority, root_id, parent_id, started_at, deadline_at)
-        SELECT r.id, r.saga, r.version, r.input, r.queue, r.priority, r.id, r.parent, t.start,
+            id, saga, version, input, queue, priority, root_id, parent_id, tags, started_at, deadline_at)
+        SELECT r.id, r.saga, r.version, r.input, r.queue, r.priority, r.id, r.parent, coalesce(r.tags, '{}'), t.start,
             t.start + make_interval(secs => r.deadline)
         FROM json_to_recordset(p_runs) AS r (
             id text, saga text, version integer, input jsonb, queue text, priority smallint, parent text,
-            delay float8, eta timestamptz, deadline float8)
+            tags jsonb, delay float8, eta timestamptz, deadline float8)
         CROSS JOIN LATERAL (SELECT greatest(v_now + make_interval(secs => r.delay), r.eta) AS start) AS t
         ORDER BY r.id
         ON CONFLICT (id) DO NOTHING RETURNING id, saga, version, queue, priority, started_at
@@ -270,9 +271,12 @@ BEGIN
     ELSE
         UPDATE orchestrator.runs SET position = p_position + 1, state = p_state,
             output = s.output, error = s.error, left_effects = s.left_effects, parked = s.parked,
-            past_pivot = s.past_pivot, finished_at = CASE WHEN s.ended THEN commit_turn_1.now END
+            past_pivot = s.past_pivot, published = coalesce(s.published, runs.published),
+            tags = jsonb_strip_nulls(runs.tags || coalesce(s.tags, '{}')),
+            finished_at = CASE WHEN s.ended THEN commit_turn_1.now END
         FROM json_to_record(p_more -> 'summary') AS s (
-            output jsonb, error jsonb, left_effects jsonb, parked jsonb, past_pivot boolean, ended boolean)
+            output jsonb, error jsonb, left_effects jsonb, parked jsonb, past_pivot boolean, published jsonb,
+            tags jsonb, ended boolean)
         WHERE id = p_run AND position = p_position;
     END IF;
     IF NOT FOUND THEN
@@ -353,9 +357,12 @@ BEGIN
         ), summed AS (
             UPDATE orchestrator.runs r SET position = t.position + 1, state = t.state,
                 output = s.output, error = s.error, left_effects = s.left_effects, parked = s.parked,
-                past_pivot = s.past_pivot, finished_at = CASE WHEN t.ended THEN v_now END
+                past_pivot = s.past_pivot, published = coalesce(s.published, r.published),
+                tags = jsonb_strip_nulls(r.tags || coalesce(s.tags, '{}')),
+                finished_at = CASE WHEN t.ended THEN v_now END
             FROM turn t CROSS JOIN LATERAL json_to_record(t.summary) AS s (
-                output jsonb, error jsonb, left_effects jsonb, parked jsonb, past_pivot boolean)
+                output jsonb, error jsonb, left_effects jsonb, parked jsonb, past_pivot boolean, published jsonb,
+                tags jsonb)
             WHERE r.id = t.run AND t.summary IS NOT NULL
         ), held AS MATERIALIZED (
             -- 2. What this child held: attempts by their fence, the turn row as long as its reservation stands.

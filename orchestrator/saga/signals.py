@@ -1,0 +1,68 @@
+"""Waiting for signals: what somebody outside tells a run.
+
+Owns the awaiting side; `SagaResult.signal` is the telling one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from datetime import timedelta
+from typing import Any, TypeVar, overload
+
+from orchestrator.codec import Json, ValueCodec, is_name
+from orchestrator.errors import UsageError
+from orchestrator.machine.code import Request, SagaCode
+from orchestrator.machine.journal import Asked
+from orchestrator.machine.policy import Effect
+from orchestrator.saga.declare import registry
+from orchestrator.saga.inside import code_of
+from orchestrator.saga.steps import failure_of
+
+T = TypeVar("T")
+
+
+@overload
+async def wait_signal(name: str, kind: type[T], /, *, timeout: timedelta | float | None = None) -> T: ...
+@overload
+async def wait_signal(name: str, /, *, timeout: timedelta | float | None = None) -> Any: ...
+async def wait_signal(name: str, kind: Any = None, /, *, timeout: timedelta | float | None = None) -> Any:
+    """Wait for the next signal of this name; one that came before anybody waited is kept.
+
+    Its payload is read as `kind`, by default as `saga.define(signals=...)` says.  One that cannot be read so is passed
+    over: the history shows it, and the wait goes on.  `timeout` is a timedelta, or seconds.
+    Raises: TimeoutError.
+    """
+    code = code_of("wait_signal")
+    if not is_name(name):
+        raise UsageError("saga.wait_signal: its name must be text of 1 to 500 printable bytes")
+    codec = ValueCodec(kind or declared_signals(code).get(name, Any), what=f"signal {name!r}")
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    async with asyncio.timeout(seconds):
+        while True:
+            payload = await code.ask(_request(name, code))
+            try:
+                return codec.decode(payload)
+            except ValueError:
+                continue
+
+
+def declared_signals(code: SagaCode) -> dict[str, Any]:
+    """Return what the running saga declares about its signals: the type of each name."""
+    info = code.fold.info
+    saga = registry.sagas.get((info.saga, info.version))
+    return dict(saga.options.signals or {}) if saga else {}
+
+
+def _request(name: str, code: SagaCode) -> Request:
+    return Request(
+        name=f"signal:{name}",
+        asked=lambda key: Asked(key, name, {}, kind="signal", effect=Effect.NONE),
+        same=lambda asked: asked.kind == "signal" and asked.task == name,
+        decode=_as_it_is,
+        failure=functools.partial(failure_of, code.fold.info.id),
+    )
+
+
+def _as_it_is(payload: Json) -> Json:
+    return payload

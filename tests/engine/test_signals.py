@@ -1,0 +1,112 @@
+"""Signals and what a run shows of itself, on a real database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from orchestrator import Effect, PayloadError, UsageError, saga, step
+from orchestrator.client import Client
+from orchestrator.store.connection import Connection
+from tests.engine.stage import QUEUE, Child
+
+
+@dataclass
+class Approval:
+    by: str
+
+
+@step(effect=Effect.NONE)
+def nothing() -> None: ...
+
+
+@saga.define(signals={"approved": Approval})
+async def declared(n: int) -> str:
+    approval: Approval = await saga.wait_signal("approved")
+    return approval.by
+
+
+@saga.define
+async def shown(n: int) -> str:
+    saga.tag(customer=n, kind="shop")
+    for done in range(n):
+        saga.progress(done, n, "on the way")
+        saga.publish(last=done)
+        await saga.wait_signal("go")
+    saga.tag(kind=None)
+    return "done"
+
+
+@pytest.fixture
+def client(child: Child) -> Iterator[Client]:
+    client = Client(child.settings, lambda queue, times: None, lambda: QUEUE)
+    yield client
+    client.pool.close()
+
+
+def test_a_run_goes_on_with_what_it_is_told(child: Child, client: Client) -> None:
+    result = client.start(declared, (1,), {}, {})
+    child.drain()
+    assert result.status == "running"
+    result.signal("approved", Approval(by="ann"))
+    child.drain()
+    assert result.get(timeout=10) == "ann"
+
+
+def test_a_signal_before_the_first_turn_is_kept(child: Child, client: Client) -> None:
+    result = client.start(declared, (1,), {}, {})
+    result.signal("approved", {"by": "ann"})
+    child.drain()
+    assert result.get(timeout=10) == "ann"
+
+
+def test_a_signal_that_the_saga_does_not_declare_is_refused(child: Child, client: Client) -> None:
+    result = client.start(declared, (1,), {}, {})
+    with pytest.raises(UsageError, match="no signal 'aproved'; it has approved"):
+        result.signal("aproved", Approval(by="ann"))
+    with pytest.raises(PayloadError, match="Approval"):
+        result.signal("approved", {"who": "ann"})
+    child.drain()
+    assert result.status == "running"
+
+
+def test_a_signal_to_a_run_that_has_ended_is_refused(child: Child, client: Client) -> None:
+    result = client.start(declared, (1,), {}, {})
+    result.signal("approved", Approval(by="ann"))
+    child.drain()
+    with pytest.raises(UsageError, match="completed already and cannot be signalled"):
+        result.signal("approved", Approval(by="ann"))
+
+
+def test_what_a_run_shows_is_seen_while_it_runs(child: Child, client: Client, connection: Connection) -> None:
+    result = client.start(shown, (2,), {}, {"tags": {"region": "eu"}})
+    child.drain()
+    assert result.published == {"progress": {"done": 0, "total": 2, "note": "on the way"}, "last": 0}
+    tags = "SELECT tags FROM orchestrator.runs WHERE id = %s"
+    assert connection.execute(tags, [result.id]).fetchone() == ({"region": "eu", "customer": 2, "kind": "shop"},)
+    result.signal("go")
+    child.drain()
+    assert result.published["last"] == 1
+    result.signal("go")
+    child.drain()
+    assert result.get(timeout=10) == "done"
+    assert result.published["last"] == 1
+    assert connection.execute(tags, [result.id]).fetchone() == ({"region": "eu", "customer": 2},)
+
+
+def test_another_worker_that_replays_the_run_shows_the_same(child: Child, client: Client, database_url: str) -> None:
+    result = client.start(shown, (3,), {}, {})
+    child.drain()
+    other = Child(database_url)
+    result.signal("go")
+    other.drain()
+    assert result.published["last"] == 1
+    other.close()
+
+
+@pytest.mark.parametrize("value", [[1], "\0", {"a": 1}])
+def test_a_tag_that_cannot_be_searched_for_is_refused(client: Client, value: object) -> None:
+    with pytest.raises(UsageError, match="tags must be"):
+        client.start(shown, (1,), {}, {"tags": {"bad": value}})
