@@ -51,6 +51,7 @@ runs = Table(
     Column("deadline_at", _instant),
     Column("finished_at", _instant),
     Index("runs_by_start", "started_at"),
+    Index("runs_by_tag", "tags", postgresql_using="gin", postgresql_where=text("tags <> '{}'")),
 )
 
 journal = Table(
