@@ -33,7 +33,7 @@ from orchestrator.errors import (
 )
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Arrival, Cancel, Operate, Signal, Terminate, encode
-from orchestrator.machine.states import TERMINAL
+from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.poller import Poller, unknown_run
 from orchestrator.saga import Saga
 from orchestrator.saga import registry as sagas
@@ -262,11 +262,26 @@ class Client:
         value: Json = None,
         no_effect: bool = False,
     ) -> None:
-        """Order `retry`, `skip` or `resolve` for a parked key (empty: the run itself), with name and reason on record.
+        """Order `retry`, `skip` or `resolve` for a parked key (empty: the run itself), `pause` or `resume` for a run.
 
+        Name and reason are kept on record.
         Raises: UnknownRunError; UsageError if that key is not parked, naming the keys that are.
         """
         outcome = self._open(run_id, "operated on")
+        if action in ("pause", "resume"):
+            self._check_pause(outcome, action, key)
+        else:
+            self._check_parked(outcome, action, key)
+        self._order(run_id, Operate(action, key, by or whoami(), reason, value, no_effect))
+
+    def _check_pause(self, outcome: runs.Outcome, action: str, key: str) -> None:
+        if key:
+            raise UsageError(f"a run is paused as a whole: leave out the key {key!r:.100}")
+        if action == "pause" and outcome.state == RunState.COMPENSATING:
+            raise UsageError(f"run {outcome.id} is being undone, which cannot be paused")
+
+    def _check_parked(self, outcome: runs.Outcome, action: str, key: str) -> None:
+        run_id = outcome.id
         parked = [item["key"] for item in outcome.parked if isinstance(item, dict)]
         known = ", ".join(repr(item) if item else "the run itself" for item in parked) or "nothing"
         if key not in parked:
@@ -277,7 +292,6 @@ class Client:
             )
         if not key and action == "resolve" and len(parked) > 1:
             raise UsageError(f"run {run_id} has other keys parked ({known}); settle those first, then resolve the run")
-        self._order(run_id, Operate(action, key, by or whoami(), reason, value, no_effect))
 
     def _open(self, run_id: str, what: str) -> runs.Outcome:
         outcome = self.outcome(run_id)
@@ -424,6 +438,17 @@ class SagaResult:
         """Stop the run and undo nothing; `left` tells what is left.  Raises: UsageError if it has ended."""
         self._client.terminate(self.id, reason, by)
 
+    def pause(self, reason: str = "", by: str = "") -> None:
+        """Resume no code of the run until it is resumed; steps that it has asked for go on, and are recorded.
+
+        Pausing twice is pausing once.  Raises: UsageError if it has ended or is being undone.
+        """
+        self._client.operate(self.id, "pause", by=by, reason=reason)
+
+    def resume(self, reason: str = "", by: str = "") -> None:
+        """Let a paused run go on.  Raises: UsageError if it has ended."""
+        self._client.operate(self.id, "resume", by=by, reason=reason)
+
     def retry(self, key: str = "", reason: str = "", by: str = "") -> None:
         """Try a parked key again, or with no key a run that parked as a whole.  Raises: UsageError."""
         self._client.operate(self.id, "retry", key, by=by, reason=reason)
@@ -563,7 +588,9 @@ def _aware(eta: Any) -> datetime | None:
 
 def _wants_code(arrival: Arrival) -> bool:
     """To tell or to go on with the run itself takes its code; stopping and mending a key can be done by any worker."""
-    return isinstance(arrival, Signal) or (isinstance(arrival, Operate) and not arrival.key)
+    return isinstance(arrival, Signal) or (
+        isinstance(arrival, Operate) and not arrival.key and arrival.action != "pause"
+    )
 
 
 def _due_now(new: runs.Start) -> bool:

@@ -14,7 +14,7 @@ from orchestrator.cli.diagram import diagram
 from orchestrator.cli.explain import explain
 from orchestrator.cli.history import history
 from orchestrator.cli.lint import lint
-from orchestrator.cli.orders import cancel, resolve, retry, signal, skip, terminate
+from orchestrator.cli.orders import cancel, pause, resolve, resume, retry, signal, skip, terminate
 from orchestrator.cli.runs import list_, migrate, show, start
 
 __all__ = ["saga"]
@@ -33,6 +33,7 @@ def saga() -> None:
 
 
 for _command in (
-    dev, migrate, start, list_, show, history, explain, signal, cancel, terminate, retry, skip, resolve, diagram, lint,
+    dev, migrate, start, list_, show, history, explain, signal, cancel, terminate, pause, resume, retry, skip, resolve,
+    diagram, lint,
 ):  # fmt: skip
     saga.add_command(_command)

@@ -1,4 +1,4 @@
-"""``cancel``, ``terminate``, ``retry``, ``skip`` and ``resolve``: orders for a run, with name and reason on record."""
+"""``cancel``, ``terminate``, ``pause``, ``resume``, ``retry``, ``skip``, ``resolve``: orders for a run, on record."""
 
 from __future__ import annotations
 
@@ -72,6 +72,26 @@ def signal(ctx: click.Context, run_id: str, name: str, payload: Any, signal_id: 
     """
     signal_id = client_of(ctx).signal(run_id, name, payload, signal_id)
     _say(json_, run_id, "signal", f"Run {run_id} was sent {name} (id {signal_id}).", name=name, signal=signal_id)
+
+
+@_order
+@run_argument
+def pause(ctx: click.Context, run_id: str, reason: str, by: str, json_: bool) -> None:
+    """Hold RUN where it is, until `resume`.
+
+    Steps that it has asked for go on and are recorded; then nothing more is asked for. It can be cancelled and
+    terminated as it stands, and its deadline holds.
+    """
+    client_of(ctx).operate(run_id, "pause", by=_who(by), reason=reason)
+    _say(json_, run_id, "pause", f"Run {run_id} is paused.")
+
+
+@_order
+@run_argument
+def resume(ctx: click.Context, run_id: str, reason: str, by: str, json_: bool) -> None:
+    """Let RUN go on after `pause`."""
+    client_of(ctx).operate(run_id, "resume", by=_who(by), reason=reason)
+    _say(json_, run_id, "resume", f"Run {run_id} goes on.")
 
 
 @_order

@@ -56,7 +56,7 @@ def reasons(case: Case) -> list[Reason]:
     """Return why the run stands where it stands, the most telling first; never empty."""
     if case.run["state"] in TERMINAL:
         return list(_ended(case))
-    found = list(_parked(case))
+    found = [*_paused(case), *_parked(case)]
     for item in case.work:
         found += _of_turn(case, item) if item.role == "turn" else _of_work(case, item)
     found += _unread(case)
@@ -87,6 +87,16 @@ def _parked(case: Case) -> Iterator[Reason]:
         said = f" (last error: {words.error(entry.error)})" if entry.error else ""
         text = f"Parked at {what}, because {entry.why}{said}. It waits for a person to decide."
         yield Reason("parked", text, key, _key_hints(entry, run_id))
+
+
+def _paused(case: Case) -> Iterator[Reason]:
+    if case.fold.rollback is not None:
+        return
+    run_id = case.run["id"]
+    for entry in case.fold.pauses.values():
+        why = f": {entry.reason}" if entry.reason else ""
+        text = f"Paused by {entry.by or 'an unnamed caller'}{why}. It asks for nothing new until it is resumed."
+        yield Reason("paused", text, "", (f"saga resume {run_id}",))
 
 
 def _parked_run(entry: Parked) -> str:

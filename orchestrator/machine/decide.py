@@ -227,6 +227,9 @@ class Decisions:
 
     # -- operators -----------------------------------------------------------------------------------------------------
     def _take_operator(self, order: Operate) -> None:
+        if order.action in ("pause", "resume"):
+            self._hold_or_let_go(order)
+            return
         if not order.key:
             self._operate_run(order)
             return
@@ -247,6 +250,12 @@ class Decisions:
             self._settle_by(step, "rejected", order.by)
         else:
             self._settle_by(step, "succeeded", order.by, order.value)
+
+    def _hold_or_let_go(self, order: Operate) -> None:
+        """Pause or resume, each cause by itself and once; a run that goes back is not held up."""
+        held = order.cause in self.fold.pauses
+        if (order.action == "resume") is held and self.fold.rollback is None:
+            self.record(Operated(order.action, "", order.by, order.reason, order.cause))
 
     def _operate_run(self, order: Operate) -> None:
         if self.fold.parked is None:
@@ -285,7 +294,7 @@ class Decisions:
         self._decide_stop()
         if self.fold.rollback:
             self._roll_back()
-        elif self.fold.returned and not self.fold.raised and not self._busy:
+        elif self.fold.returned and not (self.fold.raised or self.fold.paused or self._busy):
             self._undo_abandoned()
             if not self._busy:
                 self.end(RunState.COMPLETED)

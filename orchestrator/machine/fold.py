@@ -174,7 +174,7 @@ class Fold:
         self.rollback: RollbackBegan | None = None
         self.parked: Parked | None = None
         self.terminated: Operated | None = None
-        self.paused = False
+        self.pauses: dict[str, Operated] = {}  # by cause: who holds the run, each until it is resumed for that cause
         self.waiting: dict[str, Step] = {}  # requests that wait for somebody else, oldest first
         self.signals: dict[str, deque[Signalled]] = {}  # those that no code has got yet
         self.signal_ids: set[tuple[str, str]] = set()
@@ -224,6 +224,11 @@ class Fold:
     def is_parked(self) -> bool:
         """Whether a person is needed and nothing of the run is in flight."""
         return (self.parked is not None or bool(self.parked_keys)) and self.in_flight == 0
+
+    @property
+    def paused(self) -> bool:
+        """Whether somebody holds the run: saga code is not resumed, whatever else is recorded."""
+        return bool(self.pauses)
 
     @property
     def wants_code(self) -> bool:
@@ -376,8 +381,10 @@ class Fold:
     def _operated(self, entry: Operated) -> None:
         if entry.action == "terminate":
             self.terminated = entry
-        if entry.action in ("pause", "resume") and not entry.key:
-            self.paused = entry.action == "pause"
+        if entry.action == "pause":
+            self.pauses[entry.cause] = entry
+        elif entry.action == "resume":
+            self._let_go(entry.cause)
         if entry.action != "retry":
             return  # skip and resolve say the rest with a Settled, Undone or Returned entry
         if not entry.key:
@@ -396,6 +403,11 @@ class Fold:
             step.forward = move_forward(step.forward, "retry")
             step.budget_from = step.attempts
         self._count(step, was)
+
+    def _let_go(self, cause: str) -> None:
+        self.pauses.pop(cause, None)
+        if self.state is RunState.PAUSED and not self.pauses:
+            self.state = move_run(self.state, "resume")  # at once: the run may end within the same turn
 
     def _signalled(self, entry: Signalled) -> None:
         self.signals.setdefault(entry.name, deque()).append(entry)

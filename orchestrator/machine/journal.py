@@ -209,10 +209,11 @@ class Operated:
     """An operator decided, with name and reason on record."""
 
     tag: ClassVar[str] = "operator"
-    action: str  # retry, skip, resolve, pause, resume
+    action: str  # retry, skip, resolve, pause, resume, terminate
     key: str = ""
     by: str = ""
     reason: str = ""
+    cause: str = ""  # of a pause or its end: "saga" if all runs of the saga are told so, else this run alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +313,7 @@ class Terminate:
 
 @dataclass(frozen=True, slots=True)
 class Operate:
-    """Retry, skip or resolve a parked key; `value` is the result that an operator vouches for."""
+    """Retry, skip or resolve a parked key, pause or resume the run; `value` is what an operator vouches for."""
 
     tag: ClassVar[str] = "operate"
     action: str
@@ -321,6 +322,7 @@ class Operate:
     reason: str = ""
     value: Json = None
     no_effect: bool = False
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,8 @@ class Execution:
         told = len(decisions.entries)
         self._undelivered.append((at, settled_keys(decisions.entries)))
         decisions.conclude()
-        while fold.wants_code:
+        early = now < self.info.started  # somebody left something for a run whose start is set for later
+        while fold.wants_code and not early:
             self._run_code(decisions)
             decisions.withdraw_unborn()
             decisions.answer()
@@ -142,7 +143,7 @@ class Execution:
             decisions.conclude()
         position = fold.position
         fold.close_row(at)
-        self.wake = self._next_wake()
+        self.wake = self._next_wake(early)
         return Turn(
             position,
             at,
@@ -206,11 +207,11 @@ class Execution:
         self._undelivered = self._delivered + self._undelivered
         self._delivered = []
 
-    def _next_wake(self) -> datetime | None:
-        wake = None
+    def _next_wake(self, early: bool) -> datetime | None:
         fold = self.fold
         if fold.state in TERMINAL:
             return None
+        wake = self.info.started if early and fold.wants_code else None
         if self.code is not None and (seconds := self.code.loop.next_timer()) is not None:
             wake = self.info.started + timedelta(microseconds=math.ceil(seconds * 1_000_000))
         deadline = None if fold.deadline_passed else self.info.deadline

@@ -49,6 +49,25 @@ def test_cancel_undoes_with_name_and_reason_on_record(worked: Terminal, asleep: 
     assert "cancel asked by ann “customer asked”" in worked.ok("history", asleep)
 
 
+def test_pause_holds_a_run_says_who_and_why_and_resume_lets_it_go(worked: Terminal, asleep: str) -> None:
+    worked.ok("pause", asleep, "--by", "ann", "--reason", "the bank is closed")
+    worked.until(asleep, "paused")
+    [reason] = worked.json("explain", asleep)["reasons"]
+    assert reason["code"] == "paused"
+    assert reason["text"].startswith("Paused by ann: the bank is closed.")
+    assert reason["hints"] == [f"saga resume {asleep}"]
+    assert "operator: pause by ann “the bank is closed”" in worked.ok("history", asleep)
+    worked.ok("resume", asleep, "--by", "bob")
+    worked.until(asleep, "running")
+
+
+def test_a_paused_run_can_be_cancelled(worked: Terminal, asleep: str) -> None:
+    worked.ok("pause", asleep)
+    worked.until(asleep, "paused")
+    worked.ok("cancel", asleep)
+    worked.until(asleep, "cancelled")
+
+
 def test_terminate_undoes_nothing_and_says_what_is_left(worked: Terminal, asleep: str) -> None:
     worked.ok("terminate", asleep, "--by", "ann", "--reason", "wrong tenant")
     left = worked.until(asleep, "terminated")["left_effects"]
@@ -56,7 +75,7 @@ def test_terminate_undoes_nothing_and_says_what_is_left(worked: Terminal, asleep
     assert "not undone" in worked.ok("show", asleep)
 
 
-@pytest.mark.parametrize("command", ["cancel", "terminate", "retry", "skip"])
+@pytest.mark.parametrize("command", ["cancel", "terminate", "pause", "resume", "retry", "skip"])
 def test_a_run_that_has_ended_takes_no_orders(worked: Terminal, command: str) -> None:
     run_id = worked.start("checkout", "ok")
     worked.until(run_id, "completed")

@@ -1,0 +1,113 @@
+"""Pause and resume, of one run, through the client and on a real database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+from orchestrator import saga
+from orchestrator.client import Client
+from orchestrator.errors import UsageError
+from orchestrator.settings import Settings
+from orchestrator.step import step
+from orchestrator.store import runs
+from tests.engine.stage import QUEUE, Child, entries, start, state, work
+
+
+@step
+def first(n: int) -> int:
+    return n
+
+
+@step
+def second(n: int) -> int:
+    return n + 1
+
+
+@saga.define(name="pausing.one_by_one")
+async def one_by_one(n: int) -> int:
+    return await saga.step(second, await saga.step(first, n))
+
+
+@pytest.fixture
+def client(database_url: str) -> Iterator[Client]:
+    client = Client(Settings.from_environment({}, database_url=database_url), lambda queue, times: None, lambda: QUEUE)
+    yield client
+    client.pool.close()
+
+
+@pytest.fixture
+def paused(child: Child, client: Client, connection: psycopg.Connection[Any]) -> str:
+    """A run that was paused while its first step ran."""
+    start(connection, one_by_one, 1)
+    child.runner.after = lambda taken: client.operate("run", "pause", by="ann", reason="the bank is closed")
+    child.drain()
+    child.runner.after = lambda taken: None
+    return "run"
+
+
+def test_a_paused_run_begins_nothing_new_and_goes_on_when_it_is_resumed(
+    paused: str, child: Child, client: Client, connection: psycopg.Connection[Any]
+) -> None:
+    while child.drain():
+        pass
+    done = [key for _, key, _ in child.runner.calls]
+    assert (state(connection), work(connection)) == ("paused", [])
+    client.operate(paused, "resume", by="bob")
+    child.drain()
+    assert state(connection) == "completed"
+    assert [key for _, key, _ in child.runner.calls[: len(done)]] == done
+    told = [(e["action"], e["by"]) for e in entries(connection) if e["e"] == "operator"]
+    assert told == [("pause", "ann"), ("resume", "bob")]
+
+
+def test_a_worker_without_the_code_can_pause_a_run(
+    child: Child, client: Client, connection: psycopg.Connection[Any]
+) -> None:
+    start(connection, one_by_one, 1)
+    client.operate("run", "pause")
+    child.targets[:] = []
+    child.scripts = lambda name, version: None
+    child.drain()
+    assert state(connection) == "paused"
+
+
+def test_a_delayed_run_that_is_paused_and_resumed_still_starts_when_it_was_to(
+    child: Child, client: Client, connection: psycopg.Connection[Any]
+) -> None:
+    new = runs.Start(id="run", saga=one_by_one.name, version=1, input={"n": 1}, queue=QUEUE, delay=3600.0)
+    assert runs.start(connection, new)
+    for action in ("pause", "resume"):
+        client.operate("run", action)
+        child.drain()
+    assert child.runner.calls == []
+    row = connection.execute("SELECT w.due_at = r.started_at FROM orchestrator.work w, orchestrator.runs r").fetchone()
+    assert row == (True,)
+
+
+@pytest.mark.parametrize("action", ["pause", "resume"])
+def test_a_run_that_has_ended_is_neither_paused_nor_resumed(
+    action: str, child: Child, client: Client, connection: psycopg.Connection[Any]
+) -> None:
+    start(connection, one_by_one, 1)
+    child.drain()
+    with pytest.raises(UsageError, match="is completed already"):
+        client.operate("run", action)
+
+
+def test_a_key_cannot_be_paused(client: Client, connection: psycopg.Connection[Any]) -> None:
+    start(connection, one_by_one, 1)
+    with pytest.raises(UsageError, match="paused as a whole"):
+        client.operate("run", "pause", "first#0")
+
+
+def test_a_run_that_is_being_undone_is_not_paused(
+    new_child: Callable[..., Child], client: Client, connection: psycopg.Connection[Any]
+) -> None:
+    start(connection, one_by_one, 1)
+    connection.execute("UPDATE orchestrator.runs SET state = 'compensating'")
+    with pytest.raises(UsageError, match="is being undone"):
+        client.operate("run", "pause")
