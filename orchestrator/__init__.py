@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import saga
 from orchestrator.errors import (
+    ChildFailed,
     ConfigurationError,
     ConflictError,
+    DeadlockError,
     DefinitionError,
     DriftError,
     OrchestratorError,
@@ -35,8 +37,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "ChildFailed",
     "ConfigurationError",
     "ConflictError",
+    "DeadlockError",
     "DefinitionError",
     "DriftError",
     "Effect",

@@ -11,6 +11,7 @@ import functools
 import getpass
 import logging
 import os
+import re
 import secrets
 import time
 import uuid
@@ -537,6 +538,8 @@ def _valid_id(run_id: Any) -> str:
     text = str(run_id)
     if not is_name(text):
         raise UsageError("a run id (task_id) must be text of 1 to 500 printable bytes")
+    if re.search(r"~\d+$", text):
+        raise UsageError(f"run id {text!r}: names that end in ~ and a number are for ended links of continued runs")
     return text
 
 

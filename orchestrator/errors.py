@@ -5,6 +5,8 @@
     ├── StepFailed              a step is settled and did not succeed: saga code may go on
     ├── SagaFailed              a run ended in an error: the caller of ``get`` decides
     │   └── SagaCancelled       ... because somebody cancelled it
+    │   └── ChildFailed         ... of a child; a StepFailed as well, since its parent may go on
+    ├── DeadlockError           runs wait for each other's locks: this one goes back, or asks in another order
     ├── ConflictError           same run id, other input: the caller picks another id
     ├── DriftError              saga code no longer asks what its journal recorded: its author mends it
     ├── UnknownSagaError        no saga of that name here: deploy it or correct the name
@@ -28,8 +30,10 @@ from types import TracebackType
 from typing import Any, Final, Literal
 
 __all__ = [
+    "ChildFailed",
     "ConfigurationError",
     "ConflictError",
+    "DeadlockError",
     "DefinitionError",
     "DriftError",
     "OrchestratorError",
@@ -130,6 +134,34 @@ class SagaFailed(OrchestratorError):
 
 class SagaCancelled(SagaFailed):
     """Report a run that ended because it was cancelled; what it had done is undone."""
+
+
+class ChildFailed(StepFailed, SagaFailed):
+    """Report a child that ended in an error, to the saga that asked for it.
+
+    ``run_id`` is the child's, ``key`` its key in the parent. It is settled and undone, so that code that catches this
+    may go on; what it could not undo is in ``left``.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        run_id: str = "",
+        key: str = "",
+        state: str = "",
+        error: Mapping[str, Any] | None = None,
+        left: Sequence[Any] = (),
+    ) -> None:
+        Exception.__init__(self, message)
+        self.run_id, self.key, self.state = run_id, key, state
+        self.outcome: Outcome = "rejected"
+        self.error: dict[str, Any] = dict(error or {})
+        self.left: tuple[Any, ...] = tuple(left)
+
+
+class DeadlockError(OrchestratorError):
+    """Refuse a lock that could never be had: the runs ahead wait, in the end, for the run that asks."""
 
 
 class ConflictError(OrchestratorError):

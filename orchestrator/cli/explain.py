@@ -49,13 +49,19 @@ def read_case(connection: Connection, run_id: str) -> Case:
         run = run_of(connection, run_id)
         fold = _fold(run, runs.history(connection, run_id))
         work = runs.outstanding(connection, run_id)
-        return Case(run, fold, work, runs.inbox(connection, run_id), runs.serving(connection))
+        ahead = runs.ahead(connection, run_id)
+        return Case(run, fold, work, runs.inbox(connection, run_id), runs.serving(connection), ahead)
+
+
+def parent_of(run: dict[str, Any]) -> str:
+    """Return the parent of a child; a correcting run and an ended link are no children of what they belong to."""
+    return run["parent_id"] if run["root_id"] != run["id"] else ""
 
 
 def _fold(run: dict[str, Any], rows: list[Any]) -> Fold:
     fold = Fold(
         RunInfo(run["id"], run["saga"], run["version"], run["input"], run["started_at"], run["queue"],
-                run["deadline_at"], run["priority"])
+                run["deadline_at"], run["priority"], parent_of(run), run["link"], run["since"])
     )  # fmt: skip
     for _, at, entries in rows:
         fold.apply_row(at, [decode_entry(entry) for entry in entries])

@@ -6,14 +6,14 @@ Owns the diagnosis behind ``explain``.  Must never read the database or print: w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
 from orchestrator.cli import words
 from orchestrator.machine.fold import Fold, Step
 from orchestrator.machine.journal import Parked
-from orchestrator.machine.states import TERMINAL
+from orchestrator.machine.states import TERMINAL, Backward
 from orchestrator.store.runs import Inbox, Outstanding, Serving
 
 SILENT = timedelta(seconds=15)  # a worker renews its lease twice a second; this long means that its machine is gone
@@ -39,6 +39,7 @@ class Case:
     work: list[Outstanding]
     inbox: Inbox
     workers: list[Serving]
+    ahead: dict[str, list[str]] = field(default_factory=dict)  # by the key of a lock: runs before this one, in order
 
     @property
     def now(self) -> datetime:
@@ -57,6 +58,7 @@ def reasons(case: Case) -> list[Reason]:
     if case.run["state"] in TERMINAL:
         return list(_ended(case))
     found = [*_paused(case), *_parked(case)]
+    found += _waiting(case)
     for item in case.work:
         found += _of_turn(case, item) if item.role == "turn" else _of_work(case, item)
     found += _unread(case)
@@ -97,6 +99,29 @@ def _paused(case: Case) -> Iterator[Reason]:
         why = f": {entry.reason}" if entry.reason else ""
         text = f"Paused by {entry.by or 'an unnamed caller'}{why}. It asks for nothing new until it is resumed."
         yield Reason("paused", text, "", (f"saga resume {run_id}",))
+
+
+def _waiting(case: Case) -> Iterator[Reason]:
+    """What it waits for that is no work of its own."""
+    fold, run_id = case.fold, case.run["id"]
+    if fold.reported and not fold.revoked:
+        parent = fold.info.parent
+        text = f"It is done, and stays revocable until its parent {parent} has ended."
+        yield Reason("reported", text, "", (f"saga explain {parent}",))
+    for key, step in fold.waiting.items():
+        if step.asked.kind == "signal":
+            hint = f"saga signal {run_id} {step.asked.task} PAYLOAD"
+            yield Reason("signal", f"It waits for signal {step.asked.task}.", key, (hint,))
+        elif step.asked.kind == "lock":
+            ahead = case.ahead.get(key, [])
+            behind = f", behind {', '.join(ahead)}" if ahead else ""
+            hints = (f"saga explain {ahead[0]}",) if ahead else ()
+            yield Reason("lock", f"It waits for lock {step.asked.task}{behind}.", key, hints)
+    for step in fold.children:
+        if step.in_flight:
+            child = fold.info.child(step.key)
+            doing = "is undone" if step.backward is Backward.ASKED else "ends"
+            yield Reason("child", f"It waits until its child {child} {doing}.", step.key, (f"saga explain {child}",))
 
 
 def _parked_run(entry: Parked) -> str:

@@ -17,6 +17,8 @@ from orchestrator.machine.journal import (
     Attempted,
     CancelAsked,
     CancelRefused,
+    Carried,
+    Concluded,
     Continued,
     DeadlinePassed,
     Ended,
@@ -26,12 +28,15 @@ from orchestrator.machine.journal import (
     Parked,
     ProbeAsked,
     Raised,
+    Reported,
     Returned,
+    Revoked,
     RollbackBegan,
     Settled,
     Signalled,
     UndoAsked,
     Undone,
+    Unlocked,
     Versioned,
     decode_entry,
 )
@@ -114,11 +119,19 @@ def _nth(attempt: int) -> str:
 
 
 # -- one function an entry ---------------------------------------------------------------------------------------------
+_ASKED_FOR = {
+    "once": "{key} asked",
+    "signal": "waits for signal {task}",
+    "lock": "queues for lock {task}",
+    "scope": "an exception leaves {key}: what was done inside is undone",
+}
+
+
 def _asked(tale: _Tale, entry: Asked, at: datetime) -> tuple[str, ...]:
     tale.asked[entry.key] = entry
     undo = f"undo ready: {entry.undo.task}" if entry.undo else ""
-    if entry.kind == "once":
-        return "→", "", f"{entry.key} asked"
+    if entry.kind in _ASKED_FOR:
+        return "→", "", _ASKED_FOR[entry.kind].format(key=entry.key, task=entry.task)
     pivot = "the point of no return" if entry.effect == "pivot" else ""
     return "→", "", f"{entry.key} asked with ({words.arguments(entry.args, tale.room)})", undo, pivot
 
@@ -228,8 +241,28 @@ def _signalled(tale: _Tale, entry: Signalled, at: datetime) -> tuple[str, ...]:
     return "→", "", f"signal {entry.name}: {tale.value(entry.payload)}"
 
 
+def _unlocked(tale: _Tale, entry: Unlocked, at: datetime) -> tuple[str, ...]:
+    return "→", "", f"{entry.key} given back"
+
+
+def _reported(tale: _Tale, entry: Reported, at: datetime) -> tuple[str, ...]:
+    return "→", "", "told its parent that it is done; it stays revocable until the root ends"
+
+
+def _revoked(tale: _Tale, entry: Revoked, at: datetime) -> tuple[str, ...]:
+    return "!", "yellow", "its parent is being undone, and orders its undo"
+
+
+def _concluded(tale: _Tale, entry: Concluded, at: datetime) -> tuple[str, ...]:
+    return "→", "", "its root ended well: what it did stays"
+
+
+def _carried(tale: _Tale, entry: Carried, at: datetime) -> tuple[str, ...]:
+    return "→", "", f"took over from the link before: lock {', lock '.join(entry.locks)}"
+
+
 def _continued(tale: _Tale, entry: Continued, at: datetime) -> tuple[str, ...]:
-    return "→", "", f"continues with a fresh journal: {tale.value(entry.args)}"
+    return "→", "", f"continues with a fresh journal: {tale.value(entry.input)}"
 
 
 def _ended(tale: _Tale, entry: Ended, at: datetime) -> tuple[str, ...]:
@@ -264,6 +297,11 @@ _TELL: dict[type, Callable[[_Tale, Any, datetime], tuple[str, ...]]] = {
     Parked: _parked,
     Operated: _operated,
     Signalled: _signalled,
+    Unlocked: _unlocked,
+    Reported: _reported,
+    Revoked: _revoked,
+    Concluded: _concluded,
+    Carried: _carried,
     Continued: _continued,
     Ended: _ended,
 }

@@ -183,7 +183,7 @@ class Advancer:
                 made.execution.discard()
                 continue
             written.add(made.execution.info.id)
-            after = self._after(connection, made.execution, made.turn, made.first, result.owed, made.done)
+            after = self._after(connection, made.execution, made.turn, made.first, result, made.done)
             begun += self._go_on(connection, made.execution.info.id, after, may_begin=not (holds or begun))
         return begun, written
 
@@ -242,7 +242,7 @@ class Advancer:
             consumed = [id for id, _ in loaded.arrivals]
             committed = self._write(connection, execution, turn, first, consumed, [taken], holds_turn=False)
             if committed.written:
-                made = partial(self._after, execution=execution, turn=turn, first=first, owed=committed.owed)
+                made = partial(self._after, execution=execution, turn=turn, first=first, committed=committed)
                 return lambda after: self._go_on(after, taken.run_id, made(after))
             execution.discard()
         assert taken.fence is not None
@@ -282,7 +282,9 @@ class Advancer:
         logger.warning("run %s step %s: attempt %s has lost its fence, its outcome is refused", taken.run_id, taken.key,
                        taken.attempt)  # fmt: skip
         if outcome.verdict == "succeeded" and not (taken.call or {}).get("n"):
-            late = LateSuccess(taken.key, taken.role, taken.attempt, outcome.result, outcome.worker)
+            late = LateSuccess(
+                taken.key, taken.role, taken.attempt, outcome.result, outcome.worker, taken.call.get("k", 0)
+            )
             failpoint("late.before", connection)
             with connection.transaction():
                 failpoint("late.begun", connection)
@@ -368,7 +370,7 @@ class Advancer:
         consumed = [id for id, _ in loaded.arrivals]
         if turn.was_ended and done:
             return Made([], False, written=False)  # its fence went with the end of the run; it may be a late effect
-        if turn.was_ended and not turn.entries:
+        if turn.was_ended and not (turn.entries or turn.posts):
             turns.ignore(connection, loaded.run.id, consumed)
             return Made([], False)
         try:
@@ -386,7 +388,7 @@ class Advancer:
             self._runs.forget(loaded.run.id)
             execution.discard()
             return Made([], committed.owed, written=False)
-        return self._after(connection, execution, turn, first, committed.owed, done)
+        return self._after(connection, execution, turn, first, committed, done)
 
     def _after(
         self,
@@ -394,7 +396,7 @@ class Advancer:
         execution: Execution,
         turn: Turn,
         first: Begun | None,
-        owed: bool,
+        committed: turns.Committed,
         done: Sequence[Taken] = (),
     ) -> Made:
         """After the commit: keep the coroutine, ring, say whether to look again for arrivals."""
@@ -407,10 +409,10 @@ class Advancer:
             self._runs.forget(run_id)
         else:
             self._runs.remember(execution)
-        self._ring_for(connection, execution.info, turn, first)
+        self._ring_for(connection, execution.info, turn, first, committed.posted or ())
         begun = [first.taken] if first else []
         others = execution.fold.in_flight > len(begun)
-        return Made(begun, owed or (others and turns.has_arrivals(connection, run_id)))
+        return Made(begun, committed.owed or (others and turns.has_arrivals(connection, run_id)))
 
     def _compute(
         self, connection: Connection, loaded: Loaded, outcomes: Sequence[AttemptEnded] = ()
@@ -464,12 +466,16 @@ class Advancer:
             self._runs.clock.set(committed.now)
         return committed
 
-    def _ring_for(self, connection: Connection, info: RunInfo, turn: Turn, first: Begun | None) -> None:
+    def _ring_for(
+        self, connection: Connection, info: RunInfo, turn: Turn, first: Begun | None, posted: Sequence[str]
+    ) -> None:
         waiting: dict[str, int] = {}
         for work in turn.work:
             if (first is None or work is not first.work) and (work.due is None or work.due <= turn.at):
                 queue = work.queue or info.queue
                 waiting[queue] = waiting.get(queue, 0) + 1
+        for queue in (*(child.queue for child in turn.children), *posted):
+            waiting[queue] = waiting.get(queue, 0) + 1
         for queue, rows in waiting.items():
             self._ring(connection, queue, rows)
 

@@ -53,7 +53,8 @@ class Executions:
         if cached is not None:
             info = cached.info
             row = RunRow(info.id, info.saga, info.version, info.queue, info.input, info.started, info.deadline,
-                         info.priority, cached.fold.position, cached.fold.state)  # fmt: skip
+                         info.priority, cached.fold.position, cached.fold.state, info.parent,
+                         info.link, info.since)  # fmt: skip
             return Loaded(row, self.clock(), [], [])
         found = turns.run_row(connection, run_id)
         if found is not None and found.needs_code and self._script_of(found.saga, found.version) is None:
@@ -77,13 +78,18 @@ class Executions:
         """Return the execution of a run, caught up with what was loaded, out of the cache."""
         run = loaded.run
         execution = self._live.pop(run.id, None)
+        if execution is not None and execution.info.link != run.link:
+            execution.discard()  # continued as new elsewhere
+            execution = None
         if execution is None:
             script = self._script_of(run.saga, run.version)
             info = RunInfo(
-                run.id, run.saga, run.version, run.input, run.started_at, run.queue, run.deadline_at, run.priority
-            )
+                run.id, run.saga, run.version, run.input, run.started_at, run.queue, run.deadline_at, run.priority,
+                run.parent or "", run.link, run.since,
+            )  # fmt: skip
             execution = Execution(info, script)
-        missing = loaded.rows[execution.fold.position - loaded.since : run.position - loaded.since]
+        begin = max(loaded.since, run.since)
+        missing = loaded.rows[execution.fold.position - begin : run.position - begin]
         if missing:
             execution.catch_up((at, [decode_entry(entry) for entry in entries]) for at, entries in missing)
             execution.committed_summary = signature(execution)

@@ -13,8 +13,19 @@ from typing import Any
 
 from orchestrator.codec import Json
 from orchestrator.machine.fold import Fold, RunInfo
-from orchestrator.machine.journal import Asked, CancelAsked, Late, Operated, RollbackBegan, Settled, Work, encode
-from orchestrator.machine.states import TERMINAL
+from orchestrator.machine.journal import (
+    Asked,
+    CancelAsked,
+    Continued,
+    Late,
+    NewChild,
+    Operated,
+    RollbackBegan,
+    Settled,
+    Work,
+    encode,
+)
+from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.machine.turn import Execution, Turn
 from orchestrator.store.turns import Commit, Taken
 
@@ -56,6 +67,7 @@ def commit_of(
     holds_turn: bool,
 ) -> Commit:
     info = execution.info
+    continued = None if turn.was_ended else execution.fold.continued
     return Commit(
         run_id=info.id,
         position=turn.position,
@@ -63,23 +75,39 @@ def commit_of(
         entries=[encode(entry) for entry in turn.entries],
         incarnation=identity.incarnation,
         child=identity.child,
-        state=turn.state,
-        target=info.target,
+        state=RunState.RUNNING if continued else turn.state,
+        target=info.target if continued is None else f"{info.saga}@{continued.version}",
         queue=info.queue,
         priority=info.priority,
-        ended=turn.state in TERMINAL and not turn.was_ended,
+        ended=turn.state in TERMINAL and continued is None and not turn.was_ended,
         done=[(taken.key, taken.fence) for taken in done if taken.fence is not None],
         shared=not done or execution.fold.in_flight > (first is not None),
         holds_turn=holds_turn,
-        wake=turn.wake,
-        rewake=turn.wake is not None and turn.wake != execution.committed_wake,
+        wake=turn.wake if continued is None else turn.at,
+        rewake=continued is not None or (turn.wake is not None and turn.wake != execution.committed_wake),
         next=work_row(info, first.work, begun=True) if first else None,
         next_fence=first.taken.fence if first else None,
         work=[work_row(info, work) for work in turn.work if first is None or work is not first.work],
         withdraw=turn.withdraw,
         consumed=consumed,
+        children=[_child_row(child) for child in turn.children],
+        posts=[{"run": post.run_id, "arrival": encode(post.arrival), "anyone": post.anyone} for post in turn.posts],
+        locks=[{"handle": info.lock(step.key), "key": step.key, "name": step.asked.task} for step in turn.locks],
+        unlocks=turn.unlocks,
+        continued=_link(execution, turn, continued) if continued else None,
         summary=summary_of(execution, turn),
     )
+
+
+def _child_row(child: NewChild) -> dict[str, Json]:
+    row = {name: getattr(child, name) for name in ("key", "id", "saga", "version", "input", "queue", "priority")}
+    return {**row, "delay": 0, "deadline": child.deadline or None}
+
+
+def _link(execution: Execution, turn: Turn, continued: Continued) -> dict[str, Json]:
+    ended = execution.fold.ended
+    link = {"version": continued.version, "input": continued.input, "left": list(ended.left) if ended else []}
+    return {**link, "seed": [encode(entry) for entry in turn.seed]} if turn.seed else link
 
 
 def begin_next(scope: Scope, info: RunInfo, turn: Turn, now: datetime, is_short: IsShort | None = None) -> Begun | None:

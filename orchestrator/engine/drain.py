@@ -346,7 +346,8 @@ class Drainer:
         if taken.role == "undo" and call.get("l"):
             suffix += f":{call['l']}"
         deadline = taken.deadline or taken.now + timedelta(seconds=call.get("t", 300))
-        key = f"{taken.run_id}:{taken.key}"
+        run = f"{taken.run_id}~{call['k']}" if call.get("k") else taken.run_id
+        key = f"{run}:{taken.key}"
         return StepContext(
             run_id=taken.run_id,
             key=taken.key,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
@@ -18,10 +19,20 @@ from orchestrator.machine.fold import Fold, Step
 from orchestrator.machine.journal import Asked, Entry, Json, Settled, Versioned
 from orchestrator.machine.keys import Branch
 from orchestrator.machine.loop import SagaLoop, SagaTask
+from orchestrator.machine.policy import Effect
 
 
 class Discarded(BaseException):
     """Thrown into saga code that is being dropped; it must not catch it."""
+
+
+class ContinueAsNew(BaseException):
+    """Ends this link of the run; it goes on with this input, under this version of its saga."""
+
+    def __init__(self, given: Json, version: int) -> None:
+        super().__init__("the run is continued as new")
+        self.input = given
+        self.version = version
 
 
 class Recorder(Protocol):
@@ -29,6 +40,10 @@ class Recorder(Protocol):
 
     def record(self, entry: Entry) -> None: ...
     def abandon(self, key: str) -> None: ...
+    def unlock(self, key: str, failed: bool) -> None: ...
+
+
+scope: ContextVar[str] = ContextVar("orchestrator_scope", default="")  # the blocks of partial rollback around a task
 
 
 @dataclass(slots=True)
@@ -209,6 +224,12 @@ class SagaCode:
         if step is None:
             self._refuse_if_outstanding(f"it now asks for {key!r}")
             asked = request.asked(key)
+            if asked.effect == Effect.PIVOT and self.fold.info.parent:
+                raise UsageError(
+                    f"{asked.task} is a pivot, and this run is a child: the point of no return is its root's"
+                )
+            if scope.get():
+                asked = replace(asked, scope=scope.get())
             assert self._recorder is not None
             self._recorder.record(asked)
         elif not request.same(step.asked):
@@ -240,6 +261,12 @@ class SagaCode:
         if not self._closed and step is not None and not step.abandoned:
             assert self._recorder is not None
             self._recorder.abandon(key)
+
+    def unlock(self, key: str, failed: bool) -> None:
+        """Give a lock back at the end of its block; `failed` says that an exception left it."""
+        self._refuse_if_closed()
+        assert self._recorder is not None
+        self._recorder.unlock(key, failed)
 
     def now(self) -> datetime:
         """Return journal time."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import assert_never
 
+from orchestrator.machine import blocks, family
 from orchestrator.machine.fold import WAITS, Fold, Step
 from orchestrator.machine.journal import (
     Abandoned,
@@ -19,16 +20,20 @@ from orchestrator.machine.journal import (
     Cancel,
     CancelAsked,
     CancelRefused,
+    Conclude,
     Ended,
     Entry,
     Json,
     Late,
     LateSuccess,
+    NewChild,
     Operate,
     Operated,
     Parked,
+    Post,
     ProbeAsked,
     Returned,
+    Revoke,
     RollbackBegan,
     Settled,
     Signal,
@@ -53,6 +58,10 @@ class Decisions:
         self.work: list[Work] = []
         self.withdraw: list[str] = []
         self.corrections: list[Late] = []
+        self.children: list[NewChild] = []
+        self.posts: list[Post] = []
+        self.locks: list[Step] = []
+        self.unlocks: list[str] = []  # handles of locks
 
     def record(self, entry: Entry) -> None:
         """Append `entry` and fold it."""
@@ -63,8 +72,13 @@ class Decisions:
     def take(self, arrival: Arrival) -> None:
         """Decide what follows from `arrival`; one that comes too late to matter changes nothing."""
         match arrival:
+            case LateSuccess() if arrival.link != self.fold.info.link:
+                # The link that asked for it has ended; its own journal takes it in.
+                self.posts.append(Post(f"{self.fold.info.id}~{arrival.link + 1}", arrival, anyone=True))
             case LateSuccess():
                 self._take_late(arrival)
+            case Revoke():
+                family.take_revoke(self)
             case _ if self.fold.ended:
                 pass
             case AttemptEnded():
@@ -72,8 +86,12 @@ class Decisions:
             case Withdrawn():
                 self._take_withdrawn(self.fold.steps[arrival.key])
             case Cancel():
-                if self.fold.rollback is None and self.fold.stop is None:
+                if self.fold.reported:
+                    self.record(CancelRefused("reported"))
+                elif self.fold.rollback is None and self.fold.stop is None:
                     self.record(CancelAsked(arrival.by, arrival.reason))
+            case Conclude():
+                family.take_conclude(self)
             case Terminate():
                 self.record(Operated("terminate", "", arrival.by, arrival.reason))
                 self.end(RunState.TERMINATED)
@@ -159,7 +177,7 @@ class Decisions:
         elif self.fold.past_pivot or asked.effect == Effect.RETRIABLE:
             self._park(step, "do", "it keeps failing after the point of no return, so that the run can only go forward")
         elif asked.undo is not None:
-            self._begin_undo(step)
+            self.begin_undo(step)
         else:
             self._settle_by(step, "unknown")
 
@@ -239,8 +257,10 @@ class Decisions:
         role = step.parked
         self.record(Operated(order.action, order.key, order.by, order.reason))
         if order.action == "retry":
-            make = {"undo": self.undo_work, "probe": self.probe_work}.get(role, self.do_work)
-            self.work.append(make(step))
+            if role == "undo":
+                self._order_undo(step)
+            else:
+                self.work.append(self.probe_work(step) if role == "probe" else self.do_work(step))
         elif role == "undo":
             how = "skipped" if order.action == "skip" else "resolved"
             self._undo_done(step, Undone(step.key, step.undo_attempts, how))
@@ -271,17 +291,23 @@ class Decisions:
     def answer(self) -> None:
         """Give those who wait what has come for them, the oldest request first."""
         for step in list(self.fold.waiting.values()):
-            if self.fold.signals.get(step.asked.task):
+            if step.asked.kind == "signal" and self.fold.signals.get(step.asked.task):
                 signal = self.fold.signals[step.asked.task][0]
                 self.record(Settled(step.key, "succeeded", result=signal.payload, by=signal.id))
+            elif step.asked.kind == "scope" and not self.fold.ended:
+                blocks.undo_scope(self, step)
 
     def give_up(self, step: Step) -> None:
         """Note that nobody waits for `step` any more; what has not begun is taken back, what has is told to stop."""
         self.record(Abandoned(step.key))
+        if step.asked.kind == "lock":
+            blocks.unlock(self, step.key)
         if step.forward is not Forward.ASKED:
             return
         if step.asked.kind in WAITS:
             self.record(Settled(step.key, "withdrawn"))
+        elif step.asked.kind == "child":
+            family.revoke(self, step)
         else:
             self.withdraw.append(step.key)
 
@@ -297,9 +323,22 @@ class Decisions:
         elif self.fold.returned and not (self.fold.raised or self.fold.paused or self._busy):
             self._undo_abandoned()
             if not self._busy:
-                self.end(RunState.COMPLETED)
+                self._end_well()
         else:
             self._undo_abandoned()
+
+    def _end_well(self) -> None:
+        """A child only reports that it is done: it ends with its root."""
+        fold = self.fold
+        if not fold.info.parent or fold.concluded:
+            self.end(RunState.COMPLETED)
+        elif not fold.reported:
+            family.report(self)
+
+    @property
+    def outstanding(self) -> bool:
+        """Whether anything that the run asked for is not done with."""
+        return self._busy or bool(self.fold.abandoned_effects or self.fold.late_effects)
 
     @property
     def _busy(self) -> bool:
@@ -307,9 +346,11 @@ class Decisions:
 
     def _decide_stop(self) -> None:
         fold = self.fold
-        if not (fold.stop or fold.raised) or fold.rollback or fold.pivots_in_flight:
+        if not (fold.stop or fold.raised or fold.revoked) or fold.rollback or fold.pivots_in_flight:
             return
-        if fold.past_pivot:
+        if fold.revoked:
+            self._begin_rollback(RollbackBegan("parent", family.error_of_revoke()))
+        elif fold.past_pivot:
             if fold.stop:
                 self.record(CancelRefused("cancel" if isinstance(fold.stop, CancelAsked) else "deadline"))
             if fold.raised and not fold.parked:
@@ -338,22 +379,29 @@ class Decisions:
         if step is None:
             self._end_rolled_back()
         else:
-            self._begin_undo(step)
+            self.begin_undo(step)
 
     def _undo_abandoned(self) -> None:
         for step in list(self.fold.abandoned_effects.values()):
-            self._begin_undo(step)
+            self.begin_undo(step)
 
     def _undo_late_effects(self) -> None:
         for late in list(self.fold.late_effects):
             step = self.fold.steps[late.key]
             if step.backward not in (Backward.ASKED, Backward.PARKED):
                 self.record(UndoAsked(step.key, late.attempt, late.result))
-                self.work.append(self.undo_work(step))
+                self._order_undo(step)
 
-    def _begin_undo(self, step: Step) -> None:
+    def begin_undo(self, step: Step) -> None:
+        """Order the compensation of a step: from here on no forward attempt of it can start."""
         self.record(UndoAsked(step.key))
-        self.work.append(self.undo_work(step))
+        self._order_undo(step)
+
+    def _order_undo(self, step: Step) -> None:
+        if step.asked.kind == "child":
+            family.revoke(self, step)
+        else:
+            self.work.append(self.undo_work(step))
 
     def _end_rolled_back(self) -> None:
         steps = self.fold.steps.values()
@@ -363,11 +411,14 @@ class Decisions:
         elif any(s.backward is Backward.DONE for s in steps) and not any(s.backward is Backward.SKIPPED for s in steps):
             self.end(RunState.COMPENSATED)
         else:
-            self.end(RunState.FAILED)
+            self.end(RunState.CANCELLED if self.fold.revoked else RunState.FAILED)
 
     def end(self, state: RunState) -> None:
         """End the run and list what is left of it."""
         self.record(Ended(state.value, tuple(self._left(state))))
+        family.ended(self, state)
+        if state is not RunState.CONTINUED:
+            blocks.unlock_all(self)
 
     def _left(self, state: RunState) -> Iterator[Json]:
         for step in self.fold.steps.values():
@@ -378,12 +429,14 @@ class Decisions:
             if (took or possible) and step.asked.kind == "step":
                 outcome = step.forward if step.settled else "unknown"
                 yield {"key": step.key, "task": step.asked.task, "outcome": str(outcome)}
+            for item in (step.error or {}).get("left", ()) if step.asked.kind == "child" else ():
+                yield {**item, "key": f"{step.key}/{item['key']}"}
 
     # -- work ----------------------------------------------------------------------------------------------------------
     def do_work(self, step: Step, due: datetime | None = None) -> Work:
         """Return the next forward attempt of `step`."""
         asked = step.asked
-        call: dict[str, Json] = {"a": asked.args, "t": asked.timeout or START_TO_CLOSE.total_seconds()}
+        call = self._call(asked.args, asked.timeout)
         if asked.heartbeat:
             call["h"] = asked.heartbeat
         if asked.retry and asked.retry[4]:
@@ -397,7 +450,7 @@ class Decisions:
 
     def probe_work(self, step: Step, due: datetime | None = None) -> Work:
         """Return the next attempt of asking what became of `step`."""
-        call = {"a": step.asked.args, "t": step.asked.timeout or START_TO_CLOSE.total_seconds()}
+        call = self._call(step.asked.args, step.asked.timeout)
         due = self._not_before_quiet(step, due)
         return Work(step.key, "probe", step.asked.probe, step.asked.queue, call, due, step.probe_attempts)
 
@@ -412,13 +465,19 @@ class Decisions:
         )
         if undo.result:
             args["result"] = step.result
-        call = {"a": args, "t": undo.timeout or START_TO_CLOSE.total_seconds()}
+        call = self._call(args, undo.timeout)
         if step.late:
             call["l"] = step.late
         if undo.retry and undo.retry[4]:
             call["x"] = undo.retry[4]
         due = self._not_before_quiet(step, due)
         return Work(step.key, "undo", undo.task, undo.queue or step.asked.queue, call, due, step.undo_attempts)
+
+    def _call(self, args: Json, timeout: float) -> dict[str, Json]:
+        call: dict[str, Json] = {"a": args, "t": timeout or START_TO_CLOSE.total_seconds()}
+        if self.fold.info.link:
+            call["k"] = self.fold.info.link
+        return call
 
     def _not_before_quiet(self, step: Step, due: datetime | None) -> datetime | None:
         """An undo or a probe must not overtake an attempt whose process may still be at work."""

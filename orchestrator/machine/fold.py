@@ -18,6 +18,8 @@ from orchestrator.machine.journal import (
     Attempted,
     CancelAsked,
     CancelRefused,
+    Carried,
+    Concluded,
     Continued,
     DeadlinePassed,
     Ended,
@@ -29,12 +31,15 @@ from orchestrator.machine.journal import (
     Parked,
     ProbeAsked,
     Raised,
+    Reported,
     Returned,
+    Revoked,
     RollbackBegan,
     Settled,
     Signalled,
     UndoAsked,
     Undone,
+    Unlocked,
     Versioned,
 )
 from orchestrator.machine.policy import COMPENSATION_RETRY, STEP_RETRY, Effect, RetryPolicy
@@ -62,6 +67,23 @@ class RunInfo:
     queue: str
     deadline: datetime | None = None
     priority: int = 0
+    parent: str = ""  # of a child: the run that asked for it
+    link: int = 0  # how often the run was continued as new
+    since: int = 0  # the position at which the journal of this link begins
+
+    def child(self, key: str) -> str:
+        """The id of the child that was asked for as `key`."""
+        return f"{self.id}~{self.link}/{key}" if self.link else f"{self.id}/{key}"
+
+    def lock(self, key: str) -> str:
+        """The handle of the lock that was asked for as `key`; it stays the same in later links."""
+        return f"{key}~{self.link}" if self.link else key
+
+    @property
+    def key_in_parent(self) -> str:
+        """The key of this child in its parent."""
+        rest = self.id[len(self.parent) :]
+        return rest.partition("/")[2] if rest.startswith("~") else rest[1:]
 
     @property
     def target(self) -> str:
@@ -138,7 +160,7 @@ class Step:
         return RetryPolicy.decode(form) if form else COMPENSATION_RETRY
 
 
-WAITS = frozenset({"signal"})  # kinds of requests that no work is done for
+WAITS = frozenset({"signal", "lock", "scope"})  # kinds of requests that no work is done for
 _FAILURES = (Forward.REJECTED, Forward.FAILED, Forward.UNKNOWN)
 _ENDING_EVENTS = {
     RunState.COMPLETED: "complete",
@@ -155,7 +177,7 @@ class Fold:
 
     def __init__(self, info: RunInfo) -> None:
         self.info = info
-        self.position = 0
+        self.position = info.since
         self.at = info.started
         self.state = RunState.PENDING
         self.steps: dict[str, Step] = {}
@@ -178,6 +200,10 @@ class Fold:
         self.waiting: dict[str, Step] = {}  # requests that wait for somebody else, oldest first
         self.signals: dict[str, deque[Signalled]] = {}  # those that no code has got yet
         self.signal_ids: set[tuple[str, str]] = set()
+        self.children: list[Step] = []
+        self.locks: dict[str, str] = {}  # held or asked for: the lock's handle, by the key of its request
+        self.carried_locks: dict[str, str] = {}  # held since an earlier link: the handle, by the lock's name
+        self.reported = self.revoked = self.concluded = False
         self.continued: Continued | None = None
         self.ended: Ended | None = None
         self._entries = 0
@@ -250,6 +276,10 @@ class Fold:
         self.unsettled += 1
         if entry.kind in WAITS:
             self.waiting[entry.key] = self.steps[entry.key]
+        if entry.kind == "lock":
+            self.locks[entry.key] = self.carried_locks.pop(entry.task, "") or self.info.lock(entry.key)
+        elif entry.kind == "child":
+            self.children.append(self.steps[entry.key])
         self.pivots_in_flight += self.steps[entry.key].is_pivot
 
     def _count(self, step: Step, was: bool) -> None:
@@ -282,6 +312,8 @@ class Fold:
         self.waiting.pop(entry.key, None)
         if step.asked.kind == "signal" and step.forward is Forward.SUCCEEDED:
             self.signals[step.asked.task].popleft()
+        if step.asked.kind == "lock" and step.forward is not Forward.SUCCEEDED:
+            self.locks.pop(step.key, None)
         step.result = entry.result
         step.error = entry.error
         step.signal_id = entry.by if step.asked.kind == "signal" else ""
@@ -413,6 +445,21 @@ class Fold:
         self.signals.setdefault(entry.name, deque()).append(entry)
         self.signal_ids.add((entry.name, entry.id))
 
+    def _unlocked(self, entry: Unlocked) -> None:
+        self.locks.pop(entry.key, None)
+
+    def _reported(self, entry: Reported) -> None:
+        self.reported = True
+
+    def _revoked(self, entry: Revoked) -> None:
+        self.revoked = True
+
+    def _concluded(self, entry: Concluded) -> None:
+        self.concluded = True
+
+    def _carried(self, entry: Carried) -> None:
+        self.carried_locks = dict(entry.locks)
+
     def _continued(self, entry: Continued) -> None:
         self.continued = entry
 
@@ -441,6 +488,11 @@ _APPLY: dict[type, Callable[[Fold, Any], None]] = {
     Parked: Fold._parked,
     Operated: Fold._operated,
     Signalled: Fold._signalled,
+    Unlocked: Fold._unlocked,
+    Reported: Fold._reported,
+    Revoked: Fold._revoked,
+    Concluded: Fold._concluded,
     Continued: Fold._continued,
+    Carried: Fold._carried,
     Ended: Fold._ended,
 }

@@ -41,6 +41,7 @@ class Asked:
     task: str
     args: Json
     kind: str = "step"  # step, once, child, signal, lock, scope
+    version: int = 0  # of a child's saga
     effect: str = ""
     undo: Undo | None = None
     probe: str = ""
@@ -227,11 +228,49 @@ class Signalled:
 
 
 @dataclass(frozen=True, slots=True)
+class Unlocked:
+    """A lock was given back, or the place in its queue."""
+
+    tag: ClassVar[str] = "unlocked"
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A child told its parent that it is done; it stays revocable until its root ends."""
+
+    tag: ClassVar[str] = "reported"
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """The parent of a child is being undone, and the child with it."""
+
+    tag: ClassVar[str] = "revoked"
+
+
+@dataclass(frozen=True, slots=True)
+class Concluded:
+    """The root of a child has ended well: what the child did stays."""
+
+    tag: ClassVar[str] = "concluded"
+
+
+@dataclass(frozen=True, slots=True)
 class Continued:
-    """The run goes on with a fresh journal under the same id."""
+    """The run goes on with a fresh journal under the same id, and ends here as a link of it."""
 
     tag: ClassVar[str] = "continue"
-    args: Json
+    input: Json
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What a link takes over from the one before: rows of locks by their name, and signals come with it."""
+
+    tag: ClassVar[str] = "carried"
+    locks: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +284,8 @@ class Ended:
 
 Entry = (
     Asked | Attempted | Settled | ProbeAsked | UndoAsked | Undone | Late | Abandoned | Versioned | Returned | Raised
-    | CancelAsked | CancelRefused | DeadlinePassed | RollbackBegan | Parked | Operated | Signalled | Continued | Ended
+    | CancelAsked | CancelRefused | DeadlinePassed | RollbackBegan | Parked | Operated | Signalled | Unlocked | Reported
+    | Revoked | Concluded | Continued | Carried | Ended
 )  # fmt: skip
 
 
@@ -291,6 +331,7 @@ class LateSuccess:
     attempt: int
     result: Json = None
     worker: str = ""
+    link: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +376,21 @@ class Signal:
     payload: Json = None
 
 
-Arrival = AttemptEnded | Withdrawn | LateSuccess | Cancel | Terminate | Operate | Signal
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    """The parent orders the undo of its child."""
+
+    tag: ClassVar[str] = "revoke"
+
+
+@dataclass(frozen=True, slots=True)
+class Conclude:
+    """The parent has ended well."""
+
+    tag: ClassVar[str] = "conclude"
+
+
+Arrival = AttemptEnded | Withdrawn | LateSuccess | Cancel | Terminate | Operate | Signal | Revoke | Conclude
 
 
 # -- work ------------------------------------------------------------------------------------------------------------
@@ -346,7 +401,7 @@ class Work:
     `attempt` counts the attempts before this one.  `call` is all that a worker needs beyond its registered code:
     ``a`` arguments, ``t`` timeout and ``h`` heartbeat timeout in seconds, ``x`` names of non-retryable errors,
     ``d`` heartbeat details of the attempt before, ``n`` that a lost attempt certainly had no effect (its transaction is
-    gone with it), ``l`` the attempt whose late effect is undone.
+    gone with it), ``l`` the attempt whose late effect is undone, ``k`` the link of a run that was continued as new.
     """
 
     key: str
@@ -358,6 +413,29 @@ class Work:
     attempt: int = 0
     local: bool = False
     priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """An arrival for another run, left with the turn that decided it; `anyone` says that taking it needs no code."""
+
+    run_id: str
+    arrival: Arrival
+    anyone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NewChild:
+    """A run to be started as the child of this one; `deadline` in seconds, 0 for none."""
+
+    key: str
+    id: str
+    saga: str
+    version: int
+    input: Json
+    queue: str
+    priority: int = 0
+    deadline: float = 0.0
 
 
 _ENTRIES: Final[dict[str, type]] = {cls.tag: cls for cls in Entry.__args__}

@@ -9,22 +9,27 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
 from orchestrator.errors import DefinitionError, DriftError, UsageError, describe_exception
-from orchestrator.machine.code import SagaCode, settled_keys
+from orchestrator.machine import blocks, family
+from orchestrator.machine.code import ContinueAsNew, SagaCode, settled_keys
 from orchestrator.machine.decide import Decisions
-from orchestrator.machine.fold import WAITS, Fold, RunInfo
+from orchestrator.machine.fold import Fold, RunInfo, Step
 from orchestrator.machine.journal import (
     Arrival,
     Asked,
+    Carried,
+    Continued,
     DeadlinePassed,
     Entry,
     Json,
     Late,
+    NewChild,
     Parked,
+    Post,
     Raised,
     Returned,
     Withdrawn,
@@ -69,6 +74,11 @@ class Turn:
     state: RunState
     wake: datetime | None
     was_ended: bool
+    children: list[NewChild] = field(default_factory=list)
+    posts: list[Post] = field(default_factory=list)
+    locks: list[Step] = field(default_factory=list)
+    unlocks: list[str] = field(default_factory=list)
+    seed: list[Entry] = field(default_factory=list)  # the first row of the journal that a run is continued with
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +130,7 @@ class Execution:
         if park is not None and fold.wants_code:
             decisions.record(park)
         deadline = self.info.deadline
-        if deadline and at >= deadline and not fold.deadline_passed and fold.state not in TERMINAL:
+        if deadline and at >= deadline and not (fold.deadline_passed or fold.reported or fold.state in TERMINAL):
             decisions.record(DeadlinePassed())
         decisions.answer()
         told = len(decisions.entries)
@@ -141,6 +151,7 @@ class Execution:
             self._drop_code()
         while decisions.withdraw_unborn():
             decisions.conclude()
+        decisions.unlock_failed_blocks()
         position = fold.position
         fold.close_row(at)
         self.wake = self._next_wake(early)
@@ -154,6 +165,11 @@ class Execution:
             fold.state,
             self.wake,
             was_ended,
+            decisions.children,
+            decisions.posts,
+            decisions.locks,
+            decisions.unlocks,
+            _seed(fold),
         )
 
     def function_of(self, key: str) -> Callable[[], Any] | None:
@@ -195,7 +211,14 @@ class Execution:
         code.cancel_branches()
         output, error = code.outcome()
         self._drop_code()
-        if error is None:
+        if isinstance(error, ContinueAsNew):
+            if decisions.outstanding:
+                raise CodeError(
+                    describe_exception(UsageError("continue_as_new() with work outstanding: await it first"))
+                )
+            decisions.record(Continued(error.input, error.version))
+            decisions.end(RunState.CONTINUED)
+        elif error is None:
             decisions.record(Returned(output))
         elif self.script is not None and self.script.code_errors_park and is_code_error(error):
             raise CodeError(describe_exception(error))
@@ -214,21 +237,55 @@ class Execution:
         wake = self.info.started if early and fold.wants_code else None
         if self.code is not None and (seconds := self.code.loop.next_timer()) is not None:
             wake = self.info.started + timedelta(microseconds=math.ceil(seconds * 1_000_000))
-        deadline = None if fold.deadline_passed else self.info.deadline
+        deadline = None if fold.deadline_passed or fold.reported else self.info.deadline
         return min(filter(None, (wake, deadline)), default=None)
+
+
+def _seed(fold: Fold) -> list[Entry]:
+    """Return what the next link begins with: locks that are held, signals that nobody has heard."""
+    if fold.continued is None:
+        return []
+    held = {fold.steps[key].asked.task: row for key, row in fold.locks.items()} | fold.carried_locks
+    unheard = [signal for kept in fold.signals.values() for signal in kept]
+    return [*([Carried(held)] if held else ()), *unheard]
 
 
 class _Recorder(Decisions):
     """Decisions that saga code adds to."""
 
+    def __init__(self, fold: Fold, now: datetime) -> None:
+        super().__init__(fold, now)
+        self._failed_blocks: list[str] = []
+
     def record(self, entry: Entry) -> None:
         super().record(entry)
-        if type(entry) is Asked and entry.kind not in WAITS:
-            self.work.append(self.do_work(self.fold.steps[entry.key]))
+        if type(entry) is not Asked:
+            return
+        step = self.fold.steps[entry.key]
+        match entry.kind:
+            case "step" | "once":
+                self.work.append(self.do_work(step))
+            case "child":
+                family.born(self, step)
+            case "lock":
+                blocks.ask_for_lock(self, step)
 
     def abandon(self, key: str) -> None:
         """Give up a request whose branch was cancelled."""
         self.give_up(self.fold.steps[key])
+
+    def unlock(self, key: str, failed: bool) -> None:
+        """Give a lock back; if an exception left its block, only at the end of the turn."""
+        if failed:
+            self._failed_blocks.append(key)
+        else:
+            blocks.unlock(self, key)
+
+    def unlock_failed_blocks(self) -> None:
+        """Free locks whose block failed, unless the run goes back because of it: then not before it has ended."""
+        if not (self.fold.rollback or self.fold.raised or self.fold.ended):
+            for key in self._failed_blocks:
+                blocks.unlock(self, key)
 
     def withdraw_unborn(self) -> bool:
         """What became due and was given up within one turn never becomes work; tell whether there was any."""

@@ -25,7 +25,9 @@ def random() -> float:
 
 def _digest(call: str) -> bytes:
     code = code_of(call)
-    return hashlib.sha256(f"{code.fold.info.id}\0{code.branch.key(call)}".encode()).digest()
+    info = code.fold.info
+    run = f"{info.id}~{info.link}" if info.link else info.id
+    return hashlib.sha256(f"{run}\0{code.branch.key(call)}".encode()).digest()
 
 
 def version(change: str, minimum: int, maximum: int) -> int:

@@ -51,7 +51,7 @@ def _request(task: Step[Any, Any], args: dict[str, Json], code: SagaCode) -> Req
         key=task.options.key,
         asked=functools.partial(_asked, task, args, code.fold.info.queue),
         same=functools.partial(_same, task, args),
-        decode=functools.partial(_decode, task),
+        decode=functools.partial(decode_result, task),
         failure=functools.partial(failure_of, code.fold.info.id),
     )
 
@@ -85,7 +85,8 @@ def _same(task: Step[Any, Any], args: dict[str, Json], asked: Asked) -> bool:
     return bool(asked.args == args) or task.codec.canonical(asked.args) == task.codec.canonical(args)
 
 
-def _decode(task: Step[Any, Any], result: Json) -> Any:
+def decode_result(task: Any, result: Json) -> Any:
+    """Decode what is recorded of a step or saga.  Raises: DefinitionError if today's annotation does not accept it."""
     try:
         return task.codec.decode_result(result)
     except PayloadError as error:

@@ -82,7 +82,11 @@ def start_and_look(
     return set(row[0] or ()), int(row[1])
 
 
-IDENTITY = "SELECT saga, version, input FROM orchestrator.runs WHERE id = %(id)s"
+# What a run was started with: of one that was continued as new, its first link knows.
+IDENTITY = """
+SELECT saga, version, input FROM orchestrator.runs WHERE id IN (%(id)s, CAST(%(id)s AS text) || '~1')
+ORDER BY length(id) DESC LIMIT 1
+"""
 
 
 def identity(connection: Connection, run_id: str) -> tuple[str, int, Json] | None:
@@ -150,7 +154,8 @@ def listing(
 
 _RUN = """
 SELECT id, saga, version, state, input, output, error, left_effects, parked, published, tags, parent_id, root_id, queue,
-    priority, position, past_pivot, started_at, deadline_at, finished_at FROM orchestrator.runs WHERE id = %(id)s
+    priority, position, past_pivot, link, since, started_at, deadline_at, finished_at
+FROM orchestrator.runs WHERE id = %(id)s
 """
 RUN_COLUMNS = tuple(column.name for column in tables.runs.columns)
 
@@ -239,6 +244,18 @@ def inbox(connection: Connection, run_id: str, now: datetime | None = None) -> I
     row = connection.execute(_INBOX, {"id": run_id, "now": now}).fetchone()
     assert row is not None
     return Inbox(*row)
+
+
+_AHEAD = """
+SELECT mine.key, array_agg(other.run_id ORDER BY other.id)
+FROM orchestrator.locks mine JOIN orchestrator.locks other ON other.name = mine.name AND other.id < mine.id
+WHERE mine.run_id = %(id)s AND mine.granted_at IS NULL GROUP BY mine.key
+"""
+
+
+def ahead(connection: Connection, run_id: str) -> dict[str, list[str]]:
+    """Return who is before a run in the queues of locks, by the key of its request (index locks_by_name)."""
+    return dict(connection.execute(_AHEAD, {"id": run_id}).fetchall())
 
 
 _SERVING = """

@@ -19,6 +19,7 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    UniqueConstraint,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -47,6 +48,8 @@ runs = Table(
     Column("priority", SmallInteger, nullable=False),
     Column("position", Integer, nullable=False),
     Column("past_pivot", Boolean, nullable=False),
+    Column("link", Integer, nullable=False),
+    Column("since", Integer, nullable=False),
     Column("started_at", _instant, nullable=False),
     Column("deadline_at", _instant),
     Column("finished_at", _instant),
@@ -97,6 +100,20 @@ work = Table(
     Column("stop", Boolean, nullable=False),
     Index("work_due", "queue", text("priority DESC"), "due_at", postgresql_where=text("fence IS NULL")),
     Index("work_begun", "incarnation", postgresql_where=text("fence IS NOT NULL")),
+)
+
+locks = Table(
+    "locks",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("run_id", Text, nullable=False),
+    Column("handle", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("asked_at", _instant, nullable=False),
+    Column("granted_at", _instant),
+    UniqueConstraint("run_id", "handle"),
+    Index("locks_by_name", "name", "id"),
 )
 
 incarnations = Table(

@@ -63,6 +63,9 @@ class RunRow:
     priority: int
     position: int
     state: str
+    parent: str | None = None  # of a child
+    link: int = 0
+    since: int = 0
 
     @property
     def finished(self) -> bool:
@@ -128,7 +131,8 @@ FROM unnest(%(ids)s::text[], %(positions)s::integer[]) AS known (run_id, positio
 ) AS rows
 """
 _LOAD_ARRIVALS = "SELECT run_id, id, arrival FROM orchestrator.arrivals WHERE run_id = ANY(%(ids)s) ORDER BY id"
-_RUN_ROW = "id, saga, version, queue, input, started_at, deadline_at, priority, position, state"
+_RUN_ROW = """id, saga, version, queue, input, started_at, deadline_at, priority, position, state,
+    CASE WHEN root_id <> id THEN parent_id END, link, since"""
 _LOAD_RUNS = f"SELECT {CLOCK}, {_RUN_ROW} FROM orchestrator.runs WHERE id = ANY(%(ids)s)"
 
 
@@ -185,12 +189,18 @@ class Commit:
     work: Sequence[Json] = ()
     withdraw: Sequence[str] = ()
     consumed: Sequence[int] = ()
+    children: Sequence[Json] = ()
+    posts: Sequence[Json] = ()
+    locks: Sequence[Json] = ()
+    unlocks: Sequence[str] = ()
+    continued: dict[str, Json] | None = None
     summary: dict[str, Json] | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether `commit_turns` can write it together with others."""
-        return not self.withdraw and (self.wake is None or self.holds_turn or not self.rewake)
+        beyond = self.withdraw or self.children or self.posts or self.locks or self.unlocks or self.continued
+        return not beyond and (self.wake is None or self.holds_turn or not self.rewake)
 
     def values(self, now: datetime | None) -> tuple[Any, ...]:
         """Return the parameters of commit_turn_1, which takes one attempt at the most."""
@@ -216,9 +226,11 @@ class Commit:
             more |= {
                 "wake": self.wake.isoformat(), "target": self.target, "queue": self.queue, "priority": self.priority,
             }  # fmt: skip
-        for name in ("work", "withdraw", "consumed"):
+        for name in ("work", "withdraw", "consumed", "children", "posts", "locks", "unlocks"):
             if values := getattr(self, name):
                 more[name] = list(values)
+        if self.continued is not None:
+            more["continue"] = self.continued
         return more or None
 
     def among_others(self) -> dict[str, Any]:
@@ -254,17 +266,22 @@ class Commit:
 
 @dataclass(slots=True)
 class Committed:
-    """What became of a `Commit`: whether it was written, whether the run has arrivals, the database's time."""
+    """What became of a `Commit`: whether it was written, whether the run has arrivals, the database's time.
+
+    `posted` are the queues of the runs that it posted to.
+    """
 
     written: bool
     owed: bool
     now: datetime | None
+    posted: Sequence[str] | None = None
 
 
 # The body is the function commit_turn_1 of migration 0001.  Lock order: the run's row by its position, the attempt's
 # row by its fence (primary key), then journal, other work of the run, arrivals (primary keys).
 _COMMIT = "SELECT * FROM orchestrator.commit_turn_1(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
 _FENCE_LOST = "OR001"
+_DEADLOCKS = 5
 
 
 def commit_turn(connection: Connection, commit: Commit, now: datetime | None = None) -> Committed:
@@ -272,17 +289,24 @@ def commit_turn(connection: Connection, commit: Commit, now: datetime | None = N
 
     Does not commit by itself: with autocommit the statement is the transaction, inside the caller's it is a savepoint.
     """
-    try:
-        failpoint("commit.before", connection)
-        with contextlib.nullcontext() if _is_idle(connection) else connection.transaction():
-            row = connection.execute(_COMMIT, commit.values(now)).fetchone()
-        failpoint("commit.after", connection)
-    except psycopg.Error as error:
-        if error.sqlstate != _FENCE_LOST:
-            raise
-        return Committed(False, False, None)
-    assert row is not None
-    return Committed(*row)
+    alone = _is_idle(connection)
+    for tries in range(1, _DEADLOCKS + 1):
+        try:
+            failpoint("commit.before", connection)
+            with contextlib.nullcontext() if alone else connection.transaction():
+                row = connection.execute(_COMMIT, commit.values(now)).fetchone()
+            failpoint("commit.after", connection)
+            assert row is not None
+            return Committed(*row)
+        except psycopg.errors.DeadlockDetected:
+            # Turns that post to several runs may meet those runs' own, which share a statement in no order.
+            if not alone or tries == _DEADLOCKS:
+                raise
+        except psycopg.Error as error:
+            if error.sqlstate != _FENCE_LOST:
+                raise
+            break
+    return Committed(False, False, None)
 
 
 def _is_idle(connection: Connection) -> bool:

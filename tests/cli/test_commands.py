@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from orchestrator.cli import saga
 from tests.cli.conftest import Terminal
 
-COMMANDS = ["dev", "migrate", "start", "list", "show", "history", "explain", "cancel", "terminate", "retry", "skip",
-            "resolve", "diagram", "lint"]  # fmt: skip
+COMMANDS = ["dev", "migrate", "start", "list", "show", "history", "explain", "signal", "cancel", "terminate", "pause",
+            "resume", "retry", "skip", "resolve", "diagram", "lint"]  # fmt: skip
 
 
 def test_these_are_the_commands() -> None:

@@ -79,7 +79,11 @@ def journals_fold_to_the_row(world: World) -> Found:
 
 def _fold(run: Run) -> Fold:
     row = run.row
-    info = RunInfo(row["id"], row["saga"], row["version"], row["input"], row["started_at"], row["queue"])
+    parent = row["parent_id"] if row["root_id"] != row["id"] else ""
+    info = RunInfo(
+        row["id"], row["saga"], row["version"], row["input"], row["started_at"], row["queue"], parent=parent,
+        link=row["link"], since=row["since"],
+    )  # fmt: skip
     fold = Fold(info)
     for _, at, entries in run.journal:
         fold.apply_row(at, [decode_entry(entry) for entry in entries])

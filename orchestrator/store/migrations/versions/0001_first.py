@@ -29,6 +29,8 @@ CREATE TABLE orchestrator.runs (
     priority smallint NOT NULL DEFAULT 0 CHECK (priority BETWEEN 0 AND 9),
     position integer NOT NULL DEFAULT 0,
     past_pivot boolean NOT NULL DEFAULT false,
+    link integer NOT NULL DEFAULT 0,
+    since integer NOT NULL DEFAULT 0,
     started_at timestamptz NOT NULL,
     deadline_at timestamptz,
     finished_at timestamptz,
@@ -81,6 +83,18 @@ CREATE TABLE orchestrator.work (
 CREATE INDEX work_due ON orchestrator.work (queue, priority DESC, due_at) WHERE fence IS NULL;
 CREATE INDEX work_begun ON orchestrator.work (incarnation) WHERE fence IS NOT NULL;
 
+CREATE TABLE orchestrator.locks (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    name text NOT NULL,
+    run_id text NOT NULL,
+    handle text NOT NULL,
+    key text NOT NULL,
+    asked_at timestamptz NOT NULL,
+    granted_at timestamptz,
+    UNIQUE (run_id, handle)
+);
+CREATE INDEX locks_by_name ON orchestrator.locks (name, id);
+
 CREATE TABLE orchestrator.incarnations (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     node text NOT NULL,
@@ -120,11 +134,11 @@ BEGIN
     WITH run AS (
         INSERT INTO orchestrator.runs (
             id, saga, version, input, queue, priority, root_id, parent_id, tags, started_at, deadline_at)
-        SELECT r.id, r.saga, r.version, r.input, r.queue, r.priority, r.id, r.parent, coalesce(r.tags, '{}'), t.start,
-            t.start + make_interval(secs => r.deadline)
+        SELECT r.id, r.saga, r.version, r.input, r.queue, r.priority, coalesce(r.root, r.id), r.parent,
+            coalesce(r.tags, '{}'), t.start, t.start + make_interval(secs => r.deadline)
         FROM json_to_recordset(p_runs) AS r (
             id text, saga text, version integer, input jsonb, queue text, priority smallint, parent text,
-            tags jsonb, delay float8, eta timestamptz, deadline float8)
+            root text, tags jsonb, delay float8, eta timestamptz, deadline float8)
         CROSS JOIN LATERAL (SELECT greatest(v_now + make_interval(secs => r.delay), r.eta) AS start) AS t
         ORDER BY r.id
         ON CONFLICT (id) DO NOTHING RETURNING id, saga, version, queue, priority, started_at
@@ -169,7 +183,8 @@ CREATE FUNCTION orchestrator.take_1(
 ) RETURNS TABLE (
     run_id text, key text, role text, target text, queue text, task text, attempt integer, call json, fence bigint,
     deadline_at timestamptz, now timestamptz, saga text, version integer, run_queue text, input jsonb,
-    started_at timestamptz, run_deadline_at timestamptz, priority smallint, "position" integer, state text
+    started_at timestamptz, run_deadline_at timestamptz, priority smallint, "position" integer, state text,
+    parent text, link integer, since integer
 ) LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
@@ -188,7 +203,7 @@ BEGIN
             -- Rows that somebody else holds are skipped, rows that nobody here can do as well.  What is begun and not
             -- run burns an attempt if the process dies: a step begins alone, unless it is known to be short.
             FOR run_id, key, role, target, queue, task, attempt, call, fence, deadline_at, now, saga, version,
-                run_queue, input, started_at, run_deadline_at, priority, "position", state
+                run_queue, input, started_at, run_deadline_at, priority, "position", state, parent, link, since
             IN
                 WITH due AS MATERIALIZED (
                     SELECT d.run_id, d.key, d.due_at, d.role = 'turn' AS turn, d.task = ANY (p_short) AS short
@@ -217,7 +232,7 @@ BEGIN
                 )
                 SELECT t.run_id, t.key, t.role, t.target, t.queue, t.task, t.attempt, t.call, t.fence, t.deadline_at,
                     v_now, r.saga, r.version, r.queue, r.input, r.started_at, r.deadline_at, r.priority, r.position,
-                    r.state
+                    r.state, CASE WHEN r.root_id <> r.id THEN r.parent_id END, r.link, r.since
                 FROM taken t LEFT JOIN orchestrator.runs r ON t.turn AND r.id = t.run_id ORDER BY t.n
             LOOP
                 v_taken := v_taken + 1;
@@ -240,11 +255,11 @@ CREATE FUNCTION orchestrator.commit_turn_1(
     p_run text, p_position integer, p_at timestamptz, p_entries json, p_state text, p_incarnation bigint,
     p_child integer, p_done_key text, p_done_fence bigint, p_shared boolean, p_next json, p_next_fence bigint,
     p_more json, p_now timestamptz,
-    OUT written boolean, OUT owed boolean, OUT now timestamptz
+    OUT written boolean, OUT owed boolean, OUT now timestamptz, OUT posted text[]
 ) LANGUAGE plpgsql AS $$
 DECLARE
     v_next record;
-    v_gone integer := 0;
+    v_left integer := 0;
     v_seconds double precision;
 BEGIN
     now := coalesce(p_now, orchestrator.now());
@@ -320,10 +335,11 @@ BEGIN
     INSERT INTO orchestrator.journal (run_id, seq, at, entries) VALUES (p_run, p_position, p_at, p_entries);
     -- 4. What is rarer.
     IF p_more IS NOT NULL THEN
-        v_gone := orchestrator.commit_more_1(p_run, p_more, p_incarnation, p_child, p_done_key, now);
+        SELECT m.left_here, m.posted INTO v_left, posted
+        FROM orchestrator.commit_more_1(p_run, p_more, p_incarnation, p_child, now) AS m;
     END IF;
     written := true;
-    owed := v_gone > 0 OR EXISTS (SELECT FROM orchestrator.arrivals WHERE run_id = p_run);
+    owed := v_left > 0 OR EXISTS (SELECT FROM orchestrator.arrivals WHERE run_id = p_run);
 END $$
 """
 
@@ -455,15 +471,23 @@ END $$
 
 _COMMIT_MORE = """
 CREATE FUNCTION orchestrator.commit_more_1(
-    p_run text, p_more json, p_incarnation bigint, p_child integer, p_done_key text, p_now timestamptz
-) RETURNS integer LANGUAGE plpgsql AS $$
+    p_run text, p_more json, p_incarnation bigint, p_child integer, p_now timestamptz,
+    OUT left_here integer, OUT posted text[]
+) LANGUAGE plpgsql AS $$
 DECLARE
-    v_gone integer := 0;
     v_holds constant boolean := coalesce((p_more ->> 'holds')::boolean, false);
     v_wake constant timestamptz := (p_more ->> 'wake')::timestamptz;
+    v_posts jsonb := coalesce(p_more -> 'posts', '[]');
     v_withdraw text[];
     v_consumed bigint[];
+    v_count integer;
 BEGIN
+    left_here := 0;
+    posted := '{}';
+    IF p_more -> 'locks' IS NOT NULL OR p_more -> 'unlocks' IS NOT NULL THEN
+        -- Before any row of work: who has the lock of a name gives turns to other runs.
+        v_posts := v_posts || orchestrator.locks_1(p_run, p_more -> 'locks', p_more -> 'unlocks', p_now);
+    END IF;
     IF p_more -> 'withdraw' IS NOT NULL THEN
         v_withdraw := ARRAY(SELECT json_array_elements_text(p_more -> 'withdraw'));
         -- Only what no committed begin names may be withdrawn; whoever began it is told to stop.
@@ -473,11 +497,23 @@ BEGIN
         )
         INSERT INTO orchestrator.arrivals (run_id, arrival)
         SELECT p_run, json_build_object('e', 'withdrawn', 'key', key) FROM gone;
-        GET DIAGNOSTICS v_gone = ROW_COUNT;
+        GET DIAGNOSTICS left_here = ROW_COUNT;
         UPDATE orchestrator.work SET stop = true WHERE run_id = p_run AND key = ANY (v_withdraw);
     END IF;
     IF (p_more ->> 'ended')::boolean THEN
         DELETE FROM orchestrator.work WHERE run_id = p_run AND (key <> '' OR NOT v_holds);
+    END IF;
+    IF p_more -> 'children' IS NOT NULL THEN
+        v_posts := v_posts || orchestrator.children_1(p_run, p_more -> 'children', p_now);
+    END IF;
+    -- Turn rows in the order of their runs' ids: this run's own has its place between those that it posts to.
+    IF v_posts <> '[]' THEN
+        INSERT INTO orchestrator.arrivals (run_id, arrival)
+        SELECT p_run, p -> 'arrival' FROM jsonb_array_elements(v_posts) AS p WHERE p ->> 'run' = p_run;
+        GET DIAGNOSTICS v_count = ROW_COUNT;
+        left_here := left_here + v_count;
+        posted := orchestrator.post_1(
+            (SELECT jsonb_agg(p) FROM jsonb_array_elements(v_posts) AS p WHERE p ->> 'run' < p_run), p_now);
     END IF;
     -- The turn row: whoever asked for a turn meanwhile has lifted the reservation, and then it stays due.
     IF v_holds AND v_wake IS NULL THEN
@@ -488,10 +524,15 @@ BEGIN
         INSERT INTO orchestrator.work AS w (run_id, key, role, target, queue, priority, due_at)
         VALUES (p_run, '', 'turn', p_more ->> 'target', p_more ->> 'queue', (p_more ->> 'priority')::smallint, v_wake)
         ON CONFLICT (run_id, key) DO UPDATE SET
+            target = CASE WHEN p_more -> 'continue' IS NULL THEN w.target ELSE EXCLUDED.target END,
             due_at = CASE WHEN v_holds AND w.reserved_at IS NOT NULL
                                AND w.incarnation = p_incarnation AND w.child = p_child
                           THEN EXCLUDED.due_at ELSE least(w.due_at, EXCLUDED.due_at) END,
             reserved_at = NULL, incarnation = NULL, child = NULL;
+    END IF;
+    IF v_posts <> '[]' THEN
+        posted := posted || orchestrator.post_1(
+            (SELECT jsonb_agg(p) FROM jsonb_array_elements(v_posts) AS p WHERE p ->> 'run' > p_run), p_now);
     END IF;
     IF p_more -> 'work' IS NOT NULL THEN
         INSERT INTO orchestrator.work (run_id, key, role, target, queue, task, priority, due_at, attempt, call)
@@ -503,7 +544,168 @@ BEGIN
         v_consumed := ARRAY(SELECT json_array_elements_text(p_more -> 'consumed')::bigint);
         DELETE FROM orchestrator.arrivals WHERE id = ANY (v_consumed);
     END IF;
-    RETURN v_gone;
+    IF p_more -> 'continue' IS NOT NULL THEN
+        PERFORM orchestrator.continue_1(p_run, p_more -> 'continue', p_now);
+    END IF;
+END $$
+"""
+
+_POST = """
+CREATE FUNCTION orchestrator.post_1(p_posts jsonb, p_now timestamptz) RETURNS text[] LANGUAGE plpgsql AS $$
+DECLARE
+    v_post record;
+    v_queue text;
+    v_queues text[] := '{}';
+BEGIN
+    -- An arrival for each of these runs, and its turn due; in the order of their ids.  Returns the queues to ring.
+    FOR v_post IN
+        SELECT r.id, r.queue, r.priority, p.arrival,
+            CASE WHEN p.anyone OR r.state = 'compensating' OR r.finished_at IS NOT NULL THEN '*'
+                 ELSE r.saga || '@' || r.version END AS target
+        FROM jsonb_to_recordset(p_posts) AS p (run text, arrival jsonb, anyone boolean)
+        JOIN orchestrator.runs r ON r.id = p.run ORDER BY r.id
+    LOOP
+        INSERT INTO orchestrator.arrivals (run_id, arrival) VALUES (v_post.id, v_post.arrival);
+        INSERT INTO orchestrator.work AS w (run_id, key, role, target, queue, priority, due_at)
+        VALUES (v_post.id, '', 'turn', v_post.target, v_post.queue, v_post.priority, p_now)
+        ON CONFLICT (run_id, key) DO UPDATE SET
+            target = CASE WHEN EXCLUDED.target = '*' THEN EXCLUDED.target ELSE w.target END,
+            due_at = least(w.due_at, EXCLUDED.due_at), reserved_at = NULL, incarnation = NULL, child = NULL
+        RETURNING queue INTO v_queue;
+        v_queues := v_queues || v_queue;
+    END LOOP;
+    RETURN v_queues;
+END $$
+"""
+
+_CHILDREN = """
+CREATE FUNCTION orchestrator.children_1(p_run text, p_children json, p_now timestamptz) RETURNS jsonb
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_root constant text := (SELECT root_id FROM orchestrator.runs WHERE id = p_run);
+    v_posts jsonb;
+BEGIN
+    -- Children are started as any run.  An id that somebody else has taken fails the child, not its parent.
+    SELECT jsonb_agg(jsonb_build_object('run', p_run, 'arrival', jsonb_build_object(
+        'e', 'outcome', 'key', c ->> 'key', 'role', 'do', 'attempt', 1, 'verdict', 'rejected', 'error',
+        jsonb_build_object('type', 'ConflictError', 'message', 'run ' || (c ->> 'id') || ' exists and is no child'))))
+    INTO v_posts
+    FROM json_array_elements(p_children) AS c
+    LEFT JOIN orchestrator.start_runs_1(
+        (SELECT json_agg((n::jsonb - 'key') || jsonb_build_object('parent', p_run, 'root', v_root))
+         FROM json_array_elements(p_children) AS n), p_now) AS s ON s.run_id = c ->> 'id'
+    WHERE s.run_id IS NULL;
+    RETURN coalesce(v_posts, '[]');
+END $$
+"""
+
+_LOCKS = """
+CREATE FUNCTION orchestrator.locks_1(p_run text, p_locks json, p_unlocks json, p_now timestamptz) RETURNS jsonb
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_unlocks constant text[] := ARRAY(SELECT json_array_elements_text(coalesce(p_unlocks, '[]')));
+    v_posts jsonb := '[]';
+    v_name text;
+    v_id bigint;
+    v_handle text;
+    v_key text;
+    v_path text[];
+    v_granted record;
+    v_family text[];
+BEGIN
+    -- One transaction at a time for each name, in the order of names; before any row of work is touched.
+    FOR v_name IN
+        SELECT l.name FROM orchestrator.locks l WHERE l.run_id = p_run AND l.handle = ANY (v_unlocks)
+        UNION SELECT a.name FROM json_to_recordset(coalesce(p_locks, '[]')) AS a (name text) ORDER BY 1
+    LOOP
+        PERFORM pg_advisory_xact_lock(hashtextextended('orchestrator.lock ' || v_name, 0));
+    END LOOP;
+    -- The row that goes gives the lock to the one that waits longest, unless another row still holds it.
+    FOR v_name IN DELETE FROM orchestrator.locks WHERE run_id = p_run AND handle = ANY (v_unlocks) RETURNING name LOOP
+        UPDATE orchestrator.locks l SET granted_at = p_now
+        WHERE l.id = (SELECT min(w.id) FROM orchestrator.locks w WHERE w.name = v_name)
+          AND NOT EXISTS (SELECT FROM orchestrator.locks h WHERE h.name = v_name AND h.granted_at IS NOT NULL)
+        RETURNING l.run_id, l.key INTO v_granted;
+        IF FOUND THEN
+            v_posts := v_posts || jsonb_build_object('run', v_granted.run_id, 'arrival', jsonb_build_object(
+                'e', 'outcome', 'key', v_granted.key, 'role', 'do', 'attempt', 1, 'verdict', 'succeeded'));
+        END IF;
+    END LOOP;
+    -- This run and the parents above it, which do not keep it out.
+    IF p_locks IS NOT NULL THEN
+        WITH RECURSIVE up (id, parent_id) AS (
+            SELECT id, CASE WHEN root_id <> id THEN parent_id END FROM orchestrator.runs WHERE id = p_run
+            UNION ALL
+            SELECT r.id, CASE WHEN r.root_id <> r.id THEN r.parent_id END
+            FROM up JOIN orchestrator.runs r ON r.id = up.parent_id
+        )
+        SELECT array_agg(id) INTO v_family FROM up;
+    END IF;
+    FOR v_handle, v_key, v_name IN
+        SELECT a.handle, a.key, a.name FROM json_to_recordset(p_locks) AS a (handle text, key text, name text)
+    LOOP
+        INSERT INTO orchestrator.locks (name, run_id, handle, key, asked_at)
+        VALUES (v_name, p_run, v_handle, v_key, p_now) RETURNING id INTO v_id;
+        v_path := NULL;
+        -- Free, or held by this run itself or by a parent of it.
+        UPDATE orchestrator.locks l SET granted_at = p_now WHERE l.id = v_id AND (
+            NOT EXISTS (SELECT FROM orchestrator.locks o WHERE o.name = v_name AND o.id < v_id)
+            OR EXISTS (SELECT FROM orchestrator.locks o
+                       WHERE o.name = v_name AND o.granted_at IS NOT NULL AND o.run_id = ANY (v_family)));
+        IF NOT FOUND THEN
+            -- It has to wait.  One transaction at a time closes an edge of the graph of who waits for whom, so that
+            -- each circle is seen by the one that would close it.
+            PERFORM pg_advisory_xact_lock(hashtextextended('orchestrator.locks', 0));
+            WITH RECURSIVE ahead (run_id, path) AS (
+                SELECT l.run_id, ARRAY[l.run_id || ' (' || l.name || ')']
+                FROM orchestrator.locks l WHERE l.name = v_name AND l.id < v_id
+                UNION ALL
+                SELECT l.run_id, a.path || (l.run_id || ' (' || l.name || ')')
+                FROM ahead a
+                JOIN orchestrator.locks w ON w.run_id = a.run_id AND w.granted_at IS NULL
+                JOIN orchestrator.locks l ON l.name = w.name AND l.id < w.id
+                WHERE a.run_id <> p_run AND cardinality(a.path) < 20
+                  AND NOT (l.run_id || ' (' || l.name || ')') = ANY (a.path)
+            )
+            SELECT a.path INTO v_path FROM ahead a WHERE a.run_id = p_run ORDER BY cardinality(a.path) LIMIT 1;
+            CONTINUE WHEN v_path IS NULL;
+            DELETE FROM orchestrator.locks WHERE id = v_id;
+        END IF;
+        v_posts := v_posts || jsonb_build_object('run', p_run, 'arrival', jsonb_strip_nulls(jsonb_build_object(
+            'e', 'outcome', 'key', v_key, 'role', 'do', 'attempt', 1,
+            'verdict', CASE WHEN v_path IS NULL THEN 'succeeded' ELSE 'rejected' END,
+            'error', CASE WHEN v_path IS NOT NULL THEN jsonb_build_object('type', 'DeadlockError', 'message',
+                'lock ' || v_name || ' would never be free: it is waited for behind '
+                || array_to_string(v_path, ', which waits behind ')) END)));
+    END LOOP;
+    RETURN v_posts;
+END $$
+"""
+
+_CONTINUE = """
+CREATE FUNCTION orchestrator.continue_1(p_run text, p_continue json, p_now timestamptz) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_old constant text := p_run || '~' || ((SELECT link FROM orchestrator.runs WHERE id = p_run) + 1);
+    v_seed constant json := p_continue -> 'seed';
+BEGIN
+    -- The link that ends keeps its journal under an id of its own; the caller's id goes on with an empty one.
+    -- Positions go on counting, so that nobody takes a turn of the old link for one of the new.
+    INSERT INTO orchestrator.runs (id, saga, version, state, input, left_effects, published, tags, parent_id, root_id,
+        queue, priority, position, past_pivot, link, since, started_at, deadline_at, finished_at)
+    SELECT v_old, saga, version, 'continued', input, p_continue -> 'left', published, tags, id, v_old,
+        queue, priority, position, past_pivot, link, since, started_at, deadline_at, p_now
+    FROM orchestrator.runs WHERE id = p_run;
+    UPDATE orchestrator.journal SET run_id = v_old WHERE run_id = p_run;
+    UPDATE orchestrator.runs SET version = (p_continue ->> 'version')::integer, input = (p_continue -> 'input')::jsonb,
+        state = CASE WHEN v_seed IS NULL THEN 'pending' ELSE 'running' END, past_pivot = false, left_effects = '[]',
+        link = link + 1, since = position, started_at = p_now,
+        position = position + CASE WHEN v_seed IS NULL THEN 0 ELSE 1 END
+    WHERE id = p_run;
+    IF v_seed IS NOT NULL THEN
+        INSERT INTO orchestrator.journal (run_id, seq, at, entries)
+        SELECT id, since, p_now, v_seed FROM orchestrator.runs WHERE id = p_run;
+    END IF;
 END $$
 """
 
@@ -513,5 +715,17 @@ def upgrade() -> None:
     for statement in _STATEMENTS.split(";\n"):
         if statement.strip():
             op.execute(statement)
-    for function in (_RINGS, _START, _START_AND_LOOK, _TAKE, _COMMIT_MORE, _COMMIT_TURN, _COMMIT_TURNS):
+    for function in (
+        _RINGS,
+        _START,
+        _START_AND_LOOK,
+        _TAKE,
+        _POST,
+        _CHILDREN,
+        _LOCKS,
+        _CONTINUE,
+        _COMMIT_MORE,
+        _COMMIT_TURN,
+        _COMMIT_TURNS,
+    ):
         op.execute(function)

@@ -1,0 +1,65 @@
+"""Blocks of saga code: partial rollback of a scope, locks that are held to the end of a block.
+
+Owns what entering and leaving a block means.  Must never resume saga code.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from orchestrator.machine.fold import Step
+from orchestrator.machine.journal import Parked, Settled, Unlocked
+from orchestrator.machine.states import Backward, Forward
+
+if TYPE_CHECKING:
+    from orchestrator.machine.decide import Decisions
+
+SEPARATOR = "|"  # between the keys of scopes, the outer one first
+
+
+def undo_scope(decisions: Decisions, scope: Step) -> None:
+    """Undo what was done inside a block that an exception leaves, youngest first; settle the request after the last."""
+    fold = decisions.fold
+    inside = [step for step in fold.steps.values() if _is_inside(step, scope.asked.task)]
+    if any(step.is_pivot and step.forward is Forward.SUCCEEDED for step in inside):
+        if fold.parked is None:
+            why = "an exception left a scope in which the point of no return was passed, so that it cannot be undone"
+            decisions.record(Parked("", "pivot", why, fold.raised))
+        return
+    for step in inside:
+        if step.forward is Forward.ASKED and not step.abandoned:
+            decisions.give_up(step)
+    if any(not step.settled or step.in_flight or step.backward is Backward.PARKED for step in inside):
+        return
+    owing = next((step for step in reversed(inside) if step.owes_undo), None)
+    if owing is None:
+        decisions.record(Settled(scope.key, "succeeded"))
+    else:
+        decisions.begin_undo(owing)
+
+
+def _is_inside(step: Step, path: str) -> bool:
+    return step.asked.scope == path or step.asked.scope.startswith(path + SEPARATOR)
+
+
+def ask_for_lock(decisions: Decisions, step: Step) -> None:
+    """Queue for a lock; one that was held when the run was continued as new is still held."""
+    fold = decisions.fold
+    if fold.locks[step.key] != fold.info.lock(step.key):
+        decisions.record(Settled(step.key, "succeeded", by="carried"))
+    else:
+        decisions.locks.append(step)
+
+
+def unlock(decisions: Decisions, key: str) -> None:
+    """Give a lock back, or the place in its queue; nothing if that was done before."""
+    row = decisions.fold.locks.get(key)
+    if row is not None:
+        decisions.record(Unlocked(key))
+        decisions.unlocks.append(row)
+
+
+def unlock_all(decisions: Decisions) -> None:
+    """Free whatever the run still holds: it has ended."""
+    fold = decisions.fold
+    decisions.unlocks.extend([*fold.locks.values(), *fold.carried_locks.values()])

@@ -1,0 +1,473 @@
+"""Children, scopes, locks and links on a real database: what is undone with whom, who waits for whom, what goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from orchestrator import (
+    ChildFailed,
+    ConflictError,
+    DeadlockError,
+    Effect,
+    Rejected,
+    RetryPolicy,
+    SagaFailed,
+    StepFailed,
+    UsageError,
+    saga,
+    step,
+)
+from orchestrator.client import Client, SagaResult
+from orchestrator.store.connection import Connection
+from tests.engine.stage import QUEUE, Child, kinds, state
+
+AT_ONCE = RetryPolicy(timedelta(0), 1.0, timedelta(0), 2)
+DONE: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_done() -> None:
+    DONE.clear()
+
+
+@pytest.fixture
+def client(child: Child) -> Iterator[Client]:
+    client = Client(child.settings, lambda queue, times: None, lambda: QUEUE)
+    yield client
+    client.pool.close()
+
+
+@step(retry=AT_ONCE)
+def undo(what: str) -> None:
+    DONE.append(f"undo {what}")
+
+
+@step(compensate=undo, retry=AT_ONCE)
+def do(what: str) -> str:
+    DONE.append(what)
+    return what
+
+
+@step(effect=Effect.NONE, retry=AT_ONCE)
+def refuse(what: str) -> None:
+    raise Rejected(what)
+
+
+@step(effect=Effect.PIVOT)
+def settle(what: str) -> None:
+    DONE.append(what)
+
+
+# -- children ----------------------------------------------------------------------------------------------------------
+@saga.define
+async def small(what: str) -> str:
+    await saga.step(do, f"{what} 1")
+    await saga.step(do, f"{what} 2")
+    return what
+
+
+@saga.define
+async def failing(what: str) -> str:
+    await saga.step(do, what)
+    await saga.step(refuse, "no")
+    return what
+
+
+@saga.define
+async def parent(then: str) -> list[str]:
+    await saga.step(do, "before")
+    results = await asyncio.gather(saga.child(small, "a"), saga.child(small, "b"))
+    await saga.step(do, "after")
+    if then == "fail":
+        raise ValueError("no")
+    if then == "wait":
+        await saga.wait_signal("go")
+    return results
+
+
+@saga.define
+async def grandparent(then: str) -> list[str]:
+    result: list[str] = await saga.child(parent, "well")
+    if then == "fail":
+        raise ValueError("no")
+    return result
+
+
+@saga.define
+async def forgiving(what: str) -> str:
+    try:
+        return await saga.child(failing, what)
+    except ChildFailed as error:
+        assert isinstance(error, StepFailed) and isinstance(error, SagaFailed)
+        return f"{error.state}: {error.error_type} {error.error['message']}"
+
+
+@saga.define
+async def with_pivot() -> None:
+    await saga.step(settle, "settled")
+
+
+@saga.define
+async def parent_of_a_pivot() -> None:
+    await saga.child(with_pivot)
+
+
+def run(client: Client, child: Child, saga_: Any, *args: Any, run_id: str = "run") -> SagaResult:
+    result = client.start(saga_, args, {}, {"task_id": run_id})
+    child.drain()
+    return result
+
+
+def states(connection: Connection) -> dict[str, str]:
+    return dict(connection.execute("SELECT id, state FROM orchestrator.runs").fetchall())
+
+
+def test_children_are_completed_with_their_root(child: Child, client: Client, connection: Connection) -> None:
+    result = run(client, child, parent, "well")
+    assert result.get(timeout=10) == ["a", "b"]
+    child.drain()
+    assert set(states(connection).values()) == {"completed"}
+    assert len(states(connection)) == 3
+
+
+def test_a_child_that_is_done_runs_until_its_root_ends(child: Child, client: Client, connection: Connection) -> None:
+    result = run(client, child, parent, "wait")
+    assert set(states(connection).values()) == {"running"}
+    result.signal("go")
+    child.drain()
+    assert set(states(connection).values()) == {"completed"}
+
+
+def test_the_undo_of_a_parent_undoes_its_children(child: Child, client: Client, connection: Connection) -> None:
+    result = run(client, child, parent, "fail")
+    with pytest.raises(SagaFailed, match="ValueError"):
+        result.get(timeout=10)
+    undone = [what for what in DONE if what.startswith("undo")]
+    assert undone == ["undo after", "undo b 2", "undo b 1", "undo a 2", "undo a 1", "undo before"]
+    assert set(states(connection).values()) == {"compensated"}
+
+
+def test_grandchildren_are_undone_with_the_root(child: Child, client: Client, connection: Connection) -> None:
+    run(client, child, grandparent, "fail")
+    assert sorted(what for what in DONE if what.startswith("undo")) == sorted(
+        f"undo {what}" for what in DONE if not what.startswith("undo")
+    )
+    assert set(states(connection).values()) == {"compensated"}
+    assert len(states(connection)) == 4
+
+
+def test_grandchildren_are_completed_with_the_root(child: Child, client: Client, connection: Connection) -> None:
+    assert run(client, child, grandparent, "well").get(timeout=10) == ["a", "b"]
+    child.drain()
+    assert set(states(connection).values()) == {"completed"}
+
+
+def test_a_child_that_fails_is_undone_before_its_parent_hears_of_it(child: Child, client: Client) -> None:
+    result = run(client, child, forgiving, "thing")
+    assert result.get(timeout=10).startswith("compensated: StepFailed")
+    assert DONE == ["thing", "undo thing"]
+
+
+def test_a_parent_that_is_cancelled_while_its_child_waits_takes_it_along(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    result = run(client, child, child_that_waits, "x")
+    result.cancel("enough")
+    child.drain()
+    assert states(connection)["run"] == "cancelled"
+    assert DONE == ["x", "undo x"]
+    assert "running" not in states(connection).values()
+
+
+@saga.define
+async def waits(what: str) -> None:
+    await saga.step(do, what)
+    await saga.wait_signal("never")
+
+
+@saga.define
+async def child_that_waits(what: str) -> None:
+    await saga.child(waits, what)
+
+
+def test_a_terminated_parent_terminates_its_children(child: Child, client: Client, connection: Connection) -> None:
+    result = run(client, child, child_that_waits, "x")
+    result.terminate("stop")
+    child.drain()
+    assert set(states(connection).values()) == {"terminated"}
+    assert DONE == ["x"]
+
+
+def test_a_child_that_is_done_cannot_be_cancelled_alone(child: Child, client: Client, connection: Connection) -> None:
+    run(client, child, parent, "wait")
+    one = next(run_id for run_id in states(connection) if run_id != "run")
+    client.cancel(one)
+    child.drain()
+    assert states(connection)[one] == "running"
+    assert "cancel refused" in kinds(connection, one)
+
+
+def test_a_child_whose_id_is_taken_fails(child: Child, client: Client, connection: Connection) -> None:
+    run(client, child, small, "other", run_id=f"run/{failing.name}#0")
+    result = run(client, child, forgiving, "thing")
+    assert "ConflictError" in result.get(timeout=10)
+
+
+def test_the_point_of_no_return_is_the_roots_alone(child: Child, client: Client, connection: Connection) -> None:
+    run(client, child, parent_of_a_pivot)
+    parked = next(run_id for run_id, state in states(connection).items() if state == "parked")
+    assert "is a pivot, and this run is a child" in str(client.outcome(parked).parked)
+
+
+# -- scopes ------------------------------------------------------------------------------------------------------------
+@saga.define
+async def second_way(n: int) -> str:
+    await saga.step(do, "outside")
+    try:
+        async with saga.scope():
+            await saga.step(do, "first 1")
+            async with saga.scope():
+                await saga.step(do, "first 2")
+            await saga.step(refuse, "no")
+    except StepFailed:
+        await saga.step(do, "second")
+    if n:
+        raise ValueError("no")
+    return "done"
+
+
+@saga.define
+async def gathered(n: int) -> None:
+    with_timeout = asyncio.timeout(1)
+    try:
+        async with with_timeout, saga.scope():
+            await saga.step(do, "inside")
+            await saga.wait_signal("never")
+    except TimeoutError:
+        await saga.step(do, "after")
+
+
+def test_an_exception_that_leaves_a_scope_undoes_what_was_done_inside(child: Child, client: Client) -> None:
+    assert run(client, child, second_way, 0).get(timeout=10) == "done"
+    assert DONE == ["outside", "first 1", "first 2", "undo first 2", "undo first 1", "second"]
+
+
+def test_what_a_scope_undid_is_not_undone_again(child: Child, client: Client, connection: Connection) -> None:
+    run(client, child, second_way, 1)
+    assert DONE[5:] == ["second", "undo second", "undo outside"]
+    assert state(connection) == "compensated"
+
+
+def test_a_timeout_that_leaves_a_scope_undoes_it(child: Child, client: Client, connection: Connection) -> None:
+    run(client, child, gathered, 0)
+    connection.execute("UPDATE orchestrator.work SET due_at = now() WHERE key = ''")
+    _until(child, lambda: state(connection) == "completed")
+    assert DONE == ["inside", "undo inside", "after"]
+
+
+def _until(child: Child, done: Callable[[], bool]) -> None:
+    for _ in range(200):
+        child.drain()
+        if done():
+            return
+        asyncio.run(asyncio.sleep(0.05))
+    raise AssertionError("it did not come to that")
+
+
+# -- locks -------------------------------------------------------------------------------------------------------------
+@saga.define
+async def locking(name: str, then: str = "") -> str:
+    async with saga.lock("account", 7):
+        await saga.step(do, name)
+        await saga.wait_signal("go")
+        await saga.step(do, f"{name} again")
+        if then == "fail":
+            raise ValueError("no")
+    return name
+
+
+@saga.define
+async def in_order(first: str, second: str) -> None:
+    async with saga.lock(first):
+        await saga.wait_signal("go")
+        async with saga.lock(second):
+            await saga.step(do, f"{first} {second}")
+
+
+@saga.define
+async def impatient(name: str) -> str:
+    try:
+        async with saga.lock("account", 7, timeout=timedelta(seconds=1)):
+            return "got it"
+    except TimeoutError:
+        return "gave up"
+
+
+@saga.define
+async def nested(name: str) -> str:
+    async with saga.lock("account", 7), saga.lock("account", 7):
+        return str(await saga.child(locked_child, name))
+
+
+@saga.define
+async def locked_child(name: str) -> str:
+    async with saga.lock("account", 7):
+        return name
+
+
+def locks(connection: Connection) -> list[tuple[str, bool]]:
+    return connection.execute("SELECT run_id, granted_at IS NOT NULL FROM orchestrator.locks ORDER BY id").fetchall()
+
+
+def test_who_comes_first_has_the_lock_and_the_next_gets_it_then(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    one, two, three = (run(client, child, locking, name, run_id=name) for name in ("one", "two", "three"))
+    assert DONE == ["one"]
+    assert locks(connection) == [("one", True), ("two", False), ("three", False)]
+    one.signal("go")
+    two.signal("go")
+    child.drain()
+    assert DONE == ["one", "one again", "two", "two again", "three"]
+    three.signal("go")
+    child.drain()
+    assert (locks(connection), three.get(timeout=10)) == ([], "three")
+
+
+def test_what_was_done_under_a_lock_is_undone_under_it(child: Child, client: Client, connection: Connection) -> None:
+    one = run(client, child, locking, "one", "fail", run_id="one")
+    two = run(client, child, locking, "two", run_id="two")
+    one.signal("go")
+    child.drain()
+    assert DONE == ["one", "one again", "undo one again", "undo one", "two"]
+    two.cancel()
+    child.drain()
+    assert (locks(connection), state(connection, "two")) == ([], "cancelled")
+
+
+def test_a_run_that_is_terminated_frees_its_locks(child: Child, client: Client, connection: Connection) -> None:
+    one = run(client, child, locking, "one", run_id="one")
+    run(client, child, locking, "two", run_id="two")
+    one.terminate()
+    child.drain()
+    assert locks(connection) == [("two", True)]
+
+
+def test_who_gives_up_leaves_the_queue(child: Child, client: Client, connection: Connection) -> None:
+    run(client, child, locking, "one", run_id="one")
+    result = run(client, child, impatient, "two", run_id="two")
+    _until(child, result.ready)
+    assert (result.get(timeout=10), locks(connection)) == ("gave up", [("one", True)])
+
+
+def test_runs_that_wait_for_each_other_are_told(child: Child, client: Client, connection: Connection) -> None:
+    one = run(client, child, in_order, "x", "y", run_id="one")
+    two = run(client, child, in_order, "y", "x", run_id="two")
+    one.signal("go")
+    child.drain()
+    two.signal("go")
+    child.drain()
+    with pytest.raises(SagaFailed, match=r"DeadlockError.*would never be free.*two"):
+        two.get(timeout=10)
+    one.get(timeout=10)
+    assert (DONE, locks(connection)) == (["x y"], [])
+    assert issubclass(DeadlockError, Exception)
+
+
+def test_a_run_and_its_children_do_not_keep_each_other_out(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    assert run(client, child, nested, "me").get(timeout=10) == "me"
+    child.drain()
+    assert locks(connection) == []
+
+
+# -- links -------------------------------------------------------------------------------------------------------------
+@saga.define
+async def counting(n: int) -> str:
+    key = saga.uuid4().hex
+    await saga.step(do, f"step {n} {key[:8]}")
+    if n < 3:
+        saga.continue_as_new(n + 1)
+    if n == 3:
+        await saga.wait_signal("go")
+        raise ValueError("no")
+    return "done"
+
+
+@saga.define
+async def carrying(n: int) -> str:
+    async with saga.lock("account", 7):
+        if n == 0:
+            await saga.wait_signal("first")
+            saga.continue_as_new(1)
+        return str(await saga.wait_signal("news"))
+
+
+@saga.define
+async def careless(n: int) -> None:
+    saga.step(do, "not awaited")
+    saga.continue_as_new(n)
+
+
+@saga.define
+async def inside_a_scope(n: int) -> None:
+    async with saga.scope():
+        saga.continue_as_new(n)
+
+
+def test_a_run_goes_on_with_a_fresh_journal_under_its_id(child: Child, client: Client, connection: Connection) -> None:
+    result = run(client, child, counting, 0)
+    assert states(connection) == {"run": "running", "run~1": "continued", "run~2": "continued", "run~3": "continued"}
+    assert len({what.split()[2] for what in DONE}) == 4
+    keys = {context.idempotency_key for context in child.runner.contexts}
+    assert len(keys) == 4
+    result.signal("go")
+    child.drain()
+    assert [what.split()[:3] for what in DONE if what.startswith("undo")] == [["undo", "step", "3"]]
+    assert client.start(counting, (0,), {}, {"task_id": "run"}).status == "compensated"
+    with pytest.raises(ConflictError):
+        client.start(counting, (3,), {}, {"task_id": "run"})
+
+
+def test_another_worker_takes_a_link_over_from_one_that_knows_the_last(
+    child: Child, client: Client, connection: Connection, database_url: str
+) -> None:
+    result = client.start(carrying, (0,), {}, {"task_id": "run"})
+    child.drain()
+    other = Child(database_url)
+    result.signal("first")
+    other.drain()
+    result.signal("news", "hello")
+    child.drain()
+    other.close()
+    assert result.get(timeout=10) == "hello"
+
+
+def test_locks_and_unheard_signals_move_along(child: Child, client: Client, connection: Connection) -> None:
+    result = run(client, child, carrying, 0)
+    result.signal("news", "early")
+    waiting = run(client, child, impatient, "other", run_id="other")
+    assert locks(connection) == [("run", True), ("other", False)]
+    result.signal("first")
+    child.drain()
+    assert result.get(timeout=10) == "early"
+    child.drain()
+    assert (waiting.get(timeout=10), locks(connection)) == ("got it", [])
+
+
+@pytest.mark.parametrize("wrong", [careless, inside_a_scope])
+def test_a_link_ends_with_nothing_outstanding(child: Child, client: Client, connection: Connection, wrong: Any) -> None:
+    run(client, child, wrong, 0)
+    assert state(connection) == "parked"
+    assert "continue_as_new()" in str(client.outcome("run").parked)
+
+
+def test_an_id_that_looks_like_a_link_is_refused(client: Client) -> None:
+    with pytest.raises(UsageError, match="ended links"):
+        client.start(counting, (0,), {}, {"task_id": "run~1"})
