@@ -164,6 +164,10 @@ def _of_work(case: Case, item: Outstanding) -> Iterator[Reason]:
     step = case.fold.steps.get(item.key)
     if item.begun:
         yield _running(case, item, step)
+    elif item.in_line or (item.limit and item.due_at > case.now):
+        yield _in_line(item)
+        if problem := _taker_problem(case, item, _name(item)):
+            yield problem
     elif item.due_at > case.now:
         yield _later(case, item, step)
     else:
@@ -196,6 +200,17 @@ def _running(case: Case, item: Outstanding, step: Step | None) -> Reason:
     if item.expires_at and item.deadline_at and item.expires_at < item.deadline_at:
         beat = f", is given up without a heartbeat before {case.clock(item.expires_at)}"
     return Reason("running", f"Running {name} ({nth}) on {item.node} since {since}{ends}{beat}.{stop}", item.key)
+
+
+def _in_line(item: Outstanding) -> Reason:
+    """A step that has to pass a gate, and was not let in yet."""
+    limit = item.limit or {}
+    most = limit.get("most")
+    if most is not None and item.let_in >= most:
+        slots = "for the only slot" if most == 1 else f"for one of {most} slots"
+        return Reason("concurrency", f"{_capital(_name(item))} waits {slots} of {limit['gate']}.", item.key)
+    rate = f" under rate limit {limit['rate']}" if "rate" in limit else ""
+    return Reason("rate limit", f"{_capital(_name(item))} waits for its turn{rate} of {limit.get('gate')}.", item.key)
 
 
 def _later(case: Case, item: Outstanding, step: Step | None) -> Reason:

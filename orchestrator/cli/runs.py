@@ -251,6 +251,8 @@ def _work_table(work: list[Outstanding], now: datetime) -> Table:
 def _when(item: Outstanding, now: datetime) -> str:
     if item.begun and item.begun_at:
         return f"running for {words.duration(now - item.begun_at)}"
+    if item.in_line:
+        return "in line"
     return words.ago(item.due_at, now) if item.due_at > now else f"due {words.ago(item.due_at, now)}"
 
 

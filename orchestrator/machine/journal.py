@@ -30,6 +30,7 @@ class Undo:
     queue: str = ""
     timeout: float = 0.0
     retry: list[Any] | None = None
+    limit: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class Asked:
     heartbeat: float = 0.0
     priority: int = 0
     scope: str = ""  # the innermost block of partial rollback that it was asked in
+    limit: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +348,7 @@ class Work:
     `attempt` counts the attempts before this one.  `call` is all that a worker needs beyond its registered code:
     ``a`` arguments, ``t`` timeout and ``h`` heartbeat timeout in seconds, ``x`` names of non-retryable errors,
     ``d`` heartbeat details of the attempt before, ``n`` that a lost attempt certainly had no effect (its transaction is
-    gone with it), ``l`` the attempt whose late effect is undone.
+    gone with it), ``l`` the attempt whose late effect is undone, ``g`` the gate it has to pass, with its limits.
     """
 
     key: str
