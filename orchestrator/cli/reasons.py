@@ -6,14 +6,16 @@ Owns the diagnosis behind ``explain``.  Must never read the database or print: w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
 from orchestrator.cli import words
 from orchestrator.machine.fold import Fold, Step
-from orchestrator.machine.journal import Parked
+from orchestrator.machine.journal import Operated, Parked
 from orchestrator.machine.states import TERMINAL
+from orchestrator.store.gates import LINE
+from orchestrator.store.pauses import Pause
 from orchestrator.store.runs import Inbox, Outstanding, Serving
 
 SILENT = timedelta(seconds=15)  # a worker renews its lease twice a second; this long means that its machine is gone
@@ -39,6 +41,7 @@ class Case:
     work: list[Outstanding]
     inbox: Inbox
     workers: list[Serving]
+    pauses: list[Pause] = field(default_factory=list)
 
     @property
     def now(self) -> datetime:
@@ -90,13 +93,19 @@ def _parked(case: Case) -> Iterator[Reason]:
 
 
 def _paused(case: Case) -> Iterator[Reason]:
-    if case.fold.rollback is not None:
-        return
-    run_id = case.run["id"]
-    for entry in case.fold.pauses.values():
-        why = f": {entry.reason}" if entry.reason else ""
-        text = f"Paused by {entry.by or 'an unnamed caller'}{why}. It asks for nothing new until it is resumed."
-        yield Reason("paused", text, "", (f"saga resume {run_id}",))
+    for pause in case.pauses:
+        if pause.kind == "saga" and case.fold.rollback is not None:
+            continue
+        then = "nothing of it is taken" if pause.kind == "queue" else "its runs ask for nothing new"
+        text = f"{_capital(pause.kind)} {pause.name} is paused by {_who(pause)}: {then} until it is resumed."
+        yield Reason("paused", text, "", (f"saga resume --{pause.kind} {pause.name}",))
+    if case.fold.rollback is None and "" in case.fold.pauses:
+        text = f"Paused by {_who(case.fold.pauses[''])}. It asks for nothing new until it is resumed."
+        yield Reason("paused", text, "", (f"saga resume {case.run['id']}",))
+
+
+def _who(paused: Pause | Operated) -> str:
+    return (paused.by or "an unnamed caller") + (f" ({paused.reason})" if paused.reason else "")
 
 
 def _parked_run(entry: Parked) -> str:
@@ -132,6 +141,8 @@ def _key_hints(entry: Parked, run_id: str) -> tuple[str, ...]:
 
 # -- the next turn -----------------------------------------------------------------------------------------------------
 def _of_turn(case: Case, item: Outstanding) -> Iterator[Reason]:
+    if item.due_at - case.now > LINE / 2:
+        return  # put aside, because its saga is paused
     if item.due_at > case.now:
         yield from _sleeping(case, item)
         return

@@ -14,7 +14,7 @@ from datetime import timedelta
 from time import monotonic
 
 from orchestrator.failpoints import failpoint
-from orchestrator.store import gates, liveness, runs
+from orchestrator.store import gates, liveness, pauses, runs
 from orchestrator.store.connection import Connection
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ class Pump:
         ]
         pumped.given_back = len(queues)
         self._admit(connection)
+        for saga in pauses.untold(connection):
+            pauses.tell(connection, saga)
         due = liveness.due(connection, self._reservation)
         for queue, rows in due.items():
             times = runs.rings_needed(connection, queue, rows) or self._doubt(queue)

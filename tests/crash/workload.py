@@ -122,6 +122,15 @@ async def in_a_row(names: list[str]) -> list[str]:
     return done
 
 
+@saga.define(name="crash.held")
+async def held_up(names: list[str]) -> list[str]:
+    done = [await saga.step(take, names[0])]
+    if "nap" in names:
+        await saga.sleep(timedelta(milliseconds=20))
+        done.append(await saga.step(take, names[-1]))
+    return done
+
+
 @saga.define(name="crash.side")
 async def side_by_side(names: list[str]) -> list[str]:
     return list(await asyncio.gather(*(saga.step(take, name) for name in names)))
@@ -192,6 +201,10 @@ FORGOTTEN = {
     "forgotten": Planned(in_a_row, ["a", "wait"], "cancelled"),
     "ignored": Planned(in_a_row, ["a"], "completed cancelled"),
 }
+HELD = {
+    "under way": Planned(held_up, ["a", "nap", "b"], "completed"),
+    "to come": Planned(held_up, ["a"], "completed"),
+}
 BROKEN = {"broken": Planned(in_a_row, ["a", "b", "c"], "completed")}
 STORIES = {
     "ordinary": ORDINARY,
@@ -201,5 +214,6 @@ STORIES = {
     "met": MET,
     "stopped": STOPPED,
     "forgotten": FORGOTTEN,
+    "held": HELD,
     "broken": BROKEN,
 }
