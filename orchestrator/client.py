@@ -15,6 +15,7 @@ import re
 import secrets
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from datetime import datetime, timedelta
@@ -41,7 +42,7 @@ from orchestrator.saga import registry as sagas
 from orchestrator.saga.face import is_tag
 from orchestrator.settings import Settings
 from orchestrator.step import current_step, route
-from orchestrator.store import foreign, runs, turns
+from orchestrator.store import foreign, pauses, runs, turns
 from orchestrator.store.connection import Connection
 from orchestrator.store.pool import ClientPool
 
@@ -280,6 +281,13 @@ class Client:
             raise UsageError(f"a run is paused as a whole: leave out the key {key!r:.100}")
         if action == "pause" and outcome.state == RunState.COMPENSATING:
             raise UsageError(f"run {outcome.id} is being undone, which cannot be paused")
+        if action == "resume":
+            with self.pool.connection() as connection:
+                held = pauses.pauses_of(connection, outcome.saga)
+            if held:
+                raise UsageError(
+                    f"run {outcome.id} is paused with all runs of {outcome.saga}, by {held[0].by}; resume those"
+                )
 
     def _check_parked(self, outcome: runs.Outcome, action: str, key: str) -> None:
         run_id = outcome.id
@@ -293,6 +301,39 @@ class Client:
             )
         if not key and action == "resolve" and len(parked) > 1:
             raise UsageError(f"run {run_id} has other keys parked ({known}); settle those first, then resolve the run")
+
+    def pause(self, *, saga: Any = "", queue: str = "", reason: str = "", by: str = "") -> bool:
+        """Pause a saga (its name), with all its runs and those to come, or a queue; False if it is paused already.
+
+        It holds within a second everywhere.  Commits.  Raises: UsageError, StoreUnavailableError.
+        """
+        kind, name = _saga_or_queue(saga, queue)
+        _check_words(by, reason)
+        with self.pool.connection() as connection, _schema_named():
+            paused = pauses.pause(connection, kind, name, by or whoami(), reason)
+            self._tell(connection, kind, name)
+        return paused
+
+    def resume(self, *, saga: Any = "", queue: str = "", reason: str = "", by: str = "") -> bool:
+        """End the pause of a saga or a queue; False if there is none.
+
+        A run that was paused by itself stays so.  Commits.  Raises: UsageError, StoreUnavailableError.
+        """
+        kind, name = _saga_or_queue(saga, queue)
+        _check_words(by, reason)
+        with self.pool.connection() as connection, _schema_named():
+            lifted = pauses.lift(connection, kind, name, by or whoami(), reason)
+            self._tell(connection, kind, name)
+            if kind == "queue":
+                self.ring_for(connection, name, _PAGE)
+        return lifted
+
+    def _tell(self, connection: Connection, kind: pauses.Kind, name: str) -> None:
+        more = kind == "saga"
+        while more:
+            more, queues = pauses.tell(connection, name)
+            for queue, rows in Counter(queues).items():
+                self.ring_for(connection, queue, rows)
 
     def _open(self, run_id: str, what: str) -> runs.Outcome:
         outcome = self.outcome(run_id)
@@ -587,6 +628,17 @@ def _aware(eta: Any) -> datetime | None:
     if not isinstance(eta, datetime) or eta.tzinfo is None:
         raise UsageError("eta must be an aware datetime; say which time zone it is in")
     return eta
+
+
+def _saga_or_queue(saga: Any, queue: str) -> tuple[pauses.Kind, str]:
+    name = getattr(saga, "name", saga)
+    if bool(name) is bool(queue) or not is_name(name or queue):
+        raise UsageError("say which saga or which queue, by its name and not both")
+    return ("saga", name) if name else ("queue", queue)
+
+
+def _check_words(by: str, reason: str) -> None:
+    check({"by": by, "reason": reason}, what="the order")
 
 
 def _wants_code(arrival: Arrival) -> bool:

@@ -7,6 +7,7 @@ declared steps to its Celery app.
 from __future__ import annotations
 
 import copy
+import inspect
 import uuid
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -14,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
-from orchestrator.codec import FunctionCodec, Json, is_name
+from orchestrator.codec import FunctionCodec, Json, canonical_text, is_name
 from orchestrator.errors import DefinitionError, UsageError
 from orchestrator.machine.journal import Undo
 from orchestrator.machine.loop import inside_saga
-from orchestrator.machine.policy import START_TO_CLOSE, Effect, RetryPolicy
+from orchestrator.machine.policy import START_TO_CLOSE, Effect, Limit, RetryPolicy
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,6 +52,9 @@ class StepOptions:
     heartbeat_timeout: timedelta | None = None
     transactional: bool = False
     local: bool = False
+    rate_limit: str | None = None
+    concurrency: int | None = None
+    limit_key: str | Callable[..., Any] | None = None
     key: str = ""
     celery: dict[str, Any] = field(default_factory=dict)
 
@@ -99,7 +103,7 @@ class Step(Generic[P, R]):
         return probe
 
     def with_options(self, **changes: Any) -> Step[P, R]:
-        """Return this step with other options for one call; `key` names the call itself."""
+        """Return this step with other options for one call; `key` names the call itself (`limit_key` its limit)."""
         try:
             options = replace(self.options, **changes)
         except TypeError as error:
@@ -157,11 +161,43 @@ class Step(Generic[P, R]):
             return None
         if self._undo is None:
             self._undo = _undo_of(self)
-        missing = [name for name in self._undo.names if name not in args]
-        if not missing:
-            return self._undo
-        known = self.codec.encode_defaults(missing)
-        return replace(self._undo, names=(), args={n: args.get(n, known.get(n)) for n in self._undo.names})
+        undo = self._undo
+        missing = [name for name in undo.names if name not in args]
+        if missing:
+            known = self.codec.encode_defaults(missing)
+            undo = replace(undo, names=(), args={n: args.get(n, known.get(n)) for n in undo.names})
+        other = _declared_undo(self, undo)
+        if other is None or not other.limited:
+            return undo
+        return replace(undo, limit=other.limit({n: args[n] for n in undo.names} if undo.args is None else undo.args))
+
+    @property
+    def limited(self) -> bool:
+        """Whether it has a rate limit or a concurrency of its own."""
+        return self.options.rate_limit is not None or self.options.concurrency is not None
+
+    def limit(self, args: dict[str, Json]) -> dict[str, Json] | None:
+        """Return the gate that a call with these encoded arguments has to pass, with its limits; None without any.
+
+        Raises: UsageError if its key is no name.
+        """
+        if not self.limited:
+            return None
+        gate = self.name
+        if self.options.limit_key is not None:
+            key = self._limit_key(self.options.limit_key, args)
+            if not is_name(key):
+                raise UsageError(f"step {self.name}: the key of its limit must be 1 to 500 printable bytes of text")
+            gate = f"{gate}:{key}"
+        return Limit(self.options.rate_limit, self.options.concurrency).encode(gate)
+
+    def _limit_key(self, key: str | Callable[..., Any], args: dict[str, Json]) -> str:
+        names = _key_names(key)
+        known = {**self.codec.encode_defaults(name for name in names if name not in args), **args}
+        if isinstance(key, str):
+            value = known[key]
+            return value if isinstance(value, str) else canonical_text(value)
+        return str(key(**self.codec.decode_arguments(known, names)))
 
 
 _PROBE_OPTIONS = StepOptions(effect=Effect.NONE)
@@ -225,8 +261,34 @@ def _check_options(step: Step[Any, Any]) -> None:
         value = getattr(options, option)
         if value and not is_name(value):
             raise DefinitionError(f"step {step.name}: {option}= must be text of at most 500 printable bytes")
+    _check_limit(step)
     if options.compensate is not None:
         _undo_of(step)
+
+
+def _check_limit(step: Step[Any, Any]) -> None:
+    options = step.options
+    try:
+        Limit(options.rate_limit, options.concurrency)
+    except DefinitionError as error:
+        raise DefinitionError(f"step {step.name}: {error}") from None
+    if options.limit_key is None:
+        return
+    if not step.limited:
+        raise DefinitionError(
+            f"step {step.name}: @step(key=...) says whom a limit counts for, and there is neither rate_limit= nor "
+            "concurrency=; to name a call, use with_options(key=...)"
+        )
+    unknown = [name for name in _key_names(options.limit_key) if name not in step.codec.parameters]
+    if unknown:
+        raise DefinitionError(
+            f"step {step.name}: the key of its limit takes {', '.join(unknown)}, which is no parameter of it "
+            f"(it has {', '.join(step.codec.parameters) or 'none'})"
+        )
+
+
+def _key_names(key: str | Callable[..., Any]) -> list[str]:
+    return [key] if isinstance(key, str) else list(inspect.signature(key).parameters)
 
 
 def _check_parameters(other: Step[Any, Any], step: Step[Any, Any], what: str, also: tuple[str, ...]) -> None:
@@ -243,6 +305,11 @@ def _undo_of(step: Step[Any, Any]) -> Undo:
     other = step.options.compensate
     if isinstance(other, Step):
         _check_parameters(other, step, "compensation", also=("result",))
+        if other.options.limit_key is not None and "result" in _key_names(other.options.limit_key):
+            raise DefinitionError(
+                f"step {step.name}: the limit of its compensation {other.name} counts by `result`, which is not known "
+                "when the undo is armed"
+            )
         return _named_undo(other)
     if isinstance(other, dict) and "task" in other:  # a signature: arguments of its own
         declared = registry.steps.get(other["task"])
@@ -257,6 +324,11 @@ def _undo_of(step: Step[Any, Any]) -> Undo:
         f"step {step.name}: compensate= takes a step, a Celery task or a signature like `refund.s(...)`, "
         f"not {other!r:.80}"
     )
+
+
+def _declared_undo(step: Step[Any, Any], undo: Undo) -> Step[Any, Any] | None:
+    other = step.options.compensate
+    return other if isinstance(other, Step) else registry.steps.get(undo.task)
 
 
 def _named_undo(other: Step[Any, Any]) -> Undo:
@@ -336,8 +408,10 @@ class _StepDecorator:
         Options: `queue`, `priority`; `compensate` (a step taking, by name, any of this step's parameters and
         ``result``, or a signature); `effect`; `on_unknown` (compensate, probe or park); `retry`;
         `start_to_close_timeout`, `heartbeat_timeout` (timedelta); `transactional` (the first parameter is a connection;
-        its writes commit with the step's completion); `local` (runs in the worker that drives the saga); `name`.  Any
-        other option is Celery's own.
+        its writes commit with the step's completion); `local` (runs in the worker that drives the saga); `name`;
+        `rate_limit` ("100/s", "5/m", "1000/h": how often it may begin) and `concurrency` (how many at once), over all
+        workers; `key` (the name of a parameter, or a callable that takes some of them by name: each value has the
+        limits for itself).  Any other option is Celery's own.
         Raises: DefinitionError at import.
         """
         if function is not None:
@@ -356,7 +430,11 @@ class _StepDecorator:
 def _declare(function: Callable[..., Any], options: dict[str, Any]) -> Step[Any, Any]:
     own = {name: options.pop(name) for name in tuple(options) if name in StepOptions.__dataclass_fields__}
     name = options.pop("name", None) or _task_name(function)
+    if "key" in own:  # in a declaration the key of its limits; to name a call is for with_options()
+        own["limit_key"] = own.pop("key")
     own["celery"] = refuse_or_keep(name, options)
+    if own.get("rate_limit") is not None:
+        own["celery"]["rate_limit"] = own["rate_limit"]  # for its messages as a plain task
     declared: Step[Any, Any] = Step(function, name, StepOptions(**own))
     registry.add(declared)
     return declared

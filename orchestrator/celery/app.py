@@ -125,6 +125,14 @@ class Orchestrator:
         """Return a handle to a run."""
         return self.client.handle(saga, run_id)
 
+    def pause(self, *, saga: Saga[Any, Any] | str = "", queue: str = "", reason: str = "", by: str = "") -> bool:
+        """Pause a saga or a queue; see `Client.pause`."""
+        return self.client.pause(saga=saga, queue=queue, reason=reason, by=by)
+
+    def resume(self, *, saga: Saga[Any, Any] | str = "", queue: str = "", reason: str = "", by: str = "") -> bool:
+        """End the pause of a saga or a queue; see `Client.resume`."""
+        return self.client.resume(saga=saga, queue=queue, reason=reason, by=by)
+
     def _refuse_eager(self, saga: Saga[Any, Any]) -> None:
         if self.app.conf.task_always_eager:
             raise UsageError(

@@ -102,6 +102,14 @@ def saga_named(name: str) -> Saga[Any, Any]:
     return sagas.latest(name)
 
 
+def full_name(name: str) -> str:
+    """Return the full name of a saga, or the name as it is: its code may be gone while its runs are not."""
+    try:
+        return saga_named(name).name if name else ""
+    except UnknownSagaError:
+        return name
+
+
 def console(ctx: click.Context) -> Console:
     """Return the console: with colour on a terminal only, and as wide as one."""
     narrow = sys.stdout.isatty() or "COLUMNS" in os.environ

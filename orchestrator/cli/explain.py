@@ -13,6 +13,7 @@ from orchestrator.machine.fold import Fold, RunInfo
 from orchestrator.machine.journal import decode_entry
 from orchestrator.store import runs
 from orchestrator.store.connection import Connection
+from orchestrator.store.pauses import pauses_of
 
 
 @click.command(cls=Command)
@@ -50,7 +51,8 @@ def read_case(connection: Connection, run_id: str) -> Case:
         fold = _fold(run, runs.history(connection, run_id))
         work = runs.outstanding(connection, run_id)
         ahead = runs.ahead(connection, run_id)
-        return Case(run, fold, work, runs.inbox(connection, run_id), runs.serving(connection), ahead)
+        held = pauses_of(connection, run["saga"], [item.queue for item in work])
+        return Case(run, fold, work, runs.inbox(connection, run_id), runs.serving(connection), held, ahead)
 
 
 def parent_of(run: dict[str, Any]) -> str:

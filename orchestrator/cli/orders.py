@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from orchestrator.cli.command import Command, JsonType, as_json, client_of, print_json, run_argument
+from orchestrator.cli.command import Command, JsonType, as_json, client_of, full_name, print_json, run_argument
 from orchestrator.client import Client
 from orchestrator.errors import UsageError
 
@@ -74,24 +74,64 @@ def signal(ctx: click.Context, run_id: str, name: str, payload: Any, signal_id: 
     _say(json_, run_id, "signal", f"Run {run_id} was sent {name} (id {signal_id}).", name=name, signal=signal_id)
 
 
-@_order
-@run_argument
-def pause(ctx: click.Context, run_id: str, reason: str, by: str, json_: bool) -> None:
-    """Hold RUN where it is, until `resume`.
+saga_option = click.option("--saga", "saga_name", default="", help="All runs of this saga, and those to come.")
+queue_option = click.option("--queue", default="", help="All that is due on this queue.")
 
-    Steps that it has asked for go on and are recorded; then nothing more is asked for. It can be cancelled and
-    terminated as it stands, and its deadline holds.
+
+@_order
+@queue_option
+@saga_option
+@click.argument("run_id", metavar="[RUN]", required=False)
+def pause(
+    ctx: click.Context, run_id: str | None, saga_name: str, queue: str, reason: str, by: str, json_: bool
+) -> None:
+    """Hold RUN where it is, or a whole saga, or a queue, until `resume`.
+
+    Steps that a run has asked for go on and are recorded; then nothing more is asked for. It can be cancelled and
+    terminated as it stands, and its deadline holds. Of a saga that is paused, new runs stay pending. Of a queue that is
+    paused nothing is taken, be it turns or steps; what runs is finished.
     """
-    client_of(ctx).operate(run_id, "pause", by=_who(by), reason=reason)
-    _say(json_, run_id, "pause", f"Run {run_id} is paused.")
+    if _one_run(run_id, saga_name, queue):
+        client_of(ctx).operate(str(run_id), "pause", by=_who(by), reason=reason)
+        _say(json_, str(run_id), "pause", f"Run {run_id} is paused.")
+        return
+    name = full_name(saga_name)
+    new = client_of(ctx).pause(saga=name, queue=queue, by=_who(by), reason=reason)
+    _say_all(json_, "pause", name, queue, new, "is paused" if new else "is paused already")
 
 
 @_order
-@run_argument
-def resume(ctx: click.Context, run_id: str, reason: str, by: str, json_: bool) -> None:
-    """Let RUN go on after `pause`."""
-    client_of(ctx).operate(run_id, "resume", by=_who(by), reason=reason)
-    _say(json_, run_id, "resume", f"Run {run_id} goes on.")
+@queue_option
+@saga_option
+@click.argument("run_id", metavar="[RUN]", required=False)
+def resume(
+    ctx: click.Context, run_id: str | None, saga_name: str, queue: str, reason: str, by: str, json_: bool
+) -> None:
+    """Let RUN go on after `pause`, or a whole saga, or a queue.
+
+    A run that was paused by itself stays so when its saga is resumed.
+    """
+    if _one_run(run_id, saga_name, queue):
+        client_of(ctx).operate(str(run_id), "resume", by=_who(by), reason=reason)
+        _say(json_, str(run_id), "resume", f"Run {run_id} goes on.")
+        return
+    name = full_name(saga_name)
+    ended = client_of(ctx).resume(saga=name, queue=queue, by=_who(by), reason=reason)
+    _say_all(json_, "resume", name, queue, ended, "goes on" if ended else "is not paused")
+
+
+def _one_run(run_id: str | None, saga_name: str, queue: str) -> bool:
+    if sum(map(bool, (run_id, saga_name, queue))) != 1:
+        raise click.UsageError("name a RUN, or --saga NAME, or --queue NAME")
+    return bool(run_id)
+
+
+def _say_all(json_: bool, action: str, saga_name: str, queue: str, changed: bool, sentence: str) -> None:
+    kind, name = ("saga", saga_name) if saga_name else ("queue", queue)
+    if json_:
+        print_json({kind: name, "ordered": action, "changed": changed})
+    else:
+        click.echo(f"{kind.capitalize()} {name} {sentence}.")
 
 
 @_order

@@ -12,8 +12,10 @@ from typing import Any
 
 from orchestrator.cli import words
 from orchestrator.machine.fold import Fold, Step
-from orchestrator.machine.journal import Parked
+from orchestrator.machine.journal import Operated, Parked
 from orchestrator.machine.states import TERMINAL, Backward
+from orchestrator.store.gates import LINE
+from orchestrator.store.pauses import Pause
 from orchestrator.store.runs import Inbox, Outstanding, Serving
 
 SILENT = timedelta(seconds=15)  # a worker renews its lease twice a second; this long means that its machine is gone
@@ -39,6 +41,7 @@ class Case:
     work: list[Outstanding]
     inbox: Inbox
     workers: list[Serving]
+    pauses: list[Pause] = field(default_factory=list)
     ahead: dict[str, list[str]] = field(default_factory=dict)  # by the key of a lock: runs before this one, in order
 
     @property
@@ -92,13 +95,19 @@ def _parked(case: Case) -> Iterator[Reason]:
 
 
 def _paused(case: Case) -> Iterator[Reason]:
-    if case.fold.rollback is not None:
-        return
-    run_id = case.run["id"]
-    for entry in case.fold.pauses.values():
-        why = f": {entry.reason}" if entry.reason else ""
-        text = f"Paused by {entry.by or 'an unnamed caller'}{why}. It asks for nothing new until it is resumed."
-        yield Reason("paused", text, "", (f"saga resume {run_id}",))
+    for pause in case.pauses:
+        if pause.kind == "saga" and case.fold.rollback is not None:
+            continue
+        then = "nothing of it is taken" if pause.kind == "queue" else "its runs ask for nothing new"
+        text = f"{_capital(pause.kind)} {pause.name} is paused by {_who(pause)}: {then} until it is resumed."
+        yield Reason("paused", text, "", (f"saga resume --{pause.kind} {pause.name}",))
+    if case.fold.rollback is None and "" in case.fold.pauses:
+        text = f"Paused by {_who(case.fold.pauses[''])}. It asks for nothing new until it is resumed."
+        yield Reason("paused", text, "", (f"saga resume {case.run['id']}",))
+
+
+def _who(paused: Pause | Operated) -> str:
+    return (paused.by or "an unnamed caller") + (f" ({paused.reason})" if paused.reason else "")
 
 
 def _waiting(case: Case) -> Iterator[Reason]:
@@ -157,6 +166,8 @@ def _key_hints(entry: Parked, run_id: str) -> tuple[str, ...]:
 
 # -- the next turn -----------------------------------------------------------------------------------------------------
 def _of_turn(case: Case, item: Outstanding) -> Iterator[Reason]:
+    if item.due_at - case.now > LINE / 2:
+        return  # put aside, because its saga is paused
     if item.due_at > case.now:
         yield from _sleeping(case, item)
         return
@@ -189,6 +200,10 @@ def _of_work(case: Case, item: Outstanding) -> Iterator[Reason]:
     step = case.fold.steps.get(item.key)
     if item.begun:
         yield _running(case, item, step)
+    elif item.in_line or (item.limit and item.due_at > case.now):
+        yield _in_line(item)
+        if problem := _taker_problem(case, item, _name(item)):
+            yield problem
     elif item.due_at > case.now:
         yield _later(case, item, step)
     else:
@@ -221,6 +236,17 @@ def _running(case: Case, item: Outstanding, step: Step | None) -> Reason:
     if item.expires_at and item.deadline_at and item.expires_at < item.deadline_at:
         beat = f", is given up without a heartbeat before {case.clock(item.expires_at)}"
     return Reason("running", f"Running {name} ({nth}) on {item.node} since {since}{ends}{beat}.{stop}", item.key)
+
+
+def _in_line(item: Outstanding) -> Reason:
+    """A step that has to pass a gate, and was not let in yet."""
+    limit = item.limit or {}
+    most = limit.get("most")
+    if most is not None and item.let_in >= most:
+        slots = "for the only slot" if most == 1 else f"for one of {most} slots"
+        return Reason("concurrency", f"{_capital(_name(item))} waits {slots} of {limit['gate']}.", item.key)
+    rate = f" under rate limit {limit['rate']}" if "rate" in limit else ""
+    return Reason("rate limit", f"{_capital(_name(item))} waits for its turn{rate} of {limit.get('gate')}.", item.key)
 
 
 def _later(case: Case, item: Outstanding, step: Step | None) -> Reason:

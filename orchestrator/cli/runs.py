@@ -17,6 +17,7 @@ from orchestrator.cli.command import (
     as_json,
     client_of,
     console,
+    full_name,
     grid,
     orchestrator_of,
     print_json,
@@ -27,11 +28,12 @@ from orchestrator.cli.command import (
 )
 from orchestrator.cli.example import example_call
 from orchestrator.client import SagaResult
-from orchestrator.errors import PayloadError, SagaFailed, UnknownSagaError
+from orchestrator.errors import PayloadError, SagaFailed
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.saga import Saga
 from orchestrator.store import migrate as migrate_schema
 from orchestrator.store import runs
+from orchestrator.store.gates import LINE
 from orchestrator.store.runs import Outstanding
 
 
@@ -140,7 +142,7 @@ _STATES = [state.value for state in RunState]
 def list_(ctx: click.Context, states: tuple[str, ...], saga_name: str, limit: int, json_: bool) -> None:
     """List runs, the newest first."""
     with reading(ctx) as connection:
-        found = runs.listed(connection, runs.listing(states=states, saga=_full_name(saga_name), limit=limit + 1))
+        found = runs.listed(connection, runs.listing(states=states, saga=full_name(saga_name), limit=limit + 1))
         now = runs.inbox(connection, "").now
     more, found = len(found) > limit, found[:limit]
     if json_:
@@ -152,13 +154,6 @@ def list_(ctx: click.Context, states: tuple[str, ...], saga_name: str, limit: in
     _print_list(ctx, found, now)
     if more:
         click.echo(f"... and older ones; see more with --limit {limit * 10}.")
-
-
-def _full_name(name: str) -> str:
-    try:
-        return saga_named(name).name if name else ""
-    except UnknownSagaError:
-        return name  # its code may be gone while its runs are not
 
 
 def _print_list(ctx: click.Context, found: list[dict[str, Any]], now: datetime) -> None:
@@ -251,6 +246,10 @@ def _work_table(work: list[Outstanding], now: datetime) -> Table:
 def _when(item: Outstanding, now: datetime) -> str:
     if item.begun and item.begun_at:
         return f"running for {words.duration(now - item.begun_at)}"
+    if item.in_line:
+        return "in line"
+    if item.due_at - now > LINE / 2:
+        return "paused"
     return words.ago(item.due_at, now) if item.due_at > now else f"due {words.ago(item.due_at, now)}"
 
 

@@ -116,6 +116,15 @@ class FunctionCodec:
         args = self._take_positional(kwargs, bool(rest))
         return (*args, *rest), kwargs | extra
 
+    def decode_arguments(self, encoded: Mapping[str, Json], names: Iterable[str]) -> dict[str, Any]:
+        """Return some of the arguments of an encoded call, by name.
+
+        Raises:
+            PayloadError: a value does not fit today's annotation.
+        """
+        values = self._values or self.prepare()
+        return {name: self._decode(name, values[name], encoded[name]) for name in names}
+
     def encode_result(self, value: Any) -> Json:
         """Encode what the function returned.
 

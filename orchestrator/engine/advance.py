@@ -6,7 +6,7 @@ Owns rule 1 (docs/concepts.md) and the cache of live coroutines.  Saga code runs
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from orchestrator.engine.cache import Executions
-from orchestrator.engine.commit import Begun, Identity, IsShort, Scope, begin_next, commit_of, correction
+from orchestrator.engine.commit import Begun, Identity, IsShort, Scope, begin_next, commit_of, correction, gate_of
 from orchestrator.engine.observe import tell
 from orchestrator.errors import DriftError, describe_exception
 from orchestrator.failpoints import failpoint
@@ -30,7 +30,7 @@ from orchestrator.machine.journal import (
 )
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.machine.turn import CodeError, CodeMissing, Execution, Script, Turn
-from orchestrator.store import runs, turns
+from orchestrator.store import gates, runs, turns
 from orchestrator.store.connection import REFUSED, UNAVAILABLE, Connection
 from orchestrator.store.turns import Loaded, Taken
 
@@ -277,6 +277,7 @@ class Advancer:
         if accepted:
             if queue:
                 self._ring(connection, queue, 1)
+            self._admit(connection, [taken.call])
             return True
         taken.refused = True
         logger.warning("run %s step %s: attempt %s has lost its fence, its outcome is refused", taken.run_id, taken.key,
@@ -410,6 +411,7 @@ class Advancer:
         else:
             self._runs.remember(execution)
         self._ring_for(connection, execution.info, turn, first, committed.posted or ())
+        self._admit(connection, [*(work.call for work in turn.work), *(taken.call for taken in done)])
         begun = [first.taken] if first else []
         others = execution.fold.in_flight > len(begun)
         return Made(begun, committed.owed or (others and turns.has_arrivals(connection, run_id)))
@@ -471,13 +473,21 @@ class Advancer:
     ) -> None:
         waiting: dict[str, int] = {}
         for work in turn.work:
-            if (first is None or work is not first.work) and (work.due is None or work.due <= turn.at):
+            if (first is not None and work is first.work) or gate_of(work.call):
+                continue
+            if work.due is None or work.due <= turn.at:
                 queue = work.queue or info.queue
                 waiting[queue] = waiting.get(queue, 0) + 1
         for queue in (*(child.queue for child in turn.children), *posted):
             waiting[queue] = waiting.get(queue, 0) + 1
         for queue, rows in waiting.items():
             self._ring(connection, queue, rows)
+
+    def _admit(self, connection: Connection, calls: Iterable[Any]) -> None:
+        """Somebody came to a gate, or has left: let in whom there is room for."""
+        for gate in {gate: None for call in calls if call and (gate := gate_of(call))}:
+            for queue, rows in gates.admit(connection, gate).items():
+                self._ring(connection, queue, rows)
 
     def _correct(self, connection: Connection, execution: Execution, late: Late) -> None:
         """An effect that landed after its run had ended is undone by a linked run of its own."""

@@ -27,6 +27,7 @@ from orchestrator.machine.journal import (
 )
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.machine.turn import Execution, Turn
+from orchestrator.store.gates import LINE
 from orchestrator.store.turns import Commit, Taken
 
 IsShort = Callable[[str], bool]
@@ -85,9 +86,9 @@ def commit_of(
         holds_turn=holds_turn,
         wake=turn.wake if continued is None else turn.at,
         rewake=continued is not None or (turn.wake is not None and turn.wake != execution.committed_wake),
-        next=work_row(info, first.work, begun=True) if first else None,
+        next=work_row(info, first.work, turn.at, begun=True) if first else None,
         next_fence=first.taken.fence if first else None,
-        work=[work_row(info, work) for work in turn.work if first is None or work is not first.work],
+        work=[work_row(info, work, turn.at) for work in turn.work if first is None or work is not first.work],
         withdraw=turn.withdraw,
         consumed=consumed,
         children=[_child_row(child) for child in turn.children],
@@ -111,12 +112,12 @@ def _link(execution: Execution, turn: Turn, continued: Continued) -> dict[str, J
 
 
 def begin_next(scope: Scope, info: RunInfo, turn: Turn, now: datetime, is_short: IsShort | None = None) -> Begun | None:
-    """Choose the work that this child goes on with: the first that is due and can run here."""
+    """Choose the work that this child goes on with: the first that is due, has no gate to pass and can run here."""
     if turn.state in TERMINAL or not scope.may_begin():
         return None
     for work in turn.work:
         target, queue = target_of(info, work), work.queue or info.queue
-        here = queue in scope.queues and target in scope.targets
+        here = queue in scope.queues and target in scope.targets and not gate_of(work.call)
         if here and (work.due is None or work.due <= now) and (is_short is None or is_short(work.task)):
             deadline = now + timedelta(seconds=work.call["t"]) if "t" in work.call else None
             taken = Taken(
@@ -137,8 +138,13 @@ def target_of(info: RunInfo, work: Work) -> str:
     return info.target if work.local or work.role == "once" else work.task
 
 
-def work_row(info: RunInfo, work: Work, *, begun: bool = False) -> dict[str, Any]:
-    return {
+def gate_of(call: Any) -> str:
+    """Return the gate that a step has to pass before it begins; the empty string if it has no limits."""
+    return str(call["g"]["gate"]) if "g" in call else ""
+
+
+def work_row(info: RunInfo, work: Work, at: datetime, *, begun: bool = False) -> dict[str, Any]:
+    row = {
         "key": work.key,
         "role": work.role,
         "target": target_of(info, work),
@@ -149,6 +155,9 @@ def work_row(info: RunInfo, work: Work, *, begun: bool = False) -> dict[str, Any
         "attempt": work.attempt + begun,
         "call": work.call,
     }
+    if gate := gate_of(work.call):
+        row |= {"gate": gate, "due": ((work.due or at) + LINE).isoformat()}
+    return row
 
 
 def summary_of(execution: Execution, turn: Turn) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from orchestrator.machine.policy import RetryPolicy
 from orchestrator.machine.turn import Script
 from orchestrator.settings import Settings
 from orchestrator.step import StepContext, StepStopped
-from orchestrator.store import liveness, runs, turns
+from orchestrator.store import liveness, pauses, runs, turns
 from orchestrator.store.connection import UNAVAILABLE, Connection, open_connection, unavailable
 from orchestrator.store.permits import Permit, Permits
 from orchestrator.store.transaction import CommitUnknown
@@ -97,6 +97,9 @@ class Drainer:
         self._reconnected = False
         self._permit: Permit | None = None
         self._queues = deque(sorted(worker.scope.queues))
+        self._scope = replace(worker.scope, may_begin=self._may_begin)  # without the queues that are paused
+        self._paused = pauses.NOTHING
+        self._known_until = 0.0
         self._until = math.inf
         self._steps = 0
         self._marked: Identity | None = None
@@ -138,10 +141,11 @@ class Drainer:
         self._enter()
         connection, advancer = self._ready()
         identity = advancer.identity
-        queues = list(self._worker.scope.queues)
         self._until = time.monotonic() + self._settings.drain_seconds
         self._steps = 0
         while True:
+            if time.monotonic() > self._known_until:
+                self._mark(connection, identity)
             full = not self._may_begin()
             taken = [] if full else self._linger(connection, advancer)
             if taken:
@@ -159,10 +163,20 @@ class Drainer:
             taken = self._take(connection, advancer)
             if not taken:
                 return self._steps
-            liveness.enter(connection, identity.incarnation, identity.child, queues)
+            self._mark(connection, identity)
             self._marked = identity
             self._perform(taken)
             connection, advancer = self._ready()
+
+    def _mark(self, connection: Connection, identity: Identity) -> bool:
+        """Mark that this child drains, and hear what is paused; False if its incarnation was declared dead."""
+        queues = list(self._worker.scope.queues)
+        paused = liveness.enter(connection, identity.incarnation, identity.child, queues)
+        if paused is None:
+            return False
+        self._paused, self._known_until = paused, time.monotonic() + _KNOWN_S
+        self._scope.queues = [queue for queue in queues if queue not in paused.queues]
+        return True
 
     def _linger(self, connection: Connection, advancer: Advancer) -> list[Taken]:
         """Take what is due; after work, wait a moment for more of it, which is cheaper than a doorbell for each."""
@@ -190,9 +204,12 @@ class Drainer:
         short = {task: seconds for task, seconds in self._recent_s.items() if self._is_short(task)}
         left = max(1, self._settings.drain_steps - self._steps)
         batch = min(left, _batch(max(short.values(), default=_TOGETHER_S)))
+        queues = [queue for queue in self._queues if queue not in self._paused.queues]
+        if not queues:
+            return []
         taken = turns.take(
             connection,
-            queues=list(self._queues),
+            queues=queues,
             targets=[*scope.targets, turns.ANYONE],
             incarnation=identity.incarnation,
             child=identity.child,
@@ -226,7 +243,20 @@ class Drainer:
             for item in attempts:
                 self._begun.extend(self._run(item))
 
+    def _put_aside(self, items: list[Taken]) -> list[Taken]:
+        """Leave runs alone whose saga is paused; orders for one that has not begun are heard all the same."""
+        held = [item for item in items if item.run and item.run.saga in self._paused.sagas]
+        held = [item for item in held if item.run and (item.run.position or item.target != turns.ANYONE)]
+        if not held:
+            return items
+        connection, advancer = self._ready()
+        sagas, identity = list(self._paused.sagas), advancer.identity
+        ids = [item.run_id for item in held]
+        aside = pauses.put_aside(connection, ids, sagas, identity.incarnation, identity.child)
+        return [item for item in items if item.run_id not in aside]
+
     def _start_turns(self, items: list[Taken]) -> list[Taken]:
+        items = self._put_aside(items)
         if not items:
             return []
         connection, advancer = self._ready()
@@ -445,12 +475,11 @@ class Drainer:
             self._reconnected = self._reconnected or self._advancer is None
         if self._advancer is None:
             identity = self._worker.identity()
-            if not liveness.enter(
-                self._connection, identity.incarnation, identity.child, list(self._worker.scope.queues)
-            ):
+            if not self._mark(self._connection, identity):
                 raise StoreUnavailableError("this worker was declared dead and is taking a new incarnation; try again")
-            scope = replace(self._worker.scope, may_begin=self._may_begin)
-            self._advancer = Advancer(self._worker.script_of, scope, identity, self._ring, self._settings.cache_runs)
+            self._advancer = Advancer(
+                self._worker.script_of, self._scope, identity, self._ring, self._settings.cache_runs
+            )
         return self._connection, self._advancer
 
     def _open(self, name: str) -> Connection:
@@ -491,7 +520,7 @@ class Drainer:
             for queue in liveness.give_back_child(connection, identity.incarnation, identity.child):
                 self._ring(connection, queue, 1)
             self._reconnected = False
-        if not liveness.enter(connection, identity.incarnation, identity.child, list(self._worker.scope.queues)):
+        if not self._mark(connection, identity):
             advancer.discard()
             self._advancer = None
             _, advancer = self._ready()
@@ -514,6 +543,7 @@ _LINGER_S = (0.002, 0.004, 0.008)
 _TOGETHER_S = 0.01  # steps shorter than this may share a commit
 _SHORT_S = 0.02  # opening a connection takes about half of this
 _PATIENCE = 600.0
+_KNOWN_S = 1.0  # how long a drain goes by what it has heard of pauses
 
 
 def _run_once(function: Callable[[], Any] | None) -> Invocation:

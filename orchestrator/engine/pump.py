@@ -14,7 +14,7 @@ from datetime import timedelta
 from time import monotonic
 
 from orchestrator.failpoints import failpoint
-from orchestrator.store import liveness, runs
+from orchestrator.store import gates, liveness, pauses, runs
 from orchestrator.store.connection import Connection
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class Pump:
         self._looked_at = monotonic()
         self._rounds = 0
         self._waited: dict[str, int] = {}
+        self._after_gate = ""
 
     def connection_broke(self) -> None:
         """Forget what was seen: over a broken connection nobody may be judged."""
@@ -65,6 +66,9 @@ class Pump:
             *liveness.wake_forgotten(connection),
         ]
         pumped.given_back = len(queues)
+        self._admit(connection)
+        for saga in pauses.untold(connection):
+            pauses.tell(connection, saga)
         due = liveness.due(connection, self._reservation)
         for queue, rows in due.items():
             times = runs.rings_needed(connection, queue, rows) or self._doubt(queue)
@@ -79,7 +83,15 @@ class Pump:
         self._rounds += 1
         if self._rounds % 60 == 0:
             liveness.sweep(connection)
+            gates.sweep(connection)
         return pumped
+
+    def _admit(self, connection: Connection) -> None:
+        """Let in whom there is room for at a page of the gates; the next round goes on from there."""
+        found = gates.lines(connection, self._after_gate)
+        for gate in found:
+            gates.admit(connection, gate)
+        self._after_gate = found[-1] if found else ""
 
     def _doubt(self, queue: str) -> int:
         """Every slot says that it drains and still work is due: ring now and then, should a mark be wrong."""

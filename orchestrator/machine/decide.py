@@ -443,6 +443,8 @@ class Decisions:
             call["x"] = asked.retry[4]
         if asked.transactional:
             call["n"] = 1
+        if asked.limit:
+            call["g"] = asked.limit
         if step.details is not None:
             call["d"] = step.details
         role = "once" if asked.kind == "once" else "do"
@@ -470,6 +472,8 @@ class Decisions:
             call["l"] = step.late
         if undo.retry and undo.retry[4]:
             call["x"] = undo.retry[4]
+        if undo.limit:
+            call["g"] = undo.limit
         due = self._not_before_quiet(step, due)
         return Work(step.key, "undo", undo.task, undo.queue or step.asked.queue, call, due, step.undo_attempts)
 

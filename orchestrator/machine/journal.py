@@ -30,6 +30,7 @@ class Undo:
     queue: str = ""
     timeout: float = 0.0
     retry: list[Any] | None = None
+    limit: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Asked:
     heartbeat: float = 0.0
     priority: int = 0
     scope: str = ""  # the innermost block of partial rollback that it was asked in
+    limit: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,7 +403,8 @@ class Work:
     `attempt` counts the attempts before this one.  `call` is all that a worker needs beyond its registered code:
     ``a`` arguments, ``t`` timeout and ``h`` heartbeat timeout in seconds, ``x`` names of non-retryable errors,
     ``d`` heartbeat details of the attempt before, ``n`` that a lost attempt certainly had no effect (its transaction is
-    gone with it), ``l`` the attempt whose late effect is undone, ``k`` the link of a run that was continued as new.
+    gone with it), ``l`` the attempt whose late effect is undone, ``g`` the gate it has to pass, with its limits, ``k``
+    the link of a run that was continued as new.
     """
 
     key: str

@@ -5,6 +5,7 @@ Owns the arithmetic of retries and every default of it.  Must never look at a cl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
@@ -84,6 +85,50 @@ class RetryPolicy:
         """Return the policy of a journal form."""
         initial, coefficient, maximum, attempts, names = form
         return cls(timedelta(seconds=initial), coefficient, timedelta(seconds=maximum), attempts, tuple(names))
+
+
+_RATE = re.compile(r"(\d+(?:\.\d+)?)/([smh])")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds_between(rate: Any) -> float:
+    """Return the seconds between two begins at a rate such as ``100/s``, ``5/m`` or ``1000/h``.
+
+    Raises: DefinitionError for anything else, and for a rate of zero.
+    """
+    found = _RATE.fullmatch(rate) if isinstance(rate, str) else None
+    if found is None or not float(found[1]):
+        raise DefinitionError(
+            f"a rate is a positive number for each second, minute or hour, like '100/s', not {rate!r}"
+        )
+    return _SECONDS[found[2]] / float(found[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How often a step may begin, and how many of it may be under way at once, over all workers.
+
+    Raises: DefinitionError for values that make no sense.
+    """
+
+    rate: str | None = None
+    concurrency: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rate is not None:
+            seconds_between(self.rate)
+        many: Any = self.concurrency
+        if many is not None and (type(many) is not int or many < 1):
+            raise DefinitionError(f"concurrency is a whole number of 1 or more, not {many!r}")
+
+    def encode(self, gate: str) -> dict[str, Any]:
+        """Return the form in which a journal and a row of work have it: the gate, and its limits at that time."""
+        form: dict[str, Any] = {"gate": gate}
+        if self.rate is not None:
+            form |= {"every": seconds_between(self.rate), "rate": self.rate}
+        if self.concurrency is not None:
+            form["most"] = self.concurrency
+        return form
 
 
 STEP_RETRY = RetryPolicy()

@@ -76,6 +76,7 @@ def _asked(task: Step[Any, Any], args: dict[str, Json], run_queue: str, key: str
         timeout=timeout.total_seconds() if timeout != START_TO_CLOSE else 0.0,
         heartbeat=heartbeat.total_seconds() if heartbeat else 0.0,
         priority=options.priority,
+        limit=task.limit(args),
     )
 
 

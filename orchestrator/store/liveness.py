@@ -13,6 +13,7 @@ from typing import Any
 from orchestrator.codec import dumps
 from orchestrator.failpoints import failpoint
 from orchestrator.store.connection import Connection
+from orchestrator.store.pauses import Paused
 from orchestrator.store.turns import CLOCK, owe_turn
 
 _REGISTER = """
@@ -195,14 +196,20 @@ SELECT q.queue, (SELECT count(*) FROM (SELECT FROM generate_series(0, 9) AS leve
         WHERE fence IS NULL AND queue = q.queue AND priority = level AND due_at <= {CLOCK}
           AND (reserved_at IS NULL OR reserved_at < {CLOCK} - %(reservation)s::interval)
         LIMIT %(limit)s) AS w LIMIT %(limit)s) AS page)
-FROM (SELECT DISTINCT unnest(queues) AS queue FROM orchestrator.incarnations WHERE dead_at IS NULL) AS q
+FROM (
+    SELECT unnest(queues) AS queue FROM orchestrator.incarnations WHERE dead_at IS NULL
+    EXCEPT SELECT name FROM orchestrator.pauses WHERE kind = 'queue'
+) AS q
 """
 
 
 def due(
     connection: Connection, reservation: timedelta, limit: int = 100, now: datetime | None = None
 ) -> dict[str, int]:
-    """Return how many rows are due and not begun, for every queue that a living worker serves; counts up to `limit`."""
+    """Return how many rows are due and not begun, counted up to `limit`, for every queue that a living worker serves.
+
+    Queues that are paused are left out.
+    """
     rows = connection.execute(_DUE, {"reservation": reservation, "limit": limit, "now": now}).fetchall()
     return {queue: count for queue, count in rows if count}
 
@@ -229,9 +236,11 @@ def next_due(connection: Connection, now: datetime | None = None) -> float | Non
 # queue and level of priority).
 _NEGLECTS = f"""
 SELECT EXISTS (
-    SELECT FROM unnest(%(queues)s::text[]) AS queue CROSS JOIN generate_series(0, 9) AS level CROSS JOIN LATERAL (
+    SELECT FROM (
+        SELECT unnest(%(queues)s::text[]) AS queue EXCEPT SELECT name FROM orchestrator.pauses WHERE kind = 'queue'
+    ) AS q CROSS JOIN generate_series(0, 9) AS level CROSS JOIN LATERAL (
         SELECT FROM orchestrator.work w
-        WHERE w.fence IS NULL AND w.queue = queue AND w.priority = level
+        WHERE w.fence IS NULL AND w.queue = q.queue AND w.priority = level
           AND w.due_at < {CLOCK} - %(patience)s::interval AND w.target = ANY (%(targets)s)
           AND (w.reserved_at IS NULL OR w.reserved_at < {CLOCK} - %(patience)s::interval)
         LIMIT 1
@@ -283,17 +292,19 @@ def wake_forgotten(connection: Connection, limit: int = 500, now: datetime | Non
 _ENTER = """
 INSERT INTO orchestrator.drainers (incarnation, child, queues)
 SELECT id, %(child)s, %(queues)s FROM orchestrator.incarnations WHERE id = %(incarnation)s AND dead_at IS NULL
-ON CONFLICT (incarnation, child) DO UPDATE SET queues = EXCLUDED.queues RETURNING incarnation
+ON CONFLICT (incarnation, child) DO UPDATE SET queues = EXCLUDED.queues
+RETURNING ARRAY(SELECT name FROM orchestrator.pauses WHERE kind = 'queue'),
+    ARRAY(SELECT name FROM orchestrator.pauses WHERE kind = 'saga' AND NOT lifted)
 """
 
 
-def enter(connection: Connection, incarnation: int, child: int, queues: Sequence[str]) -> bool:
-    """Mark that a child drains these queues; False if its incarnation was declared dead."""
+def enter(connection: Connection, incarnation: int, child: int, queues: Sequence[str]) -> Paused | None:
+    """Mark that a child drains these queues; returns what is paused, None if its incarnation was declared dead."""
     values = {"incarnation": incarnation, "child": child, "queues": list(queues)}
     failpoint("enter.before", connection)
-    entered = connection.execute(_ENTER, values).fetchone() is not None
+    row = connection.execute(_ENTER, values).fetchone()
     failpoint("enter.after", connection)
-    return entered
+    return Paused(*map(frozenset, row)) if row else None
 
 
 def leave(connection: Connection, incarnation: int, child: int) -> None:

@@ -18,6 +18,7 @@ from sqlalchemy.dialects import postgresql
 from orchestrator.codec import Json, dumps
 from orchestrator.store import tables
 from orchestrator.store.connection import Connection
+from orchestrator.store.gates import LINE
 from orchestrator.store.turns import CLOCK
 
 # The body is the function start_runs_1 of migration 0001.  CAST, not "::", so that any driver can run it in a caller's
@@ -180,6 +181,8 @@ SELECT w.key, w.role, w.target, w.queue, w.task, w.attempt, w.due_at, w.reserved
     EXISTS (SELECT FROM orchestrator.incarnations a WHERE a.dead_at IS NULL AND w.queue = ANY(a.queues)),
     EXISTS (SELECT FROM orchestrator.incarnations a
             WHERE a.dead_at IS NULL AND w.queue = ANY(a.queues) AND w.target = ANY(a.targets)),
+    w.call -> 'g', w.gate IS NOT NULL AND w.due_at > {CLOCK} + %(line)s::interval / 2,
+    (SELECT count(*) FROM orchestrator.work g WHERE g.gate = w.gate AND g.due_at < {CLOCK} + %(line)s::interval / 2),
     {CLOCK}
 FROM orchestrator.work w LEFT JOIN orchestrator.incarnations i ON i.id = w.incarnation
 WHERE w.run_id = %(id)s ORDER BY w.due_at, w.key
@@ -207,12 +210,15 @@ class Outstanding:
     node_dead: bool | None
     queue_served: bool
     target_served: bool
+    limit: dict[str, Any] | None  # of a step with limits: its gate, `rate` and `most`
+    in_line: bool  # it has not been let in
+    let_in: int  # how many at its gate have
     now: datetime
 
 
 def outstanding(connection: Connection, run_id: str, now: datetime | None = None) -> list[Outstanding]:
     """Return what is due of a run (primary key of work), for ``explain``."""
-    rows = connection.execute(_OUTSTANDING, {"id": run_id, "now": now}).fetchall()
+    rows = connection.execute(_OUTSTANDING, {"id": run_id, "now": now, "line": LINE}).fetchall()
     return [Outstanding(*row) for row in rows]
 
 

@@ -98,8 +98,37 @@ work = Table(
     Column("expires_at", _instant),
     Column("details", JSON),
     Column("stop", Boolean, nullable=False),
+    Column("gate", Text),
     Index("work_due", "queue", text("priority DESC"), "due_at", postgresql_where=text("fence IS NULL")),
     Index("work_begun", "incarnation", postgresql_where=text("fence IS NOT NULL")),
+    Index("work_gate", "gate", "due_at", postgresql_where=text("gate IS NOT NULL")),
+)
+
+gates = Table(
+    "gates",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("next_at", _instant, nullable=False),
+)
+
+pauses = Table(
+    "pauses",
+    metadata,
+    Column("kind", Text, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("by", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", _instant, nullable=False),
+    Column("lifted", Boolean, nullable=False),
+    Column("swept_to", Text, nullable=False),
+    Column("sweeps", Integer, nullable=False),
+)
+
+paused_runs = Table(
+    "paused_runs",
+    metadata,
+    Column("saga", Text, primary_key=True),
+    Column("run_id", Text, primary_key=True),
 )
 
 locks = Table(

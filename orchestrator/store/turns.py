@@ -358,18 +358,20 @@ def arrive(connection: Connection, run_id: str, key: str, fence: int, arrival: J
 
 # One row of work per run says that it owes a turn; a reservation of it is lifted, so that its holder cannot delete it.
 # A turn that resumes no saga code is for anyone who serves the queue: a run can be undone when its code is gone.
-_OWE_TURN = f"""
+_OWE = f"""
 INSERT INTO orchestrator.work AS w (run_id, key, role, target, queue, priority, due_at)
 SELECT id, '', 'turn',
     CASE WHEN %(anyone)s OR state = 'compensating' OR finished_at IS NOT NULL THEN %(any)s
          ELSE saga || '@' || version END,
     queue, priority, {CLOCK}
-FROM orchestrator.runs WHERE id = %(run_id)s
+FROM orchestrator.runs WHERE {{which}}
 ON CONFLICT (run_id, key) DO UPDATE SET
     target = CASE WHEN EXCLUDED.target = %(any)s THEN EXCLUDED.target ELSE w.target END,
     due_at = least(w.due_at, EXCLUDED.due_at), reserved_at = NULL, incarnation = NULL, child = NULL
 RETURNING queue
 """
+_OWE_TURN = _OWE.format(which="id = %(run_id)s")
+_OWE_TURNS = _OWE.format(which="id = ANY(%(ids)s) ORDER BY id")
 ANYONE = "*"
 
 
@@ -427,6 +429,26 @@ def leave_arrival(
     """
     connection.execute(_LEAVE, {"run_id": run_id, "arrival": dumps(arrival)})
     return owe_turn(connection, run_id, now, anyone=anyone)
+
+
+_LEAVE_MANY = """
+INSERT INTO orchestrator.arrivals (run_id, arrival)
+SELECT run_id, arrival::json FROM unnest(%(ids)s::text[], %(arrivals)s::text[]) AS left_for (run_id, arrival)
+"""
+
+
+def leave_arrivals(
+    connection: Connection, arrivals: Sequence[tuple[str, Json]], now: datetime | None = None, *, anyone: bool = False
+) -> list[str]:
+    """Leave arrivals for many runs, as (run, arrival), and make their turns due, in the order of the runs' ids.
+
+    Returns the queues to ring, one for each run.  Two statements; the caller opens the transaction that holds them
+    together.
+    """
+    ids = [run_id for run_id, _ in arrivals]
+    connection.execute(_LEAVE_MANY, {"ids": ids, "arrivals": [dumps(arrival) for _, arrival in arrivals]})
+    values = {"ids": ids, "now": now, "anyone": anyone, "any": ANYONE}
+    return [queue for (queue,) in connection.execute(_OWE_TURNS, values).fetchall()]
 
 
 _HAS_ARRIVALS = "SELECT EXISTS (SELECT FROM orchestrator.arrivals WHERE run_id = %(run_id)s)"

@@ -139,7 +139,7 @@ def _case(work: Outstanding, **changes: Any) -> Case:
 
 def _work(**changes: Any) -> Outstanding:
     work = Outstanding(KEY, "do", "shop.charge", "celery", "shop.charge", 0, NOW, None, False, None, None, None, False,
-                       None, None, True, True, NOW)  # fmt: skip
+                       None, None, True, True, None, False, 0, NOW)  # fmt: skip
     return replace(work, **changes)
 
 
@@ -227,6 +227,19 @@ def test_arrivals_that_nobody_has_read() -> None:
     case = _case(_work(**RUNNING), inbox=Inbox(2, _ago(5), NOW))
     assert [reason.code for reason in reasons(case)] == ["running", "arrivals"]
     assert reasons(case)[1].text.startswith("2 arrivals wait to be read by its next turn, since ")
+
+
+def test_a_step_that_waits_for_its_turn_under_a_rate_limit() -> None:
+    limit = {"gate": "shop.charge:eu", "every": 0.01, "rate": "100/s"}
+    reason = _only(_case(_work(limit=limit, in_line=True, due_at=_ago(-3e10))))
+    assert reason.text == f"Step {KEY} waits for its turn under rate limit 100/s of shop.charge:eu."
+    assert _only(_case(_work(limit=limit, due_at=_ago(-1)))).code == "rate limit"
+
+
+def test_a_step_that_waits_for_a_slot_of_its_concurrency() -> None:
+    limit = {"gate": "shop.charge:eu", "most": 5}
+    reason = _only(_case(_work(limit=limit, in_line=True, let_in=5)))
+    assert reason.text == f"Step {KEY} waits for one of 5 slots of shop.charge:eu."
 
 
 def test_nothing_outstanding_is_said_as_it_is() -> None:

@@ -54,11 +54,36 @@ def test_pause_holds_a_run_says_who_and_why_and_resume_lets_it_go(worked: Termin
     worked.until(asleep, "paused")
     [reason] = worked.json("explain", asleep)["reasons"]
     assert reason["code"] == "paused"
-    assert reason["text"].startswith("Paused by ann: the bank is closed.")
+    assert reason["text"].startswith("Paused by ann (the bank is closed).")
     assert reason["hints"] == [f"saga resume {asleep}"]
     assert "operator: pause by ann “the bank is closed”" in worked.ok("history", asleep)
     worked.ok("resume", asleep, "--by", "bob")
     worked.until(asleep, "running")
+
+
+def test_a_saga_is_paused_and_resumed_by_its_name(terminal: Terminal) -> None:
+    run_id = terminal.start("checkout", "1")
+    said = terminal.ok("pause", "--saga", "checkout", "--by", "ann", "--reason", "a bad deploy")
+    assert said == "Saga tests.cli.shop.checkout is paused.\n"
+    assert "paused already" in terminal.ok("pause", "--saga", "checkout")
+    reason = terminal.json("explain", run_id)["reasons"][0]
+    assert reason["text"].startswith("Saga tests.cli.shop.checkout is paused by ann (a bad deploy):")
+    assert reason["hints"] == ["saga resume --saga tests.cli.shop.checkout"]
+    assert "goes on" in terminal.ok("resume", "--saga", "checkout")
+    assert "paused" not in [reason["code"] for reason in terminal.json("explain", run_id)["reasons"]]
+
+
+def test_a_queue_is_paused_and_resumed(terminal: Terminal) -> None:
+    run_id = terminal.start("checkout", "1")
+    assert terminal.json("pause", "--queue", "celery") == {"queue": "celery", "ordered": "pause", "changed": True}
+    assert terminal.json("explain", run_id)["reasons"][0]["hints"] == ["saga resume --queue celery"]
+    assert terminal.json("resume", "--queue", "celery")["changed"]
+    assert "is not paused" in terminal.ok("resume", "--queue", "celery")
+
+
+@pytest.mark.parametrize("named", [[], ["run", "--saga", "x"], ["--saga", "x", "--queue", "q"]])
+def test_what_is_paused_is_one_thing(terminal: Terminal, named: list[str]) -> None:
+    assert terminal.run("pause", *named).exit_code == terminal.run("resume", *named).exit_code == 2
 
 
 def test_a_paused_run_can_be_cancelled(worked: Terminal, asleep: str) -> None:

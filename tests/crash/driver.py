@@ -33,7 +33,7 @@ from orchestrator.errors import StoreUnavailableError, UsageError
 from orchestrator.machine.journal import Arrival, encode
 from orchestrator.machine.states import TERMINAL
 from orchestrator.settings import Settings
-from orchestrator.store import liveness, runs, turns
+from orchestrator.store import liveness, pauses, runs, turns
 from orchestrator.store.connection import open_connection
 from tests.crash.workload import STORIES, Planned
 from tests.engine.stage import QUEUE, Child
@@ -133,7 +133,10 @@ class Day:
             file.write(f"{run_id}\n")
 
     def give_orders(self) -> None:
-        """Cancel, terminate and settle what is waiting for it."""
+        """Cancel, terminate and settle what is waiting for it, resume what is paused."""
+        for pause in pauses.listed(self.look):
+            if not pause.lifted:
+                self.stubborn(lambda pause=pause: self.client.resume(**{pause.kind: pause.name}))
         for run_id, plan in self.planned.items():
             if run_id in self.ordered:
                 continue

@@ -19,7 +19,7 @@ from orchestrator.step import registry as steps
 from orchestrator.store import liveness, runs
 from orchestrator.store.connection import open_connection
 from tests.crash.driver import Day, Worker
-from tests.engine.stage import script_of
+from tests.engine.stage import QUEUE, script_of
 
 Trick = Callable[[Day], None]
 
@@ -135,6 +135,20 @@ def forgotten(day: Day) -> None:
     day.leave("ignored", cancel)
 
 
+def held(day: Day) -> None:
+    """A saga and a queue are paused while a run of it is under way and another one is to begin."""
+    main = day.worker("main")
+    day.start("under way")
+    day.tolerant(main.drain)
+    for name in ({"saga": "crash.held"}, {"queue": QUEUE}):
+        day.stubborn(lambda name=name: day.client.pause(**name, by="ann", reason="the bank is closed"))
+        day.start("to come")
+        day.tolerant(main.drain)
+        day.stubborn(lambda name=name: day.client.resume(**name, by="ann"))
+        day.stubborn(lambda: day.client.pause(saga="crash.held", by="ann"))
+    day.tolerant(day.pump_once)
+
+
 def broken(day: Day) -> None:
     """The database ends the worker's connection between a step and its outcome."""
     main = day.worker("main")
@@ -159,5 +173,6 @@ TRICKS: dict[str, Trick] = {
     "met": met,
     "stopped": stopped,
     "forgotten": forgotten,
+    "held": held,
     "broken": broken,
 }

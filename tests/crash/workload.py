@@ -51,6 +51,12 @@ def ask_a_person(name: str) -> str:
     raise ConnectionError("no answer")
 
 
+@step(compensate=give_back, concurrency=1, key="name", rate_limit="1000/s", retry=AT_ONCE, start_to_close_timeout=SHORT)
+def queue_up(name: str) -> str:
+    with EffectLog.of_environment().around():
+        return name
+
+
 @step(effect=Effect.NONE, retry=AT_ONCE)
 def beat(times: int) -> int:
     context = step.current()
@@ -107,10 +113,21 @@ async def in_a_row(names: list[str]) -> list[str]:
             done.append(await saga.step(ask_a_person, name))
         elif name == "settle":
             done.append(await saga.step(settle, name))
+        elif name == "line":
+            done += await asyncio.gather(saga.step(queue_up, name), saga.step(queue_up, name))
         elif name.startswith("w"):
             done.append(await saga.step(write_down, name))
         else:
             done.append(await saga.step(take, name))
+    return done
+
+
+@saga.define(name="crash.held")
+async def held_up(names: list[str]) -> list[str]:
+    done = [await saga.step(take, names[0])]
+    if "nap" in names:
+        await saga.sleep(timedelta(milliseconds=20))
+        done.append(await saga.step(take, names[-1]))
     return done
 
 
@@ -155,9 +172,11 @@ ORDINARY = {
     "cancelled": Planned(in_a_row, ["a", "wait"], "cancelled"),
     "terminated": Planned(in_a_row, ["a", "wait"], "terminated"),
     "parked": Planned(in_a_row, ["stubborn", "bad"], "failed compensated"),
+    "limited": Planned(in_a_row, ["line", "a", "bad"], "compensated"),
 }
 BRIEF = {
     "joined": Planned(in_a_row, ["a", "b"], "completed", joins=True),
+    "limited": Planned(in_a_row, ["line"], "completed"),
     "beating": Planned(in_a_row, ["beat", "once"], "completed"),
     "cancelled": Planned(in_a_row, ["w", "a", "wait"], "cancelled"),
 }
@@ -182,6 +201,10 @@ FORGOTTEN = {
     "forgotten": Planned(in_a_row, ["a", "wait"], "cancelled"),
     "ignored": Planned(in_a_row, ["a"], "completed cancelled"),
 }
+HELD = {
+    "under way": Planned(held_up, ["a", "nap", "b"], "completed"),
+    "to come": Planned(held_up, ["a"], "completed"),
+}
 BROKEN = {"broken": Planned(in_a_row, ["a", "b", "c"], "completed")}
 STORIES = {
     "ordinary": ORDINARY,
@@ -191,5 +214,6 @@ STORIES = {
     "met": MET,
     "stopped": STOPPED,
     "forgotten": FORGOTTEN,
+    "held": HELD,
     "broken": BROKEN,
 }

@@ -78,10 +78,36 @@ CREATE TABLE orchestrator.work (
     expires_at timestamptz,
     details json,
     stop boolean NOT NULL DEFAULT false,
+    gate text,
     PRIMARY KEY (run_id, key)
 ) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 1000);
 CREATE INDEX work_due ON orchestrator.work (queue, priority DESC, due_at) WHERE fence IS NULL;
 CREATE INDEX work_begun ON orchestrator.work (incarnation) WHERE fence IS NOT NULL;
+-- Who stands in line at a gate is due in a thousand years: it is out of the way there, and in order.
+CREATE INDEX work_gate ON orchestrator.work (gate, due_at) WHERE gate IS NOT NULL;
+
+CREATE TABLE orchestrator.gates (
+    name text PRIMARY KEY,
+    next_at timestamptz NOT NULL DEFAULT '-infinity'
+) WITH (fillfactor = 50);
+
+CREATE TABLE orchestrator.pauses (
+    kind text NOT NULL CHECK (kind ~ '^(saga|queue)$'),
+    name text NOT NULL,
+    by text NOT NULL,
+    reason text NOT NULL,
+    at timestamptz NOT NULL,
+    lifted boolean NOT NULL DEFAULT false,
+    swept_to text NOT NULL DEFAULT '',
+    sweeps integer NOT NULL DEFAULT 0,
+    PRIMARY KEY (kind, name)
+);
+
+CREATE TABLE orchestrator.paused_runs (
+    saga text NOT NULL,
+    run_id text NOT NULL,
+    PRIMARY KEY (saga, run_id)
+);
 
 CREATE TABLE orchestrator.locks (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -318,9 +344,10 @@ BEGIN
         ELSE
             UPDATE orchestrator.work SET
                 key = v_next.key, role = v_next.role, target = v_next.target, queue = v_next.queue, task = v_next.task,
-                priority = v_next.priority, due_at = commit_turn_1.now, attempt = v_next.attempt, call = v_next.call,
-                fence = p_next_fence, reserved_at = commit_turn_1.now, incarnation = p_incarnation, child = p_child,
-                begun_at = commit_turn_1.now, deadline_at = commit_turn_1.now + make_interval(secs => v_seconds),
+                gate = NULL, priority = v_next.priority, due_at = commit_turn_1.now, attempt = v_next.attempt,
+                call = v_next.call, fence = p_next_fence, reserved_at = commit_turn_1.now,
+                incarnation = p_incarnation, child = p_child, begun_at = commit_turn_1.now,
+                deadline_at = commit_turn_1.now + make_interval(secs => v_seconds),
                 expires_at = commit_turn_1.now
                     + make_interval(secs => least(v_seconds + 5, (v_next.call ->> 'h')::double precision)),
                 details = NULL, stop = false
@@ -392,7 +419,7 @@ BEGIN
         ), changed AS (
             UPDATE orchestrator.work w SET
                 key = n.key, role = n.role, target = n.target, queue = n.queue, task = n.task, priority = n.priority,
-                due_at = v_now, attempt = n.attempt, call = n.call, fence = n.fence, reserved_at = v_now,
+                gate = NULL, due_at = v_now, attempt = n.attempt, call = n.call, fence = n.fence, reserved_at = v_now,
                 incarnation = p_incarnation, child = p_child, begun_at = v_now,
                 deadline_at = v_now + make_interval(secs => (n.call ->> 't')::float8),
                 expires_at = v_now + make_interval(
@@ -421,17 +448,18 @@ BEGIN
             RETURNING t.run, w.key AS row_key, w.fence
         ), added AS (
             INSERT INTO orchestrator.work (run_id, key, role, target, queue, task, priority, due_at, attempt, call,
-                fence, reserved_at, incarnation, child, begun_at, deadline_at, expires_at)
+                gate, fence, reserved_at, incarnation, child, begun_at, deadline_at, expires_at)
             SELECT a.run, a.key, a.role, a.target, a.queue, a.task, a.priority, coalesce(a.due, v_now), a.attempt,
-                a.call, a.fence, b.at, b.incarnation, b.child, b.at,
+                a.call, a.gate, a.fence, b.at, b.incarnation, b.child, b.at,
                 b.at + make_interval(secs => (a.call ->> 't')::float8),
                 b.at + make_interval(secs => least((a.call ->> 't')::float8 + 5, (a.call ->> 'h')::float8))
             FROM (
                 SELECT t.run, w.* FROM turn t CROSS JOIN LATERAL json_to_recordset(t.work) AS w (
                     key text, role text, target text, queue text, task text, priority smallint, attempt integer,
-                    call json, fence bigint, due timestamptz)
+                    call json, fence bigint, due timestamptz, gate text)
                 UNION ALL
-                SELECT n.run, n.key, n.role, n.target, n.queue, n.task, n.priority, n.attempt, n.call, n.fence, NULL
+                SELECT n.run, n.key, n.role, n.target, n.queue, n.task, n.priority, n.attempt, n.call, n.fence, NULL,
+                    NULL
                 FROM begun n
                 WHERE n.done IS NULL
                   AND NOT EXISTS (SELECT FROM changed c WHERE c.run = n.run AND c.row_key = n.row_key)
@@ -535,10 +563,11 @@ BEGIN
             (SELECT jsonb_agg(p) FROM jsonb_array_elements(v_posts) AS p WHERE p ->> 'run' > p_run), p_now);
     END IF;
     IF p_more -> 'work' IS NOT NULL THEN
-        INSERT INTO orchestrator.work (run_id, key, role, target, queue, task, priority, due_at, attempt, call)
-        SELECT p_run, w.key, w.role, w.target, w.queue, w.task, w.priority, coalesce(w.due, p_now), w.attempt, w.call
+        INSERT INTO orchestrator.work (run_id, key, role, target, queue, task, priority, due_at, attempt, call, gate)
+        SELECT p_run, w.key, w.role, w.target, w.queue, w.task, w.priority, coalesce(w.due, p_now), w.attempt, w.call,
+            w.gate
         FROM json_to_recordset(p_more -> 'work') AS w (key text, role text, target text, queue text, task text,
-            priority smallint, due timestamptz, attempt integer, call json);
+            priority smallint, due timestamptz, attempt integer, call json, gate text);
     END IF;
     IF p_more -> 'consumed' IS NOT NULL THEN
         v_consumed := ARRAY(SELECT json_array_elements_text(p_more -> 'consumed')::bigint);
@@ -709,6 +738,47 @@ BEGIN
 END $$
 """
 
+_ADMIT = """
+CREATE FUNCTION orchestrator.admit_1(p_gate text, p_now timestamptz)
+RETURNS TABLE (queue text, due_at timestamptz) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    v_now constant timestamptz := coalesce(p_now, orchestrator.now());
+    v_line constant interval := interval '8766000 hours'; -- as store.gates.LINE
+    v_ahead constant interval := interval '2 seconds'; -- twice the pause of the pump, which comes by again
+    v_inside timestamptz := v_now + v_line / 2;
+    v_next timestamptz;
+    v_in integer;
+    v_unserved text[];
+    v_head record;
+    v_slot timestamptz;
+BEGIN
+    INSERT INTO orchestrator.gates AS g (name) VALUES (p_gate)
+    ON CONFLICT (name) DO UPDATE SET next_at = g.next_at RETURNING g.next_at INTO v_next; -- locked until the end
+    -- Who is in, begun or not (index work_gate).  Where admitted steps lie, nobody takes them: no more of those.
+    SELECT count(*), array_agg(DISTINCT w.queue) FILTER (WHERE w.fence IS NULL AND w.due_at < v_now - v_ahead / 2)
+    INTO v_in, v_unserved FROM orchestrator.work w WHERE w.gate = p_gate AND w.due_at < v_inside;
+    FOR v_n IN 1 .. 10000 LOOP
+        -- Whoever is being withdrawn is passed over; nobody waits for a row of work here.
+        SELECT w.run_id, w.key, w.queue, w.due_at - v_line AS wanted, (w.call -> 'g' ->> 'most')::integer AS most,
+            (w.call -> 'g' ->> 'every')::float8 AS every
+        INTO v_head FROM orchestrator.work w
+        WHERE w.gate = p_gate AND w.due_at >= v_inside AND NOT w.queue = ANY (coalesce(v_unserved, '{}'))
+        ORDER BY w.due_at LIMIT 1 FOR UPDATE SKIP LOCKED;
+        EXIT WHEN NOT FOUND OR v_in >= v_head.most OR v_head.most IS NOT NULL AND v_head.wanted > v_now;
+        v_slot := greatest(v_now, v_head.wanted, CASE WHEN v_head.every IS NOT NULL THEN v_next END);
+        EXIT WHEN v_slot > v_now + v_ahead;
+        UPDATE orchestrator.work w SET due_at = v_slot WHERE w.run_id = v_head.run_id AND w.key = v_head.key;
+        v_next := CASE WHEN v_head.every IS NULL THEN v_next ELSE v_slot + make_interval(secs => v_head.every) END;
+        v_in := v_in + 1;
+        queue := v_head.queue;
+        due_at := v_slot;
+        RETURN NEXT;
+    END LOOP;
+    UPDATE orchestrator.gates g SET next_at = v_next WHERE g.name = p_gate AND g.next_at <> v_next;
+END $$
+"""
+
 
 def upgrade() -> None:
     op.execute("SET LOCAL lock_timeout = '5s'")
@@ -716,16 +786,7 @@ def upgrade() -> None:
         if statement.strip():
             op.execute(statement)
     for function in (
-        _RINGS,
-        _START,
-        _START_AND_LOOK,
-        _TAKE,
-        _POST,
-        _CHILDREN,
-        _LOCKS,
-        _CONTINUE,
-        _COMMIT_MORE,
-        _COMMIT_TURN,
-        _COMMIT_TURNS,
-    ):
+        _RINGS, _START, _START_AND_LOOK, _TAKE, _POST, _CHILDREN, _LOCKS, _CONTINUE, _COMMIT_MORE, _COMMIT_TURN,
+        _COMMIT_TURNS, _ADMIT,
+    ):  # fmt: skip
         op.execute(function)
