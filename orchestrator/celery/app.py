@@ -125,6 +125,14 @@ class Orchestrator:
         """Return a handle to a run."""
         return self.client.handle(saga, run_id)
 
+    def unknown_tasks(self, names: set[str]) -> list[str]:
+        """Return which of these tasks neither this app nor a living worker has."""
+        missing = names - self.app.tasks.keys()
+        if missing:
+            self.app.loader.import_default_modules()  # what a worker of this app would have included
+            missing -= self.app.tasks.keys()
+        return sorted(missing - self.client.known_to_workers()) if missing else []
+
     def _refuse_eager(self, saga: Saga[Any, Any]) -> None:
         if self.app.conf.task_always_eager:
             raise UsageError(
