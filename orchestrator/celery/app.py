@@ -93,7 +93,10 @@ class Orchestrator:
         return str(self.app.conf.task_default_queue)
 
     def _route(self, task: str) -> str:
-        """Return the queue that the app sends a task to, by its own routes."""
+        """Return the queue that the app sends a task to: that of the task itself, or by the app's routes."""
+        own = getattr(self.app._tasks.get(task), "queue", None)
+        if own:
+            return str(own)
         route = self.app.amqp.router.route({}, task)
         queue = route.get("queue")
         name = getattr(queue, "name", queue) or self.app.conf.task_default_queue
