@@ -18,6 +18,11 @@ from orchestrator.machine.policy import RetryPolicy
 from orchestrator.saga.declare import define
 from orchestrator.step import OnUnknown, StepOptions
 
+_OPTIONS = frozenset({
+    "task_id", "countdown", "eta", "priority", "queue", "deadline", "tags", "transaction", "link", "link_error",
+})  # fmt: skip
+_IT_HAS = ", ".join(sorted(_OPTIONS))
+
 
 @define(name="orchestrator.canvas")
 async def run_canvas(canvas: Canvas, retry: list[Any] | None = None, on_unknown: OnUnknown | None = None) -> Any:
@@ -84,6 +89,10 @@ class Durable:
         """Return the canvas as it is to be started; takes what is not the run's out of `options`."""
         if inside_saga():
             raise UsageError("a canvas was started in saga code; run it as a step there: `await saga.step(signature)`")
+        for name in options.keys() - _OPTIONS:
+            raise UsageError(
+                f"option {name}= has no meaning for a durable canvas; it has {', '.join(sorted(_OPTIONS))}"
+            )
         canvas = self.with_callbacks(options.pop("link", None), options.pop("link_error", None))
         called = canvas.called_with(args or (), kwargs or {})
         _refuse_unknown(called)

@@ -177,6 +177,12 @@ def test_a_refused_canvas_in_saga_code_is_an_error_of_the_code() -> None:
     assert run.state == "parked" and "option expires=" in run.error["message"]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("option", ["expires", "serializer", "chain", "nonsense"])
+def test_an_option_of_a_start_that_would_be_ignored_is_refused(option: str) -> None:
+    with pytest.raises(UsageError, match=f"option {option}= has no meaning"):
+        durable(same.s(1)).apply_async(**{option: 1})
+
+
 @pytest.mark.parametrize("option", ["link", "link_error", "chain", "chord"])
 def test_a_saga_still_refuses_canvas_options_and_names_durable(option: str, own_app: None) -> None:
     with pytest.raises(UsageError, match=r"orchestrator\.durable"):
