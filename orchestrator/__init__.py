@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import saga
+from orchestrator.canvas import durable
 from orchestrator.errors import (
     ChildFailed,
     ConfigurationError,
@@ -59,6 +60,7 @@ __all__ = [
     "UnknownRunError",
     "UnknownSagaError",
     "UsageError",
+    "durable",
     "saga",
     "step",
 ]

@@ -158,7 +158,7 @@ class Client:
             if name in _CANVAS and options[name]:
                 raise UsageError(
                     f"{name}= on saga {saga.name}: Celery's canvas would lose it; make what comes after a step "
-                    "of the saga, or await the result"
+                    "of the saga, or run a canvas of tasks with orchestrator.durable(...)"
                 )
             if name not in _OPTIONS and name not in _CELERY_NOISE and name not in _CANVAS:
                 raise UsageError(f"saga {saga.name} has no start option {name}=; it has {', '.join(sorted(_OPTIONS))}")
@@ -198,6 +198,11 @@ class Client:
                 f"run {new.id} of {name} was started with other input; the same id with other input is a conflict, "
                 "not a second run. Use a new id, or pass the same input."
             )
+
+    def known_to_workers(self) -> set[str]:
+        """Return every task that a living worker has registered."""
+        with self.pool.connection() as connection, _schema_named():
+            return {target for worker in runs.serving(connection) for target in worker.targets}
 
     # -- asking --------------------------------------------------------------------------------------------------------
     def outcome(self, run_id: str) -> runs.Outcome:

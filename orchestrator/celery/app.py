@@ -93,7 +93,10 @@ class Orchestrator:
         return str(self.app.conf.task_default_queue)
 
     def _route(self, task: str) -> str:
-        """Return the queue that the app sends a task to, by its own routes."""
+        """Return the queue that the app sends a task to: that of the task itself, or by the app's routes."""
+        own = getattr(self.app._tasks.get(task), "queue", None)
+        if own:
+            return str(own)
         route = self.app.amqp.router.route({}, task)
         queue = route.get("queue")
         name = getattr(queue, "name", queue) or self.app.conf.task_default_queue
@@ -132,6 +135,14 @@ class Orchestrator:
     def resume(self, *, saga: Saga[Any, Any] | str = "", queue: str = "", reason: str = "", by: str = "") -> bool:
         """End the pause of a saga or a queue; see `Client.resume`."""
         return self.client.resume(saga=saga, queue=queue, reason=reason, by=by)
+
+    def unknown_tasks(self, names: set[str]) -> list[str]:
+        """Return which of these tasks neither this app nor a living worker has."""
+        missing = names - self.app.tasks.keys()
+        if missing:
+            self.app.loader.import_default_modules()  # what a worker of this app would have included
+            missing -= self.app.tasks.keys()
+        return sorted(missing - self.client.known_to_workers()) if missing else []
 
     def _refuse_eager(self, saga: Saga[Any, Any]) -> None:
         if self.app.conf.task_always_eager:

@@ -20,6 +20,7 @@ from celery import Celery, states
 from celery.app.trace import build_tracer
 from celery.exceptions import Reject, Retry
 
+from orchestrator.celery import handlers
 from orchestrator.celery.events import Attempt, StepEvents, task_id
 from orchestrator.codec import FunctionCodec
 from orchestrator.engine.drain import Invocation
@@ -70,7 +71,12 @@ class Runner:
             args, kwargs = _decode(taken)
         except Exception as error:
             return Invocation(error=error, harmless=True)
-        return self._traced(task, taken, context, args, kwargs)
+        told = handlers.told(task, args)
+        if told is None:
+            return self._traced(task, taken, context, args, kwargs)
+        invocation = self._traced(task, taken, context, told, kwargs)
+        # What a handler returns interests nobody, so that it need not be fit to be stored.
+        return Invocation() if isinstance(invocation.error, PayloadError) else invocation
 
     def invoke_in_transaction(
         self, taken: Taken, context: StepContext, settle: Callable[[Connection, Invocation], None]

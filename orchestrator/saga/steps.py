@@ -33,19 +33,24 @@ def step(task: Any, /, *args: Any, **kwargs: Any) -> asyncio.Future[Any]: ...
 def step(task: Any, /, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
     """Ask for a step; the returned awaitable is scheduled already, so it may be awaited later.
 
-    `task` is a step, a Celery task, or a Celery signature.  Awaiting it gives the step's result, or raises StepFailed
-    once the step is settled: rejected, undone, or by declaration without effect.
+    `task` is a step, a Celery task, or a Celery signature, also that of a chain, group or chord.  Awaiting it gives the
+    step's result, or raises StepFailed once the step is settled: rejected, undone, or by declaration without effect.
     Raises: PayloadError for arguments that cannot be stored; UsageError outside of a saga.
     """
     code = code_of("step")
     if isinstance(task, Step):
         encoded = task.codec.encode_call(args, kwargs)
         check(encoded, what=f"the arguments of {task.name}")
-        return code.ask(_request(task, encoded, code))
+        return code.ask(request_of(task, encoded, code))
+    if isinstance(task, dict) and _is_canvas(task):
+        from orchestrator.canvas.walking import ask  # made of steps itself
+
+        return ask(task, args, kwargs)
     return code.ask(_legacy_request(task, args, kwargs, code))
 
 
-def _request(task: Step[Any, Any], args: dict[str, Json], code: SagaCode) -> Request:
+def request_of(task: Step[Any, Any], args: dict[str, Json], code: SagaCode) -> Request:
+    """Return the request for a step with encoded arguments."""
     return Request(
         name=task.name,
         key=task.options.key,
@@ -106,10 +111,6 @@ def failure_of(run_id: str, record: StepRecord) -> Exception:
 def _legacy_request(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any], code: SagaCode) -> Request:
     """A Celery task that was not declared as a step, or a signature of one."""
     if isinstance(task, dict) and task.get("task"):
-        if task.get("subtask_type"):
-            raise UsageError(
-                f"a {task['subtask_type']} is not a step of a saga in this release; ask for its tasks one by one"
-            )
         name, options = task["task"], dict(task.get("options") or {})
         args, kwargs = (*args, *task.get("args", ())), {**(task.get("kwargs") or {}), **kwargs}
     elif hasattr(task, "run") and isinstance(getattr(task, "name", None), str):
@@ -120,14 +121,20 @@ def _legacy_request(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any], co
     if declared is not None:
         queue = options.get("queue")
         declared = declared.with_options(queue=queue) if queue else declared
-        return _request(declared, declared.codec.encode_call(args, kwargs), code)
-    stand_in = _LegacyStep(name, StepOptions(queue=options.get("queue") or ""))
+        return request_of(declared, declared.codec.encode_call(args, kwargs), code)
+    stand_in = LegacyStep(name, StepOptions(queue=options.get("queue") or ""))
     encoded = legacy_codec.encode_call(args, kwargs)
     check(encoded, what=f"the arguments of {name}")
-    return _request(stand_in, encoded, code)
+    return request_of(stand_in, encoded, code)
 
 
-class _LegacyStep(Step[Any, Any]):
+def _is_canvas(signature: dict[str, Any]) -> bool:
+    """Tell whether a signature asks for more than a call of one task."""
+    is_celerys = str(signature.get("task")).startswith("celery.")
+    return is_celerys or bool(signature.get("subtask_type") or set(signature.get("options") or ()) - {"queue"})
+
+
+class LegacyStep(Step[Any, Any]):
     """A Celery task used as a step as it is."""
 
     def __init__(self, name: str, options: StepOptions) -> None:

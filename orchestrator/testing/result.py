@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
+from orchestrator.canvas.starting import Durable, run_canvas
 from orchestrator.codec import Json, check
 from orchestrator.errors import SagaCancelled, SagaFailed, UsageError
 from orchestrator.machine.fold import RunInfo
@@ -155,7 +156,7 @@ class TestRun:
 
 
 def run(
-    saga: Saga[Any, Any],
+    saga: Saga[Any, Any] | Durable,
     *args: Any,
     kwargs: Mapping[str, Any] | None = None,
     stubs: Mapping[Any, Any] | None = None,
@@ -166,7 +167,7 @@ def run(
     started: datetime = STARTED,
     replay: bool = True,
 ) -> TestRun:
-    """Run a saga here and now, with stubbed steps and skipped time, until it ends or is parked.
+    """Run a saga, or a durable canvas, here and now, with stubbed steps and skipped time, until it ends or is parked.
 
     `args` and `kwargs` are the saga's. `stubs` has, by step, probe, compensation, Celery task or name, who
     plays it: a function of the same parameters (without the connection of a transactional step), an
@@ -179,6 +180,8 @@ def run(
     not deterministic then parks the run as drift.
     Raises: PayloadError for input that cannot be stored; UsageError for a step that cannot be called here.
     """
+    if isinstance(saga, Durable):
+        args, kwargs, saga = (saga.called_with(args, kwargs or {}),), saga.options, run_canvas
     encoded = saga.codec.encode_call(args, kwargs or {})
     check(encoded, what=f"the input of {saga.name}")
     limit = deadline if deadline is not None else saga.options.deadline

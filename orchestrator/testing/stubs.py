@@ -161,10 +161,12 @@ def _as_function(stub: Any) -> Callable[..., Any]:
 def _celery_task(name: str) -> Callable[..., Any]:
     from celery import current_app  # a rehearsal of declared steps needs no Celery
 
+    from orchestrator.celery import handlers
+
     task = current_app.tasks.get(name)
     if task is None:
         raise UsageError(f"no step and no Celery task named {name} is registered here; import or stub it")
-    return task  # type: ignore[no-any-return]
+    return lambda *args, **kwargs: task(*(handlers.told(task, args) or args), **kwargs)
 
 
 def _perform(part: _Part, context: StepContext, timeout_seconds: float | None) -> tuple[Any, BaseException | None]:

@@ -8,7 +8,7 @@ from celery import Celery
 
 from orchestrator import Orchestrator
 
-app = Celery("acceptance", include=["tests.acceptance.steps", "tests.acceptance.sagas"])
+app = Celery("acceptance", include=["tests.acceptance.steps", "tests.acceptance.sagas", "tests.acceptance.links"])
 app.conf.broker_connection_retry_on_startup = True
 app.conf.worker_prefetch_multiplier = 1
 app.conf.result_expires = 60

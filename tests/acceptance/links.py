@@ -1,0 +1,65 @@
+"""Plain Celery tasks as the links of canvases; what they do to the world is in the file of effects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Task, chain, chord, shared_task
+
+from orchestrator import StepFailed, saga
+from tests.acceptance import steps
+from tests.acceptance.steps import Plan
+
+
+@shared_task(name="links.add")
+def add(x: int, y: int = 0) -> int:
+    return x + y
+
+
+@shared_task(name="links.total")
+def total(numbers: list[int]) -> int:
+    return sum(numbers)
+
+
+@shared_task(name="links.act")
+def act(value: Any, name: str, words: list[str]) -> Any:
+    """Pass `value` on, after doing what the word for this attempt says."""
+    steps.behave(steps.word_of(words), "do", name)
+    return value
+
+
+class OwnQueue(Task):
+    queue = "links-elsewhere"
+
+
+@shared_task(name="links.elsewhere", base=OwnQueue)
+def elsewhere() -> None: ...
+
+
+@shared_task(name="links.hear")
+def hear(task_id: str) -> None:
+    steps.note("heard", task_id)
+
+
+@shared_task(name="links.hear_error")
+def hear_error(request: Any, error: BaseException, trace: str) -> BaseException:
+    steps.note("heard", request.id, [type(error).__name__, str(error), request.task, trace[:9]])
+    return error
+
+
+@shared_task(name="links.hear_slowly")
+def hear_slowly(task_id: str) -> None:
+    steps.behave("gate", "hear", "handler")
+
+
+@saga.define
+async def canvas_between(first: Plan, words: list[str], last: Plan) -> Any:
+    """A step, a canvas with a link that does as `words` say, and another step."""
+    await saga.step(steps.act, first)
+    canvas = chord([add.s(1, 2), chain(add.s(3, 4), act.s("b", words))], total.s())
+    try:
+        value = await saga.step(chain([canvas]).on_error(hear.s()))
+    except StepFailed as failure:
+        value = failure.error_type
+    await saga.step(steps.act, last)
+    return value
