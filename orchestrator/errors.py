@@ -6,6 +6,7 @@
     ├── SagaFailed              a run ended in an error: the caller of ``get`` decides
     │   └── SagaCancelled       ... because somebody cancelled it
     │   └── ChildFailed         ... of a child; a StepFailed as well, since its parent may go on
+    ├── MapFailed               more items of a saga.map failed than it tolerates
     ├── DeadlockError           runs wait for each other's locks: this one goes back, or asks in another order
     ├── ConflictError           same run id, other input: the caller picks another id
     ├── DriftError              saga code no longer asks what its journal recorded: its author mends it
@@ -36,6 +37,7 @@ __all__ = [
     "DeadlockError",
     "DefinitionError",
     "DriftError",
+    "MapFailed",
     "OrchestratorError",
     "Outcome",
     "PayloadError",
@@ -158,6 +160,14 @@ class ChildFailed(StepFailed, SagaFailed):
         self.outcome: Outcome = "rejected"
         self.error: dict[str, Any] = dict(error or {})
         self.left: tuple[Any, ...] = tuple(left)
+
+
+class MapFailed(OrchestratorError):
+    """Report that more items of a `saga.map` failed than it tolerates; ``summary`` tells which (a MapSummary)."""
+
+    def __init__(self, message: str = "", *, summary: Any = None) -> None:
+        super().__init__(message)
+        self.summary = summary
 
 
 class DeadlockError(OrchestratorError):

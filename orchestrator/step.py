@@ -155,6 +155,10 @@ class Step(Generic[P, R]):
         """What happens when the outcome is unknown."""
         return self.options.on_unknown or ("probe" if self.probe_step else "compensate")
 
+    def named_undo(self) -> Undo | None:
+        """Return the compensation with its parameters by name, for any arguments that hold them."""
+        return None if self.options.compensate is None else _undo_of(self)
+
     def arm(self, args: dict[str, Json]) -> Undo | None:
         """Return the compensation of a call with these encoded arguments."""
         if self.options.compensate is None:

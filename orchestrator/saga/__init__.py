@@ -9,12 +9,13 @@ from orchestrator.saga.declare import Saga, define, registry
 from orchestrator.saga.face import progress, publish, tag
 from orchestrator.saga.facts import Info, info, random, uuid4, version
 from orchestrator.saga.family import child, continue_as_new
+from orchestrator.saga.mapping import MapSummary, map
 from orchestrator.saga.signals import wait_signal
 from orchestrator.saga.steps import once, step
 from orchestrator.saga.timing import as_completed, now, sleep, sleep_until, wait
 
 __all__ = [
-    "Info", "Saga", "as_completed", "child", "continue_as_new", "define", "info", "lock", "now", "once", "progress",
-    "publish", "random", "registry", "scope", "sleep", "sleep_until", "step", "tag", "uuid4", "version", "wait",
-    "wait_signal",
+    "Info", "MapSummary", "Saga", "as_completed", "child", "continue_as_new", "define", "info", "lock", "map", "now",
+    "once", "progress", "publish", "random", "registry", "scope", "sleep", "sleep_until", "step", "tag", "uuid4",
+    "version", "wait", "wait_signal",
 ]  # fmt: skip

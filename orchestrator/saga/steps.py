@@ -54,14 +54,15 @@ def request_of(task: Step[Any, Any], args: dict[str, Json], code: SagaCode) -> R
     return Request(
         name=task.name,
         key=task.options.key,
-        asked=functools.partial(_asked, task, args, code.fold.info.queue),
+        asked=functools.partial(asked_of, task, args, code.fold.info.queue),
         same=functools.partial(_same, task, args),
         decode=functools.partial(decode_result, task),
         failure=functools.partial(failure_of, code.fold.info.id),
     )
 
 
-def _asked(task: Step[Any, Any], args: dict[str, Json], run_queue: str, key: str) -> Asked:
+def asked_of(task: Step[Any, Any], args: dict[str, Json], run_queue: str, key: str) -> Asked:
+    """Return the journal entry for a call of a step with encoded arguments."""
     options = task.options
     queue = "" if task.options.local or task.queue == run_queue else task.queue
     heartbeat = options.heartbeat_timeout
@@ -132,6 +133,16 @@ def _is_canvas(signature: dict[str, Any]) -> bool:
     """Tell whether a signature asks for more than a call of one task."""
     is_celerys = str(signature.get("task")).startswith("celery.")
     return is_celerys or bool(signature.get("subtask_type") or set(signature.get("options") or ()) - {"queue"})
+
+
+def step_of(task: Any) -> Step[Any, Any]:
+    """Return the step for a step, a Celery task or the name of either.  Raises: UsageError."""
+    if isinstance(task, Step):
+        return task
+    name = task if isinstance(task, str) else getattr(task, "name", None)
+    if not isinstance(name, str) or not (isinstance(task, str) or hasattr(task, "run")):
+        raise UsageError(f"a step or a Celery task is wanted here, not {type(task).__name__}")
+    return _declared(name) or LegacyStep(name, StepOptions(queue=getattr(task, "queue", "") or ""))
 
 
 class LegacyStep(Step[Any, Any]):

@@ -1,0 +1,280 @@
+"""`saga.map`: a step for each of very many items, page by page.
+
+Owns the paging and the summary.  Each page is a child (saga `orchestrator.map`), so that the history and the memory of
+the run that maps grow by one entry a page, whatever becomes of its items; what the items did is undone with the page,
+as with any child.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orchestrator.codec import Json, dumps
+from orchestrator.errors import DefinitionError, MapFailed, PayloadError, StepFailed, UsageError, describe_exception
+from orchestrator.machine.code import Request
+from orchestrator.machine.journal import Asked, decode_entry, encode
+from orchestrator.machine.policy import Effect, Limit
+from orchestrator.saga.declare import define
+from orchestrator.saga.family import child
+from orchestrator.saga.inside import code_of
+from orchestrator.saga.steps import asked_of, decode_result, failure_of, step_of
+from orchestrator.step import Step
+
+PAGE = 500  # items in a page
+_PAGE_BYTES = 100_000  # of items in a page; half of what an input may have
+_TOLD_BY_PAGE, _TOLD = 100, 1000  # failures that are told one by one
+
+
+@dataclass(frozen=True, slots=True)
+class MapSummary:
+    """What became of the items of a `saga.map`.
+
+    `failures` tells of the first thousand, as mappings: ``index``, ``outcome``, ``type`` and ``message``.  `results`
+    are in the order of the items, None for one that failed; there are none without ``collect=True``.
+    """
+
+    total: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    failures: tuple[dict[str, Any], ...] = ()
+    results: tuple[Any, ...] = ()
+
+
+async def map(
+    task: Any,
+    items: Any,
+    *,
+    concurrency: int = 100,
+    rate: str | None = None,
+    tolerate: float = 0,
+    page: int = PAGE,
+    collect: bool = False,
+) -> MapSummary:
+    """Run `task` once for each item, with bounded memory and history; tell how many failed, and which.
+
+    `items` is an iterable that is the same on every replay, or a paging step: it takes a cursor (None at first) and
+    returns items and the next cursor (None at the end).  At most `concurrency` of them are under way, and `rate`
+    ("100/s") begin over all workers.  `tolerate` is how many may fail: a number, or below 1 a share of all.  Pages of
+    `page` items come one after the other.
+
+    Raises: MapFailed if more failed: then the run, unless it catches that, is undone item by item.  UsageError.
+    """
+    plan = _Plan.of(task, concurrency, rate, tolerate, page, collect)
+    tally = _Tally(plan)
+    if isinstance(items, Step):
+        await _map_pages(plan, tally, items)
+    else:
+        for first, calls in _batches(plan, items):
+            tally.add(await child(run_page, plan.spec(first, calls=calls)))
+    return tally.summary()
+
+
+async def _map_pages(plan: _Plan, tally: _Tally, pages: Step[Any, Any]) -> None:
+    cursor: Json = None
+    while True:
+        found = await child(run_page, plan.spec(tally.total, pages=encode(_template(pages)), cursor=cursor))
+        tally.add(found)
+        cursor = found.get("cursor")
+        if cursor is None:
+            return
+
+
+# -- planning ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    task: Step[Any, Any]
+    template: Asked
+    concurrency: int
+    tolerate: float
+    page: int
+    collect: bool
+
+    @classmethod
+    def of(cls, task: Any, concurrency: int, rate: str | None, tolerate: float, page: int, collect: bool) -> _Plan:
+        declared = step_of(task)
+        if concurrency < 1 or page < 1 or tolerate < 0:
+            raise UsageError("saga.map: concurrency= and page= must be 1 or more, tolerate= 0 or more")
+        if declared.effect == Effect.PIVOT:
+            raise UsageError(f"saga.map: {declared.name} is a pivot, and a run has one point of no return")
+        if declared.options.key:
+            raise UsageError(
+                f"saga.map: {declared.name} has a key= of its own, but items are told apart by their index"
+            )
+        template = _template(declared)
+        if rate is not None:
+            if declared.limited:
+                raise UsageError(f"saga.map: {declared.name} has limits of its own; leave rate= out")
+            template = replace(template, limit=_limit(rate))
+        return cls(declared, template, concurrency, tolerate, page, collect)
+
+    def spec(self, first: int, **what: Json) -> dict[str, Json]:
+        """Return the input of a page."""
+        spec = {"do": encode(self.template), "first": first, "concurrency": self.concurrency, **what}
+        return {**spec, "collect": True} if self.collect else spec
+
+
+def _template(task: Step[Any, Any]) -> Asked:
+    """Return the request for a step before it has a key and arguments."""
+    bare = task if not task.limited else task.with_options(rate_limit=None, concurrency=None, limit_key=None)
+    asked = asked_of(bare, {}, code_of("map").fold.info.queue, "")
+    undo = task.named_undo()
+    return replace(asked, undo=undo) if undo is not None else asked
+
+
+def _limit(rate: str) -> dict[str, Json]:
+    code = code_of("map")
+    try:
+        return Limit(rate).encode(f"map {code.fold.info.id} {code.branch.key('map')}")
+    except DefinitionError as error:
+        raise UsageError(f"saga.map: {error}") from None
+
+
+def _batches(plan: _Plan, items: Iterable[Any]) -> Iterator[tuple[int, list[Json]]]:
+    """Cut items into pages by number and size."""
+    calls: list[Json] = []
+    size = first = 0
+    for index, item in enumerate(items):
+        call, length = _call(plan.task, plan.template, item, from_json=False)
+        if calls and (len(calls) >= plan.page or size + length > _PAGE_BYTES):
+            yield first, calls
+            calls, size, first = [], 0, index
+        calls.append(call)
+        size += length
+    if calls:
+        yield first, calls
+
+
+def _call(task: Step[Any, Any], template: Asked, item: Any, *, from_json: bool) -> tuple[dict[str, Json], int]:
+    """Encode one call; an item that cannot be stored takes its place as the error that it makes."""
+    try:
+        args = task.codec.encode_call((item,), {}, from_json=from_json)
+        undo = template.undo
+        if undo is not None and undo.args is None:
+            args = {**task.codec.encode_defaults([name for name in undo.names if name not in args]), **args}
+        call: dict[str, Json] = {"a": args}
+        if task.limited and template.limit is None:
+            call["limit"] = task.limit(args)
+        return call, len(dumps(call, what="the item"))
+    except (PayloadError, TypeError) as error:
+        known = describe_exception(error)
+        return {"error": {"type": known["type"], "message": known["message"]}}, 500
+
+
+# -- a page ------------------------------------------------------------------------------------------------------------
+@define(name="orchestrator.map")
+async def run_page(spec: dict[str, Any]) -> dict[str, Any]:
+    """Run one page of a `saga.map`; returns counts, the first failures, and the next cursor."""
+    template = decode_entry(spec["do"])
+    assert isinstance(template, Asked)
+    cursor = None
+    calls = spec.get("calls")
+    if calls is None:
+        calls, cursor = await _read_page(template, spec)
+    page = _Page(template, spec["first"], calls, spec.get("collect", False))
+    numbers = iter(range(len(calls)))
+    await asyncio.gather(*(page.work(numbers) for _ in range(min(spec["concurrency"], len(calls)))))
+    told = sorted(page.failures, key=lambda failure: failure["index"])[:_TOLD_BY_PAGE]
+    done = {"total": len(calls), "failed": len(page.failures), "failures": told, "cursor": cursor}
+    return {**done, "results": page.results} if page.collect else done
+
+
+async def _read_page(template: Asked, spec: dict[str, Any]) -> tuple[list[dict[str, Any]], Json]:
+    pages = decode_entry(spec["pages"])
+    assert isinstance(pages, Asked)
+    paging, task = step_of(pages.task), step_of(template.task)
+    args = paging.codec.encode_call((spec["cursor"],), {}, from_json=True)
+    found = await code_of("map").ask(_request(replace(pages, args=args), ""))
+    if not isinstance(found, list) or len(found) != 2 or not isinstance(found[0], list):
+        raise UsageError(f"{pages.task} is to return items and the next cursor, not {found!r:.80}")
+    return [_call(task, template, item, from_json=True)[0] for item in found[0]], found[1]
+
+
+class _Page:
+    """The items of one page, and what became of them."""
+
+    def __init__(self, template: Asked, first: int, calls: list[dict[str, Any]], collect: bool) -> None:
+        self.template = template
+        self.first = first
+        self.calls = calls
+        self.collect = collect
+        self.failures: list[dict[str, Any]] = []
+        self.results: list[Json] = [None] * len(calls) if collect else []
+
+    async def work(self, numbers: Iterator[int]) -> None:
+        """Take one item after the other, until none is left."""
+        code = code_of("map")
+        for number in numbers:
+            call = self.calls[number]
+            if "error" in call:
+                self._failed(number, "rejected", call["error"])
+                continue
+            asked = replace(self.template, args=call["a"], limit=call.get("limit", self.template.limit))
+            try:
+                result = await code.ask(_request(asked, f"[{self.first + number}]"))
+            except StepFailed as error:
+                self._failed(number, error.outcome, error.error)
+            else:
+                if self.collect:
+                    self.results[number] = result
+
+    def _failed(self, number: int, outcome: str, error: dict[str, Any]) -> None:
+        told = {"type": error.get("type", ""), "message": str(error.get("message", ""))[:500]}
+        self.failures.append({"index": self.first + number, "outcome": outcome, **told})
+
+
+def _request(template: Asked, key: str) -> Request:
+    return Request(
+        name=template.task,
+        key=key,
+        asked=lambda key: replace(template, key=key),
+        same=lambda recorded: recorded.task == template.task and recorded.args == template.args,
+        decode=lambda result: result,
+        failure=functools.partial(failure_of, code_of("map").fold.info.id),
+    )
+
+
+# -- the summary -------------------------------------------------------------------------------------------------------
+class _Tally:
+    """Adds pages up; stops the map as soon as more items have failed than may."""
+
+    def __init__(self, plan: _Plan) -> None:
+        self._plan = plan
+        self.total = self.failed = 0
+        self._failures: list[dict[str, Any]] = []
+        self._results: list[Any] = []
+
+    def add(self, page: dict[str, Any]) -> None:
+        """Add a page.  Raises: MapFailed if a number of failures is tolerated and that is exceeded."""
+        self.total += page["total"]
+        self.failed += page["failed"]
+        self._failures += itertools.islice(page["failures"], max(0, _TOLD - len(self._failures)))
+        failed = {failure["index"] for failure in page["failures"]} if page.get("results") else ()
+        for index, result in enumerate(page.get("results", ()), len(self._results)):
+            self._results.append(None if index in failed else decode_result(self._plan.task, result))
+        if self._plan.tolerate >= 1 or not self._plan.tolerate:
+            self._refuse_beyond(self._plan.tolerate)
+
+    def summary(self) -> MapSummary:
+        """Return the sum.  Raises: MapFailed if more items failed than may."""
+        if 0 < self._plan.tolerate < 1:
+            self._refuse_beyond(self._plan.tolerate * self.total)
+        return self._summary()
+
+    def _summary(self) -> MapSummary:
+        succeeded = self.total - self.failed
+        return MapSummary(self.total, succeeded, self.failed, tuple(self._failures), tuple(self._results))
+
+    def _refuse_beyond(self, limit: float) -> None:
+        if self.failed <= limit:
+            return
+        first = self._failures[0]
+        raise MapFailed(
+            f"{self.failed} of {self.total} items of {self._plan.task.name} failed, and {limit:g} may; item "
+            f"{first['index']}: {first['type']}: {first['message']}",
+            summary=self._summary(),
+        )
