@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 DRAIN = "orchestrator.drain"
 _BODY: Any = ([], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})
 _REST_AFTER_FAILURE_S = 1.0
+_PATIENCE_S = 2.0
 _TIMEOUTS = {"socket_connect_timeout": 1.0, "socket_timeout": 2.0, "connect_timeout": 1.0, "max_retries": 1,
              "interval_start": 0, "interval_step": 0.1, "interval_max": 0.1}  # fmt: skip
 
@@ -93,6 +94,8 @@ class Bell:
             routing_key=queue,
             serializer="json",
             retry=False,
+            timeout=_PATIENCE_S,
+            confirm_timeout=_PATIENCE_S,  # a RabbitMQ whose disk is full confirms nothing, and says nothing
             delivery_mode=1,
             expiration=self._expires.total_seconds(),
             correlation_id=message_id,
