@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from kombu import Connection
 
+from orchestrator.celery.doorbell import Bell
 from tests.acceptance.running import until
 from tests.faults.conftest import new_valkey_url
 from tests.faults.load import QUEUE, Office
@@ -107,6 +109,19 @@ def _kill_the_broker(scene: Scene, request: pytest.FixtureRequest, *, times: int
         scene.fault("broker killed")
     scene.judge(LOADED, load, within_s=180.0)
     assert all(worker.is_alive for worker in workers), "workers outlive their broker"
+
+
+def test_a_doorbell_that_finds_its_broker_gone_leaves_no_socket_behind(scene_of_each_broker: Scene) -> None:
+    """One that stays open is a warning of Python's when it is collected, and warnings are errors here."""
+    options = {"hostname": scene_of_each_broker.broker.url, "ssl": False, "transport_options": {}, "heartbeat": 0}
+    bell = Bell(options)
+    for _ in range(3):
+        until(lambda: bell.ring(QUEUE), "the bell rings", 30.0)
+        scene_of_each_broker.broker.cut()
+        until(lambda: not bell.ring(QUEUE), "it is seen that the broker is gone", 30.0)
+        scene_of_each_broker.broker.restore()
+        gc.collect()
+    bell.close()
 
 
 def _half_open(scene: Scene, seconds: float, runs: int) -> None:
