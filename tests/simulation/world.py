@@ -107,7 +107,7 @@ class Simulation:
         settings = {
             "drain_steps": self.random.choice([1, 3, 500]),
             "cache_runs": self.random.choice([0, 1, 1000]),
-            "pump_interval": timedelta(seconds=self.random.choice([1.0, 1.9])),
+            "pump_interval": timedelta(seconds=self.random.choice([1.0, 1.9, 2.8])),
             "lease": timedelta(seconds=3),
             "watchdog": timedelta(days=10),  # longer than any clock of a seed gets
         }
