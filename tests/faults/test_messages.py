@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from celery import Celery
 from kombu import Connection
 
 from orchestrator.celery.doorbell import Bell
@@ -17,8 +18,9 @@ from tests.faults.conftest import new_valkey_url
 from tests.faults.load import QUEUE, Office
 from tests.faults.postman import Habits, Postman
 from tests.faults.rabbitmq import RabbitMQ
-from tests.faults.scene import LOADED, Scene
+from tests.faults.scene import BARE, LOADED, Scene
 from tests.faults.servers import Servers
+from tests.faults.steps import Stop
 
 
 @pytest.fixture(params=["valkey", "rabbitmq"])
@@ -91,6 +93,24 @@ def test_messages_that_are_eaten_cost_seconds_and_no_work(
 
 def test_a_broker_that_is_killed_and_restarted_costs_seconds(scene_of_each_broker: Scene, request: Any) -> None:
     _kill_the_broker(scene_of_each_broker, request, times=2, runs=44)
+
+
+def test_a_worker_that_has_messages_in_hand_outlives_its_broker(scene: Scene, own_servers: Servers) -> None:
+    """It gives back what it has not acknowledged, over a connection that is gone.
+
+    A task that it does not know is held for a while, in case a newer release comes.
+    """
+    worker = scene.worker().start()
+    with Celery("people", broker=scene.broker_url, set_as_current=False) as app:
+        app.send_task("faults.unheard_of", queue=QUEUE)
+    until(lambda: "faults.unheard_of" in worker.said, "the message is held", 30.0)
+    own_servers.restart_valkey()
+    scene.fault("broker killed")
+    until(lambda: worker.said.count("Connected to redis") > 1 or not worker.is_alive, "it is connected again", 60.0)
+    assert worker.is_alive, worker.said
+    scene.start("after", Stop(name="a"))
+    scene.until_state("after", "completed")
+    scene.judge(BARE)
 
 
 @pytest.mark.long
