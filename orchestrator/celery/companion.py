@@ -29,6 +29,7 @@ from orchestrator.engine.pump import Pump
 from orchestrator.engine.watchdog import Watchdog
 from orchestrator.errors import OrchestratorError
 from orchestrator.failpoints import failpoint
+from orchestrator.settings import Settings
 from orchestrator.store import check, liveness
 from orchestrator.store.connection import UNAVAILABLE, Connection, open_connection, unavailable
 
@@ -56,6 +57,19 @@ class Config:
     prepare: bool
     watchdog_s: float
     incarnation: int | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, **worker: Any) -> Config:
+        """Return what the settings say, with what the caller knows of its worker."""
+        return cls(
+            dsn=settings.dsn,
+            lease_s=settings.lease.total_seconds(),
+            pump_s=settings.pump_interval.total_seconds(),
+            reservation_s=settings.reservation.total_seconds(),
+            prepare=settings.prepared_statements,
+            watchdog_s=settings.watchdog.total_seconds(),
+            **worker,
+        )
 
 
 @dataclass(slots=True)

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 DRAIN = "orchestrator.drain"
 _BODY: Any = ([], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})
 _REST_AFTER_FAILURE_S = 1.0
+_PATIENCE_S = 2.0
 _TIMEOUTS = {"socket_connect_timeout": 1.0, "socket_timeout": 2.0, "connect_timeout": 1.0, "max_retries": 1,
              "interval_start": 0, "interval_step": 0.1, "interval_max": 0.1}  # fmt: skip
 
@@ -39,6 +40,7 @@ class Bell:
         options["connect_timeout"] = 1.0
         self._options = options
         self._expires = expires
+        self._connection: Connection | None = None
         self._producer: Producer | None = None
         self._owner = 0
         self._lock = threading.Lock()
@@ -60,7 +62,7 @@ class Bell:
                 return True
             except Exception as error:
                 self._rest_until = monotonic() + _REST_AFTER_FAILURE_S
-                self._producer = None
+                self._abandon()
                 logger.info(
                     "doorbell of queue %s not rung: the broker cannot be reached (%s)", queue, type(error).__name__
                 )
@@ -69,7 +71,8 @@ class Bell:
     @contextlib.contextmanager
     def _held(self) -> Iterator[bool]:
         if self._owner != os.getpid():  # a lock that another thread held at the fork stays held for ever
-            self._lock, self._producer, self._owner = threading.Lock(), None, os.getpid()
+            self._lock, self._owner = threading.Lock(), os.getpid()
+            self._connection = self._producer = None
         held = self._lock.acquire(timeout=2.0)
         try:
             yield held
@@ -79,7 +82,7 @@ class Bell:
 
     def _opened(self) -> Producer:
         if self._producer is None:
-            connection = Connection(**self._options)
+            self._connection = connection = Connection(**self._options)
             connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0.1, timeout=1.0)
             self._producer = Producer(connection.default_channel, auto_declare=False)
         return self._producer
@@ -93,6 +96,8 @@ class Bell:
             routing_key=queue,
             serializer="json",
             retry=False,
+            timeout=_PATIENCE_S,
+            confirm_timeout=_PATIENCE_S,  # a RabbitMQ whose disk is full confirms nothing, and says nothing
             delivery_mode=1,
             expiration=self._expires.total_seconds(),
             correlation_id=message_id,
@@ -103,12 +108,19 @@ class Bell:
             },
         )  # fmt: skip
 
+    def _abandon(self) -> None:
+        """Close the socket without a farewell: a broker that is as good as dead answers none."""
+        connection, self._connection, self._producer = self._connection, None, None
+        raw = getattr(connection, "_connection", None)
+        with contextlib.suppress(Exception):
+            raw.collect() if hasattr(raw, "collect") else connection.release()  # type: ignore[union-attr]
+
     def close(self) -> None:
         """Close the broker connection."""
-        producer, self._producer = self._producer, None
-        if producer is not None and self._owner == os.getpid():
+        connection, self._connection, self._producer = self._connection, None, None
+        if connection is not None and self._owner == os.getpid():
             with contextlib.suppress(Exception):
-                producer.connection.release()
+                connection.release()
 
 
 def connection_options(app: Any) -> dict[str, Any]:

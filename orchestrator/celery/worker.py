@@ -90,11 +90,11 @@ class CompanionStep(bootsteps.StartStopStep):
         threading.Thread(target=self._watch, name="orchestrator companion", daemon=True).start()
 
     def _configure(self, worker: Any) -> Config:
-        app, settings = worker.app, self.orchestrator.settings
+        app = worker.app
         targets = sorted(name for name in app.tasks if not name.startswith("celery."))
         targets += [saga.target for saga in sagas.registry.sagas.values()]
-        return Config(
-            dsn=settings.dsn,
+        return Config.of(
+            self.orchestrator.settings,
             broker=connection_options(app),
             socket=os.path.join(self._folder, "companion"),
             node=worker.hostname,
@@ -102,11 +102,6 @@ class CompanionStep(bootsteps.StartStopStep):
             queues=sorted(app.amqp.queues.consume_from),
             targets=targets,
             slots=int(worker.concurrency or 1),
-            lease_s=settings.lease.total_seconds(),
-            pump_s=settings.pump_interval.total_seconds(),
-            reservation_s=settings.reservation.total_seconds(),
-            watchdog_s=settings.watchdog.total_seconds(),
-            prepare=settings.prepared_statements,
             incarnation=self._incarnation,
         )
 

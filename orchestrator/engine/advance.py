@@ -280,8 +280,8 @@ class Advancer:
             self._admit(connection, [taken.call])
             return True
         taken.refused = True
-        logger.warning("run %s step %s: attempt %s has lost its fence, its outcome is refused", taken.run_id, taken.key,
-                       taken.attempt)  # fmt: skip
+        logger.warning("run %s step %s: attempt %s to %s has lost its fence, its outcome is refused",
+                       taken.run_id, taken.key, taken.attempt, taken.role)  # fmt: skip
         if outcome.verdict == "succeeded" and not (taken.call or {}).get("n"):
             late = LateSuccess(
                 taken.key, taken.role, taken.attempt, outcome.result, outcome.worker, taken.call.get("k", 0)

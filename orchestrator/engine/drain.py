@@ -358,17 +358,25 @@ class Drainer:
             return self._record(taken, outcome, broken=True)
         except LostFence:
             logger.warning(
-                "run %s step %s: attempt %s has lost its fence, its transaction is rolled back",
-                taken.run_id, taken.key, taken.attempt,
+                "run %s step %s: attempt %s to %s has lost its fence, its transaction is rolled back",
+                taken.run_id, taken.key, taken.attempt, taken.role,
             )  # fmt: skip
             return []
         if invocation.error is None and after:
             self._worker.runner.finished(taken, reported[0])
-            return after[0](self._ready()[0])
+            return self._after_transaction(taken, reported[0], after[0])
         outcome = self._outcome(taken, invocation, harmless=True)
         begun = self._record(taken, outcome)
         self._worker.runner.finished(taken, outcome)
         return begun
+
+    def _after_transaction(self, taken: Taken, outcome: AttemptEnded, after: AfterCommit) -> list[Taken]:
+        """Go on after the commit; if the connection breaks now, what was begun with it is found as after any other."""
+        try:
+            return after(self._ready()[0])
+        except (*UNAVAILABLE, StoreUnavailableError):
+            self._drop_connection()
+            return self._record(taken, outcome, broken=True)
 
     def _context(self, taken: Taken) -> StepContext:
         call = taken.call or {}

@@ -1,13 +1,15 @@
 """A TCP proxy that misbehaves when it is told to: how tests take a server away, or its answers, without stopping it.
 
 Owns these failures: `cut` (nobody answers, open connections break), `reset` (open connections break, new ones are
-welcome), `hang` (half-open: connections stay, and nothing passes), `delay` (everything comes late), and `swallow` (what
-is asked reaches the server, and the connection breaks before the answer does).
+welcome), `hang` (half-open: connections stay, and nothing passes), `lose` (packets vanish below TCP), `delay`
+(everything comes late), and `swallow` (what is asked reaches the server, and the connection breaks before the answer
+does).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import selectors
 import socket
 import struct
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from urllib.parse import urlsplit, urlunsplit
 
 _RST = struct.pack("ii", 1, 0)  # closing with this tells the peer at once, and rudely
+_SO_ATTACH_FILTER = 26  # Linux; Python has no name for it
 
 
 class Proxy:
@@ -33,6 +36,7 @@ class Proxy:
         self._late: deque[tuple[float, socket.socket, bytes]] = deque()
         self._delay_s = 0.0
         self._hangs = False
+        self._loss = 0.0
         self._swallow: Callable[[bytes], bool] | None = None
         self._swallow_times = 0
         self.swallowed = 0
@@ -72,6 +76,16 @@ class Proxy:
         with self._lock:
             self._hangs = True
 
+    def lose(self, share: float) -> None:
+        """Let the kernel drop so much, from 0 to 1, of all packets that come here, acknowledgements too; tell nobody.
+
+        Other than with `hang`, nobody at either end can tell this proxy from one that has lost its power.
+        """
+        with self._lock:
+            self._loss = share
+            for end in self._peers:
+                _lose(end, share)
+
     def delay(self, seconds: float) -> None:
         """Let everything pass, so much later."""
         with self._lock:
@@ -80,9 +94,9 @@ class Proxy:
     def restore(self) -> None:
         """Answer again, on the same port; what hung is broken, as a router does that has forgotten it."""
         with self._lock:
-            if self._hangs:
+            if self._hangs or self._loss:
                 self._drop_all()
-            self._swallow, self._hangs, self._delay_s = None, False, 0.0
+            self._swallow, self._hangs, self._loss, self._delay_s = None, False, 0.0, 0.0
             if self._listener is None:
                 listener = socket.socket()
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -127,6 +141,8 @@ class Proxy:
         for end in (client, server):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             end.settimeout(2.0)
+            if self._loss:
+                _lose(end, self._loss)
             self._selector.register(end, selectors.EVENT_READ)
         self._peers[client], self._peers[server] = server, client
         self._servers.add(server)
@@ -178,3 +194,17 @@ class Proxy:
                 with contextlib.suppress(KeyError, ValueError):
                     self._selector.unregister(each)
                 each.close()
+
+
+def _lose(end: socket.socket, share: float) -> None:
+    """Let a filter in the kernel drop packets before TCP sees them, each by a throw of the dice."""
+    instructions = [
+        (0x20, 0, 0, 0xFFFFF000 + 56),  # load a random number
+        (0x35, 1, 0, min(int(share * 2**32), 2**32 - 1)),  # skip the next instruction if it is as large as this
+        (0x06, 0, 0, 0),  # drop
+        (0x06, 0, 0, 0xFFFFFFFF),  # take all of it
+    ]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in instructions))
+    end.setsockopt(
+        socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(instructions), ctypes.addressof(program))
+    )

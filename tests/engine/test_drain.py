@@ -71,6 +71,12 @@ async def written(names: list[str]) -> list[str]:
     return [await saga.step(write, name) for name in names]
 
 
+@saga.define
+async def written_and_looked_at(name: str) -> int:
+    await saga.step(write, name)
+    return sum(await asyncio.gather(saga.step(look, 1), saga.step(look, 2)))
+
+
 @pytest.fixture
 def table(connection: Connection) -> None:
     connection.execute("CREATE TABLE written (name text)")
@@ -395,13 +401,17 @@ def test_a_connection_that_breaks_again_while_it_is_found_out_what_became_of_a_c
     assert {"attempted", "late"} & set(kinds(connection)) == set()
 
 
+def end_backends_of_children(connection: Connection) -> None:
+    connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND application_name LIKE 'orchestrator child%'"
+    )
+
+
 def test_a_terminated_backend_costs_no_step(child: Child, connection: Connection) -> None:
     def terminate(taken: Any) -> None:
         if "#1" in taken.key:
-            connection.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                "WHERE datname = current_database() AND application_name LIKE 'orchestrator child%'"
-            )
+            end_backends_of_children(connection)
 
     child.runner.after = terminate
     start(connection, in_a_row, ["a", "b", "c"])
@@ -436,6 +446,22 @@ def test_a_transactional_step_whose_connection_breaks_before_the_commit_is_done_
     drain_all(connection, child)
     assert state(connection) == "completed"
     assert connection.execute("SELECT name FROM written").fetchall() == [("a",), ("b",)]
+
+
+def test_a_connection_that_breaks_right_after_the_commit_of_a_transactional_step_costs_no_attempt(
+    child: Child, connection: Connection, table: None
+) -> None:
+    """What was begun with the commit is gone on with: it was begun by who is still here."""
+
+    def committed(taken: Any, outcome: Any) -> None:
+        if "write" in taken.key:
+            end_backends_of_children(connection)
+
+    child.runner.finished = committed  # type: ignore[method-assign]
+    start(connection, written_and_looked_at, "a")
+    drain_all(connection, child)
+    assert (state(connection), "attempted" in kinds(connection)) == ("completed", False)
+    assert sorted(child.runner.calls) == [("do", key, 1) for key in sorted({call[1] for call in child.runner.calls})]
 
 
 @pytest.mark.parametrize("statement", [b"set_config", b"SAVEPOINT", b"commit_turn_1"])

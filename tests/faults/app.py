@@ -24,6 +24,8 @@ app.conf.broker_heartbeat = 2
 app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
 if os.environ.get("FAULTS_WRITE_TO"):
     app.conf.broker_write_url = os.environ["FAULTS_WRITE_TO"]
+if os.environ.get("FAULTS_CONFIRM"):
+    app.conf.broker_transport_options = {"confirm_publish": True}
 if os.environ.get("FAULTS_POOL_START"):
     app.conf.worker_pool_start_method = os.environ["FAULTS_POOL_START"]
 if os.environ.get("FAULTS_SOFT"):

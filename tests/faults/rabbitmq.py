@@ -36,6 +36,9 @@ disk_free_limit.absolute = 50MB
 heartbeat = 5
 """
 
+# Reads until the pipe to the process that started it closes, which it does however that one ends.
+_WATCH = 'read -r _; for group in "$@"; do kill -s KILL -- "-$group"; done'
+
 
 class MissingProgram(AssertionError):
     """A test cannot run here; the message says what to install."""
@@ -64,6 +67,7 @@ class RabbitMQ:
         (self._folder / "plugins").write_text("[].\n")
         self._process: subprocess.Popen[bytes] | None = None
         self._mapper: subprocess.Popen[bytes] | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
         try:
             self.start()
         except BaseException:
@@ -79,10 +83,9 @@ class RabbitMQ:
         return f"amqp://{_USER}:{_PASSWORD}@127.0.0.1:{self.port}/h{number % _HOSTS}"
 
     @property
-    def pid(self) -> int:
-        """The process that is the broker."""
-        assert self._process is not None
-        return self._process.pid
+    def pids(self) -> list[int]:
+        """The broker and its port mapper, each the leader of a group."""
+        return [process.pid for process in (self._process, self._mapper) if process is not None]
 
     def start(self) -> None:
         """Start it and wait until it answers."""
@@ -90,22 +93,39 @@ class RabbitMQ:
         if self._mapper is None:  # ours, and in the foreground: the broker would leave one running for ever
             command = [_mapper_program(), "-port", str(self._mapper_port), "-address", "127.0.0.1"]
             self._mapper = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [str(_SERVER)], env=environment, cwd=self._folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
+        self._watch()
         give_up_at = time.monotonic() + 120.0
-        while not self._answers():
+        while not self.answers():
             if self._process.poll() is not None or time.monotonic() > give_up_at:
                 said = (self._folder / "log").read_text(errors="replace")[-3000:]
                 raise AssertionError(f"RabbitMQ did not start:\n{said}")
             time.sleep(0.05)
 
+    def _watch(self) -> None:
+        """End both when this process ends, whatever ends it."""
+        self._watcher = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCH, "watch", *map(str, self.pids)], stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
+    def _unwatch(self) -> None:
+        if self._watcher is not None and self._watcher.stdin is not None:
+            self._watcher.kill()  # before the numbers that it knows are free for others
+            self._watcher.wait()
+            self._watcher.stdin.close()
+            self._watcher = None
+
     def kill(self) -> None:
         """End it without a farewell."""
+        self._unwatch()
         if self._process is not None and self._process.poll() is None:
             kill_all(psutil.Process(self._process.pid))
             self._process.wait(30.0)
@@ -124,7 +144,7 @@ class RabbitMQ:
             self._mapper = None
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=2.0) as probe:
             probe.settimeout(5.0)
             probe.sendall(b"AMQP\x00\x00\x09\x01")

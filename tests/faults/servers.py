@@ -116,5 +116,5 @@ def free_port() -> int:
 def kill_all(process: psutil.Process) -> None:
     """Kill a process and all that it has started."""
     for each in [process, *process.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(ProcessLookupError):  # it has gone by itself meanwhile
             os.kill(each.pid, signal.SIGKILL)

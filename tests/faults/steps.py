@@ -44,6 +44,7 @@ class Stop(BaseModel):
     ms: int = 0
     source: int = 0
     target: int = 1
+    remembered: bool = False  # whether who keeps the effect remembers that it was undone, and refuses it from then on
 
 
 # -- gates: files by which a test holds a step, and hears from it ------------------------------------------------------
@@ -69,10 +70,16 @@ def behave(stop: Stop, words: list[str]) -> str:
         raise Rejected(f"{stop.name} is not possible")
     if word == "fail":
         raise RuntimeError(f"{stop.name} does not answer")
-    if word == "before":
+    if word == "deaf":  # to the alarm of its time limit, as code is that does not come back to the interpreter
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if word in ("before", "deaf", "hog"):
         hold("before")
     if word == "eat":
         eat_memory()
+    if word == "hog":
+        bytearray(b"x") * (512 << 20)
+    if stop.remembered:
+        remember_or_refuse(stop)
     log.effect()
     if word == "silent":
         raise TimeoutError(f"{stop.name} did, and does not answer")
@@ -85,6 +92,16 @@ def behave(stop: Stop, words: list[str]) -> str:
         hold("after")
     log.returned()
     return stop.name
+
+
+def remember_or_refuse(stop: Stop) -> None:
+    """Note an undo; refuse what was undone."""
+    current = step.current()
+    note = folder() / f"undone {current.run_id} {stop.name}"
+    if current.undoes:
+        note.touch()
+    elif note.exists():
+        raise Rejected(f"{stop.name} was undone")
 
 
 def eat_memory() -> None:

@@ -1,17 +1,22 @@
-"""Few connections, borrowed connections, and connections that were made for another process."""
+"""Few connections, borrowed connections, those that were made for another process, and those that lead nowhere."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from orchestrator.client import Client
 from orchestrator.settings import Settings
+from orchestrator.store.connection import Connection, open_connection
+from tests.acceptance.running import until
 from tests.faults import sagas
 from tests.faults.load import QUEUE
 from tests.faults.pgbouncer import PgBouncer
@@ -83,3 +88,71 @@ def test_a_connection_of_a_parent_is_not_used_by_its_child(scene: Scene, tmp_pat
     backends = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'orchestrator client'"
     assert int(scene.sql(f"{backends} AND datname = current_database()")[0][0]) == 1
     client.pool.close()
+
+
+# -- a way that is dark: no packet arrives, and nobody says so ---------------------------------------------------------
+BOUND_S = 25.0
+
+
+def _asks(connection: Connection, query: str) -> float:
+    """Ask something that will have no answer; returns after how many seconds the connection ended."""
+    began = time.monotonic()
+    with pytest.raises(psycopg.OperationalError):
+        connection.execute(query)
+    return time.monotonic() - began
+
+
+def test_a_connection_has_a_bound_for_what_nobody_takes(scene: Scene) -> None:
+    with open_connection(scene.database_url, name="test") as connection:
+        end = socket.socket(fileno=os.dup(connection.fileno()))
+        with end:
+            assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == BOUND_S * 1000
+            assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+@pytest.mark.long
+def test_a_connection_into_the_dark_ends_within_its_bound(scene: Scene) -> None:
+    """Whether it waits for an answer that is long in coming, or has just asked."""
+    waiting, asking = (open_connection(scene.database.url, name="test") for _ in range(2))
+    with ThreadPoolExecutor(2) as threads:
+        waits = threads.submit(_asks, waiting, "SELECT pg_sleep(300)")
+        asleep = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%%' AND state = 'active'"
+        until(lambda: scene.sql(asleep)[0][0], "the question has arrived")
+        scene.database.lose(1.0)
+        asks = threads.submit(_asks, asking, "SELECT 1")
+        took = [waits.result(120.0), asks.result(120.0)]
+    assert all(seconds < BOUND_S + 20.0 for seconds in took), took
+    scene.database.restore()
+
+
+@pytest.mark.long
+def test_a_worker_in_the_dark_is_replaced_and_comes_back(scene: Scene) -> None:
+    """Its way to Postgres is dark for longer than it takes a connection to end; another one does the work meanwhile."""
+    (lonely,) = scene.start_workers(1, proxied=True)
+    scene.start_workers(1)
+    load = scene.load(runs=66, ms=30)
+    load.until_ended(15)
+    scene.database.lose(1.0)
+    scene.fault("way to Postgres dark")
+    dark_until = time.monotonic() + BOUND_S + 10.0
+    load.until_ended(60, within_s=120.0)
+    until(lambda: time.monotonic() > dark_until, "it was dark for long enough", 60.0)
+    scene.database.restore()
+    scene.signal(scene.workers[1], signal.SIGKILL, whole=True)
+    again = scene.load(runs=22, seed=2)
+    scene.judge(LOADED, load, again, within_s=120.0)
+    assert lonely.is_alive
+
+
+@pytest.mark.long
+def test_packets_that_are_lost_cost_time(scene: Scene) -> None:
+    """One in ten, on the way to Postgres and to the broker."""
+    scene.start_workers(2, proxied=True)
+    for way in (scene.database, scene.broker):
+        way.lose(0.1)
+    scene.fault("one packet in ten is lost")
+    load = scene.load(runs=44, office=scene.proxied_office())
+    load.until_ended(40, within_s=300.0)
+    for way in (scene.database, scene.broker):
+        way.restore()
+    scene.judge(LOADED, load)

@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.acceptance.running import ROOT, until
 from tests.faults import newer
 from tests.faults.load import QUEUE
 from tests.faults.scene import BARE, LOADED, Scene
 from tests.faults.steps import Stop
 from tests.faults.test_processes import attempts_lost
+from tests.faults.test_surroundings import WallClock
 
 
 def test_a_rolling_restart_under_load_burns_no_attempt(scene: Scene) -> None:
@@ -48,9 +51,15 @@ def test_two_releases_work_side_by_side(scene: Scene) -> None:
     scene.judge(LOADED, load)
 
 
-def _beat(scene: Scene, folder: Path) -> subprocess.Popen[bytes]:
+def _beat(scene: Scene, folder: Path, **more: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "celery", "-A", "tests.faults.app", "beat", "-s", str(folder / "schedule")]
-    environment = {**os.environ, **scene.environment(proxied=False), "FAULTS_BEAT_S": "0.2", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        **scene.environment(proxied=False),
+        "FAULTS_BEAT_S": "0.2",
+        "PYTHONPATH": str(ROOT),
+        **more,
+    }
     with (folder / "beat.log").open("ab") as log:
         return subprocess.Popen(
             [*command, "--pidfile", "", "--max-interval", "1"], env=environment, cwd=ROOT,
@@ -70,3 +79,30 @@ def test_a_beat_that_is_killed_goes_on_when_it_is_started_again(scene: Scene, tm
             beat.wait(10.0)
     scene.start("by hand", Stop(name="a"))
     scene.judge(BARE)
+
+
+@pytest.mark.debian
+def test_a_beat_whose_clock_jumps_starts_neither_nothing_nor_everything(scene: Scene, tmp_path: Path) -> None:
+    """An hour ahead: what was missed is started once, not eighteen thousand times.  A second back costs a second.
+
+    (By how much a clock is put back, for so long Celery's own beat holds that nothing is due.)
+    """
+    scene.start_workers(1)
+    clock = WallClock(tmp_path)
+    beat = _beat(scene, tmp_path, **clock.environment)
+    started = "SELECT count(*) FROM orchestrator.runs"
+    try:
+        for seconds in (0, 3600, 3599, 7200):
+            before = scene.sql(started)[0][0]
+            clock.set(seconds)
+            scene.fault("clock jumped")
+            until(lambda before=before: scene.sql(started)[0][0] >= before + 4, "beat goes on", 60.0)  # type: ignore[misc]
+    finally:
+        beat.kill()
+        beat.wait(10.0)
+    scene.start("by hand", Stop(name="a"))
+    scene.judge(BARE)
+    (took,) = scene.sql("SELECT extract(epoch FROM max(started_at) - min(started_at))::float8 FROM orchestrator.runs")[
+        0
+    ]
+    assert scene.sql(started)[0][0] < 10 + took / 0.2

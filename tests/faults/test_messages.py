@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from celery import Celery
 from kombu import Connection
 
+from orchestrator.celery.doorbell import Bell
 from tests.acceptance.running import until
 from tests.faults.conftest import new_valkey_url
 from tests.faults.load import QUEUE, Office
 from tests.faults.postman import Habits, Postman
 from tests.faults.rabbitmq import RabbitMQ
-from tests.faults.scene import LOADED, Scene
+from tests.faults.scene import BARE, LOADED, Scene
 from tests.faults.servers import Servers
+from tests.faults.steps import Stop
 
 
 @pytest.fixture(params=["valkey", "rabbitmq"])
@@ -91,6 +95,24 @@ def test_a_broker_that_is_killed_and_restarted_costs_seconds(scene_of_each_broke
     _kill_the_broker(scene_of_each_broker, request, times=2, runs=44)
 
 
+def test_a_worker_that_has_messages_in_hand_outlives_its_broker(scene: Scene, own_servers: Servers) -> None:
+    """It gives back what it has not acknowledged, over a connection that is gone.
+
+    A task that it does not know is held for a while, in case a newer release comes.
+    """
+    worker = scene.worker().start()
+    with Celery("people", broker=scene.broker_url, set_as_current=False) as app:
+        app.send_task("faults.unheard_of", queue=QUEUE)
+    until(lambda: "faults.unheard_of" in worker.said, "the message is held", 30.0)
+    own_servers.restart_valkey()
+    scene.fault("broker killed")
+    until(lambda: worker.said.count("Connected to redis") > 1 or not worker.is_alive, "it is connected again", 60.0)
+    assert worker.is_alive, worker.said
+    scene.start("after", Stop(name="a"))
+    scene.until_state("after", "completed")
+    scene.judge(BARE)
+
+
 @pytest.mark.long
 def test_a_broker_that_is_killed_twenty_times(scene_of_each_broker: Scene, request: Any) -> None:
     _kill_the_broker(scene_of_each_broker, request, times=20, runs=220)
@@ -107,6 +129,19 @@ def _kill_the_broker(scene: Scene, request: pytest.FixtureRequest, *, times: int
         scene.fault("broker killed")
     scene.judge(LOADED, load, within_s=180.0)
     assert all(worker.is_alive for worker in workers), "workers outlive their broker"
+
+
+def test_a_doorbell_that_finds_its_broker_gone_leaves_no_socket_behind(scene_of_each_broker: Scene) -> None:
+    """One that stays open is a warning of Python's when it is collected, and warnings are errors here."""
+    options = {"hostname": scene_of_each_broker.broker.url, "ssl": False, "transport_options": {}, "heartbeat": 0}
+    bell = Bell(options)
+    for _ in range(3):
+        until(lambda: bell.ring(QUEUE), "the bell rings", 30.0)
+        scene_of_each_broker.broker.cut()
+        until(lambda: not bell.ring(QUEUE), "it is seen that the broker is gone", 30.0)
+        scene_of_each_broker.broker.restore()
+        gc.collect()
+    bell.close()
 
 
 def _half_open(scene: Scene, seconds: float, runs: int) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import redis
 
 from tests.acceptance.running import until
 from tests.faults.load import QUEUE
+from tests.faults.rabbitmq import MissingProgram
 from tests.faults.scene import BARE, LOADED, Scene
 from tests.faults.steps import Stop
 
@@ -68,6 +74,45 @@ def test_an_undo_is_not_overtaken_by_the_effect_that_it_undoes(scene: Scene) -> 
     scene.judge(replace(BARE, fenced=1, redispatches=1))
 
 
+def test_a_charge_that_lands_after_its_refund_is_refunded_again_or_refused(scene: Scene) -> None:
+    """Attempts that stand still for longer than their lease and their time, and then go on as if nothing had happened.
+
+    Their runs are cancelled and undone meanwhile.  One run has ended by then, one is in the middle of its undo, and of
+    the third the provider remembers that it was undone.
+    """
+    stopped, heir = scene.start_workers(2, "-c", "4")
+    stops = {
+        "ended": Stop(name="a", how=["deaf"]),
+        "undoing": Stop(name="a", how=["deaf"], undo=["after", "ok"]),
+        "remembered": Stop(name="a", how=["deaf"], remembered=True),
+    }
+    with scene.stopped(heir):
+        results = {run: scene.start(run, stop) for run, stop in stops.items()}
+        for run in stops:
+            scene.until_at(run, "before")
+    with scene.stopped(stopped):
+        for result in results.values():
+            scene.office.order(result, "cancelled")
+        for run in ("ended", "remembered"):
+            scene.until_state(run, "cancelled")
+        scene.until_at("undoing", "after")
+        assert [scene.effects(run) for run in stops] == [["undo 1"]] * 3
+        for run in stops:
+            scene.let_go(run, "before")
+    for run in ("ended", "undoing"):
+        late = until(lambda run=run: scene.entries(run, "late"), f"the late success of {run} is on record", 30.0)  # type: ignore[misc]
+        assert [(entry["attempt"], entry["result"]) for entry in late] == [(1, "a")]
+    scene.let_go("undoing", "after")
+    correcting = "ended/late/tests.faults.steps.take#0/1"
+    until(lambda: scene.effects(correcting), "a correcting run undoes it", 30.0)
+    scene.until_state("undoing", "cancelled")
+    scene.judge(replace(BARE, fenced=2, redispatches=3))
+    assert scene.effects("ended") == ["undo 1", "do 1"] and scene.effects(correcting) == ["undo 1"]
+    first, second, *others = scene.effects("undoing")
+    assert (first, second) == ("undo 1", "do 1") and others and set(others) <= {"undo 2", "undo 3"}
+    assert scene.effects("remembered") == ["undo 1"] and scene.entries("remembered", "late") == []
+
+
 # -- that are told to go -----------------------------------------------------------------------------------------------
 def begun_by_the_dead(scene: Scene) -> int:
     query = """SELECT count(*) FROM orchestrator.work w JOIN orchestrator.incarnations i ON i.id = w.incarnation
@@ -118,7 +163,7 @@ def test_a_step_that_always_kills_its_worker_comes_to_an_end(scene: Scene) -> No
 
 
 def test_memory_that_runs_out_costs_an_attempt(scene: Scene) -> None:
-    """As an error where a limit is set, as a SIGKILL by the kernel where none is."""
+    """As an error where a limit is set, as a SIGKILL where none is (by the kernel itself in the next test)."""
     scene.worker().start()
     scene.start("limit", Stop(name="a", kind="insist", how=["eat", "ok"]))
     scene.start("killed", Stop(name="a", kind="insist", how=["die", "ok"]))
@@ -128,6 +173,44 @@ def test_memory_that_runs_out_costs_an_attempt(scene: Scene) -> None:
         scene.fault("out of memory")
     assert [entry["error"]["type"] for entry in scene.entries("limit", "attempted")] == ["MemoryError"]
     scene.judge(replace(BARE, redispatches=2))
+
+
+@contextmanager
+def little_memory(name: str, megabytes: int) -> Iterator[Path]:
+    """A group of processes with a limit by the kernel (cgroup v2, or v1); only root may make one."""
+    unified, legacy = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")
+    first = not (legacy / "memory.limit_in_bytes").exists()
+    group = (unified if first else legacy) / name
+    try:
+        group.mkdir()
+        (group / ("memory.max" if first else "memory.limit_in_bytes")).write_text(str(megabytes << 20))
+    except OSError as error:
+        raise MissingProgram(f"This test needs to be root on Linux with a memory controller: {error}") from None
+    try:
+        yield group
+    finally:
+        until(lambda: not (group / "cgroup.procs").read_text(), "nobody is left in the group", 30.0)
+        group.rmdir()
+
+
+def killed_for_memory(group: Path) -> int:
+    """Return how many processes of a group the kernel has killed for want of memory."""
+    events = group / "memory.events"
+    told = (events if events.exists() else group / "memory.oom_control").read_text()
+    return int(dict(line.split() for line in told.splitlines())["oom_kill"])
+
+
+@pytest.mark.long
+def test_a_pool_child_that_the_kernel_kills_for_want_of_memory_costs_an_attempt(scene: Scene) -> None:
+    scene.worker().start()
+    scene.start("hog", Stop(name="a", kind="insist", how=["hog", "ok"]), Stop(name="b", kind="move"))
+    with little_memory(f"orchestrator-{os.getpid()}", 64) as group:
+        (group / "cgroup.procs").write_text(str(scene.until_at("hog", "before")))
+        scene.let_go("hog", "before")
+        scene.until_state("hog", "completed")
+        scene.fault("killed by the kernel", killed_for_memory(group))
+    assert [entry["error"]["type"] for entry in scene.entries("hog", "attempted")] == ["WorkerLost"]
+    scene.judge(replace(BARE, redispatches=1))
 
 
 # -- messages that go with a process -----------------------------------------------------------------------------------

@@ -154,10 +154,7 @@ def effects_were_begun(world: World) -> Found:
 
 @rule("a late success was dropped")
 def refused_successes_are_entries(world: World) -> Found:
-    """Whose outcome was refused, though its function had returned, is noted as late; a transaction was rolled back.
-
-    Logs do not tell an undo from a "do": if the attempt to do it is on record as a success, its undo was refused.
-    """
+    """Whose outcome was refused, though its function had returned, is noted as late; a transaction was rolled back."""
     returned = {(e.run, e.key, e.attempt) for e in world.effects if e.event == "returned" and e.direction == "do"}
     for run_id, key, attempt in world.refused:
         run = world.runs.get(run_id)
@@ -165,8 +162,7 @@ def refused_successes_are_entries(world: World) -> Found:
             continue
         if run.asked[key].get("transactional"):
             continue
-        told = run.of("late") + [entry for entry in run.of("settled") if entry["outcome"] == "succeeded"]
-        if not any(entry["key"] == key and entry.get("attempt") == attempt for entry in told):
+        if not any(entry["key"] == key and entry.get("attempt") == attempt for entry in run.of("late")):
             yield run_id, f"{key}: attempt {attempt} succeeded and was refused, and no entry says so"
 
 

@@ -33,7 +33,7 @@ __all__ = [
     "refused_in", "wait_until_settled",
 ]  # fmt: skip
 _REGISTERED = (attempts, runs, secrecy, undo)
-_REFUSED = re.compile(r"run (\S+) step (\S+): attempt (\d+) has lost its fence")
+_REFUSED = re.compile(r"run (\S+) step (\S+): attempt (\d+) to do has lost its fence")
 
 
 def check(
@@ -88,7 +88,7 @@ def check(
 
 
 def refused_in(*logs: str) -> Iterator[Attempt]:
-    """Yield the attempts of which logs of workers say that their outcome was refused."""
+    """Yield the attempts to do something of which logs of workers say that their outcome was refused."""
     for log in logs:
         for run_id, key, attempt in _REFUSED.findall(log):
             yield run_id, key, int(attempt)

@@ -17,8 +17,9 @@ import pytest
 
 from orchestrator.engine import pump as pumping
 from orchestrator.engine.pump import Pump
+from orchestrator.failpoints import failpoint
 from orchestrator.saga import Saga
-from orchestrator.store import liveness
+from orchestrator.store import liveness, turns
 from orchestrator.store.connection import Connection
 from orchestrator.store.turns import Taken
 from tests.engine.stage import Child, start
@@ -30,7 +31,8 @@ LEASE = timedelta(seconds=2)
 _CLOCK = """
 CREATE TABLE orchestrator_clock AS SELECT interval '0' AS ahead;
 CREATE OR REPLACE FUNCTION orchestrator.now() RETURNS timestamptz LANGUAGE sql STABLE
-    AS 'SELECT statement_timestamp() + ahead FROM public.orchestrator_clock'
+    AS 'SELECT statement_timestamp() + ahead FROM public.orchestrator_clock';
+CREATE TABLE wall_clocks (session text, ahead interval)
 """
 
 
@@ -53,6 +55,7 @@ class Company:
         self.lost = 0
         self._made: list[Child] = []
         self._seconds = 0.0
+        self._patch = patch
         patch.setenv(effects.VARIABLE, str(log))
         patch.setattr(pumping, "monotonic", lambda: self._seconds)
         connection.execute(effects.TABLE)
@@ -81,6 +84,30 @@ class Company:
             child.runner.after = die
         else:
             child.runner.before = die
+
+    def kill_at_commit(self, child: Child, key: str) -> None:
+        """Let `child` die when it commits the outcome of the step of this key, before anything is written."""
+
+        def die(name: str, connection: Any = None) -> None:
+            if name == "commit.before":
+                self._patch.setattr(turns, "failpoint", failpoint)
+                self.living.remove(child)
+                raise Killed
+
+        def await_commit(taken: Taken) -> None:
+            if key in taken.key:
+                child.runner.after = lambda taken: None
+                self._patch.setattr(turns, "failpoint", die)
+
+        child.runner.after = await_commit
+
+    def set_wall_clock(self, child: Child, seconds: float) -> None:
+        """Let the machine that `child` runs on have another idea of the time than the database has.
+
+        Nothing of the engine looks at it: it is the clock that a mutation goes by.
+        """
+        values = [f"%child of {child.runner.worker}", seconds]
+        self.connection.execute("INSERT INTO wall_clocks VALUES (%s, make_interval(secs => %s))", values)
 
     def overtake(self, slow: Child, key: str, meanwhile: Callable[[], object]) -> None:
         """Let `slow` stand still with a step of this key while its lease runs out, and go on after `meanwhile`."""

@@ -101,6 +101,12 @@ def turn_the_clock_back(place: Place) -> None:
     place.execute("UPDATE orchestrator.journal SET at = at - interval '1 day' WHERE run_id = 'kept' AND seq = 2")
 
 
+@plant("journal time is ahead of the database's clock")
+def live_in_the_future(place: Place) -> None:
+    place.execute("UPDATE orchestrator.journal SET at = at + interval '1 day' WHERE run_id = 'kept' AND seq = "
+                  "(SELECT max(seq) FROM orchestrator.journal WHERE run_id = 'kept')")  # fmt: skip
+
+
 def _column(run_id: str, column: str, value: str) -> None:
     def change(place: Place) -> None:
         place.execute(f"UPDATE orchestrator.runs SET {column} = {value} WHERE id = '{run_id}'")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 from orchestrator.machine.fold import Fold, RunInfo
@@ -62,6 +63,15 @@ def journal_time_goes_on(world: World) -> Found:
         instants = [at for _, at, _ in run.journal]
         if instants != sorted(instants):
             yield run.id, f"{[str(at) for at in instants]}"
+
+
+@rule("journal time is ahead of the database's clock")
+def journal_time_is_the_database_s(world: World) -> Found:
+    """Between two statements a process carries it on by itself; a run that ends before its start is dated by that."""
+    for run in world.runs.values():
+        latest = max(world.now, run.row["started_at"]) + timedelta(seconds=1)
+        if ahead := [(seq, str(at)) for seq, at, _ in run.journal if at > latest]:
+            yield run.id, f"rows {ahead}, and it is {world.now}"
 
 
 @rule("a journal does not fold to its row")

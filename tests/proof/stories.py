@@ -5,6 +5,7 @@ Owns them.  Each ends well with the engine as it is, and shows what a rule is go
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
@@ -18,7 +19,7 @@ from tests.engine.stage import Child
 from tests.proof import effects
 from tests.proof.company import Company
 from tests.proof.effects import EffectLog
-from tests.proof.town import give_back, order, visit
+from tests.proof.town import give_back, order, take, visit
 
 TIMEOUT_S = 310  # a little more than an attempt may take: only then its undo may begin, if its process may live
 
@@ -36,6 +37,11 @@ def pay(name: str) -> str:
 @saga.define(name="tests.purchase")
 async def purchase(name: str) -> None:
     await saga.step(pay, name)
+
+
+@saga.define(name="tests.errands")
+async def errands(names: list[str]) -> list[str]:
+    return list(await asyncio.gather(*(saga.step(take, name) for name in names)))
 
 
 def a_doorbell_is_lost(company: Company) -> None:
@@ -121,6 +127,42 @@ def a_worker_dies_after_the_effect(company: Company) -> None:
     company.work()
 
 
+def a_worker_dies_at_an_outcome(company: Company) -> None:
+    company.kill_at_commit(company.hire(), "take")
+    company.start(visit, ["a"])
+    company.work(2)
+    company.hire()
+    company.work()
+
+
+def two_outcomes_meet(company: Company) -> None:
+    """Two steps of a run end at once, in two workers; what each makes of it does not know of the other."""
+    one, other = company.hire(), company.hire()
+
+    def meet(taken: Taken) -> None:
+        one.runner.after = lambda taken: None
+        other.drain()
+
+    one.runner.after = meet
+    company.start(errands, ["a", "b"])
+    one.drain()
+    company.work()
+
+
+def a_workers_clock_is_ahead(company: Company) -> None:
+    company.set_wall_clock(company.hire(), 7200)
+    company.start(visit, ["a", "wait", "b"])
+    company.work(4)
+    company.pass_time(3600)
+    company.work()
+
+
+def a_workers_clock_is_behind(company: Company) -> None:
+    company.set_wall_clock(company.hire(), -7200)
+    company.start(visit, ["a"])
+    company.work()
+
+
 def a_step_stays_in_doubt(company: Company) -> None:
     company.hire()
     company.start(visit, ["silent", "a"])
@@ -184,6 +226,10 @@ STORIES: list[Story] = [
     an_effect_comes_after_the_end,
     a_transaction_is_late,
     a_worker_dies_after_the_effect,
+    a_worker_dies_at_an_outcome,
+    two_outcomes_meet,
+    a_workers_clock_is_ahead,
+    a_workers_clock_is_behind,
     a_step_stays_in_doubt,
     a_run_goes_back,
     a_step_hangs,

@@ -137,8 +137,8 @@ def test_waiting_ends_when_nothing_moves_any_more(place: Place) -> None:
 
 
 def test_what_workers_refused_is_read_from_their_logs() -> None:
-    log = "[WARNING] run r-1 step 0/a.b#0: attempt 3 has lost its fence, its outcome is refused\n"
-    assert list(refused_in(log, "else")) == [("r-1", "0/a.b#0", 3)]
+    log = "[WARNING] run r-1 step 0/a.b#0: attempt 3 to {} has lost its fence, its outcome is refused\n"
+    assert list(refused_in(log.format("do"), "else", log.format("undo"))) == [("r-1", "0/a.b#0", 3)]
 
 
 def test_without_an_effect_log_the_tables_are_judged_and_the_strict_demand_is_not_met(place: Place) -> None:

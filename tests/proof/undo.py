@@ -35,12 +35,13 @@ def rolled_back(run: Run) -> list[str]:
 
 @rule("an effect was neither kept nor undone")
 def effects_are_undone(world: World) -> Found:
-    """Of a run that went back everything; of one that completed, what was given up or is unknown."""
+    """Of a run that went back everything; of one that completed, what was given up, or is unknown to all."""
     for run in world.readable:
         if not run.ended or run.state == "terminated":
             continue
         abandoned = {entry["key"] for entry in run.of("abandoned")}
-        unknown = {entry["key"] for entry in run.of("settled") if entry["outcome"] == "unknown"}
+        # A person who goes on without an answer leaves the effect, and its run says so.
+        unknown = {e["key"] for e in run.of("settled") if e["outcome"] == "unknown" and not e.get("by")}
         owed = took_effect(run) if run.rolled_back_at is not None else took_effect(run) & (abandoned | unknown)
         begun = {entry["key"] for entry in run.of("undoing")}
         for key in owed - begun:

@@ -76,6 +76,7 @@ class World:
 
     runs: dict[str, Run]
     effects: list[Effect]
+    now: datetime  # by the database's clock, after all else was read there
     has_log: bool = True  # without one nothing can be said about effects
     transactional: list[Effect] | None = None  # None: the application has no such table
     strays: list[tuple[str, str]] = field(default_factory=list)
@@ -103,8 +104,9 @@ def look(database_url: str, effect_log: Path | None, totals: Mapping[str, str]) 
         strays = [(row["place"], row["run_id"]) for row in connection.execute(_STRAYS)]
         transactional = _transactional(connection)
         found = {name: _single(connection, sql) for name, sql in totals.items()}
+        now = _single(connection, "SELECT orchestrator.now()")
     told = effects.read(effect_log) if effect_log else []
-    return World(runs, told, effect_log is not None, transactional, strays), found
+    return World(runs, told, now, effect_log is not None, transactional, strays), found
 
 
 _STRAYS = """

@@ -1,6 +1,7 @@
 """Play seeds by hand: ``python -m tests.simulation --seed 7 --verbose`` prints the schedule of one.
 
-``--from 1000 --count 5000`` hunts; it prints the seeds that fail, and exits with 1 if there were any.
+``--from 1000 --count 5000`` hunts; it prints the seeds that fail, and exits with 1 if there were any.  With ``--fault``
+it hunts for a seed that finds a fault that was mended.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 from orchestrator import embedded, store
 from tests.simulation.database import empty, prepare
 from tests.simulation.faults import MUST_HAPPEN
+from tests.simulation.kept import KEPT
 from tests.simulation.network import Sessions
 from tests.simulation.world import Simulation
 
@@ -27,6 +31,7 @@ def main() -> int:
     parser.add_argument("--from", type=int, default=1, dest="first")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--verbose", action="store_true", help="print the schedule")
+    parser.add_argument("--fault", choices=[fault.__name__ for fault in KEPT], help="put a mended fault back")
     parser.add_argument("--keep-going", action="store_true", help="do not end at the first seed that fails")
     arguments = parser.parse_args()
     seeds = range(arguments.first, arguments.first + arguments.count)
@@ -38,6 +43,9 @@ def main() -> int:
         url = url or stack.enter_context(embedded.start(folder)).database_url
         store.migrate(url)
         prepare(url)
+        for fault in KEPT:
+            if fault.__name__ == arguments.fault:
+                fault(stack.enter_context(pytest.MonkeyPatch.context()))
         sessions = Sessions()
         stack.callback(sessions.close)
         return hunt(seeds, url, folder, sessions, arguments)

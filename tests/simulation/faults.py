@@ -16,12 +16,12 @@ from tests.simulation.scheduler import Process, current
 if TYPE_CHECKING:
     from tests.simulation.world import Simulation
 
-_FATES = [fate for fate in Fate if fate is not Fate.ARRIVES]
+_FATES = [fate for fate in Fate if fate not in (Fate.ARRIVES, Fate.STALLED)]
 _EVENTS = (
     "worker killed", "child killed", "companion killed", "worker stopped", "child stopped", "companion stopped",
     "database away", "clock jumps", "warm shutdown", "order",
 )  # fmt: skip
-KINDS = (*(f"line {fate.value}" for fate in _FATES), *_EVENTS)
+KINDS = (*(f"line {fate.value}" for fate in Fate if fate is not Fate.ARRIVES), *_EVENTS)
 MUST_HAPPEN = {
     *KINDS,
     *("doorbell dropped", "doorbell doubled", "doorbell late"),
@@ -45,6 +45,7 @@ class Faults:
         self._fates = random.sample(_FATES, random.randint(1, len(_FATES)))
         self._events = random.sample(_EVENTS, random.randint(1, len(_EVENTS)))
         self._rate_of_fates = random.choice([0.0, 0.01, 0.03, 0.1])
+        self._rate_of_stalls = random.choice([0.0, 0.1, 0.3])
         self._rate_of_events = random.choice([0.002, 0.01, 0.03])
 
     @property
@@ -59,12 +60,23 @@ class Faults:
     # -- round trips ---------------------------------------------------------------------------------------------------
     def fate(self, line: Line, saying: str) -> Fate:
         """Decide what becomes of a round trip."""
+        if "commit_turn" in saying and not self.over and self._random.random() < self._rate_of_stalls:
+            self._count(f"line {Fate.STALLED.value}")
+            return Fate.STALLED
         rate = self._rate_of_fates * (3 if any(word in saying for word in _CRUCIAL) else 0.5)
         if self.over or self._random.random() >= rate:
             return Fate.ARRIVES
         fate = self._random.choice(self._fates)
         self._count(f"line {fate.value}")
         return fate
+
+    def stall(self, process: Process) -> None:
+        """Let who is about to tell of an outcome stand still with all of its worker, for longer than its lease."""
+        until = self._simulation.scheduler.monotonic + self._random.choice([4.0, 8.0, 20.0])
+        for node in self._simulation.nodes:
+            if process in node.processes:
+                for each in node.processes:
+                    each.stop(until)
 
     # -- processes -----------------------------------------------------------------------------------------------------
     def after_move(self) -> None:

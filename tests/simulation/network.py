@@ -31,6 +31,7 @@ class Fate(Enum):
     LOST = "cut before it is sent"
     UNANSWERED = "carried out, and cut before the answer"
     LATE = "cut, and carried out later"
+    STALLED = "held up before it is sent"
     KILLED = "killed before it is sent"
     KILLED_AFTER = "killed before the answer"
 
@@ -42,11 +43,13 @@ class Line(psycopg.Connection[Any]):
     process: Process
     severed = False
     saying = ""
+    reads_clock = False
     kind = ""
     answered = True
 
     def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
-        self.saying = _shortened(str(query))
+        self.saying, reads_clock = _heard(str(query))
+        self.reads_clock = self.reads_clock or reads_clock  # since the last round trip: a pipeline has several
         if "commit_turns_1" in self.saying:
             self.network.happened["turns that shared a statement"] += args[0][0].count('"run":') > 1
         self.network.happened["fence taken anew"] += "SET fence" in self.saying
@@ -82,6 +85,7 @@ class Network:
         self.scheduler = scheduler
         self.fate: Callable[[Line, str], Fate] = lambda line, saying: Fate.ARRIVES
         self.kill: Callable[[Process], None] = scheduler.doom
+        self.stall: Callable[[Process], None] = lambda process: None
         self.down_until = 0.0
         self.deadlocks = 0
         self.happened: Counter[str] = Counter()
@@ -189,8 +193,16 @@ class Network:
             raise psycopg.OperationalError(_GONE)
         fate = self.fate(line, saying)
         self.scheduler.tell(f"{actor.name}: {saying}" + ("" if fate is Fate.ARRIVES else f"  <- {fate.value}"))
+        if fate is Fate.STALLED:
+            self.stall(actor.process)
+            self.scheduler.yield_()
+            if line.closed:
+                raise psycopg.OperationalError(_GONE)
+            fate = Fate.ARRIVES
         self.round_trips += 1
-        self.show_time()
+        if line.reads_clock:
+            line.reads_clock = False
+            self.show_time()
         if fate is Fate.LATE and line.pgconn.pipeline_status:
             fate = Fate.UNANSWERED  # the rest of a pipeline would never be sent, and what has no end is not carried out
         if fate is Fate.LATE:
@@ -261,26 +273,30 @@ class _Waiting:
             line.pgconn.socket, (select.POLLIN if wanted & Wait.R else 0) | (select.POLLOUT if wanted & Wait.W else 0)
         )
         self.ready: Ready | None = None
+        self._patience_ms = 5
 
     def settle(self) -> bool:
         """Wait for the answer, or for the certainty that the server waits for a lock."""
         if self._line.pgconn.status != psycopg.pq.ConnStatus.OK:
             return True
         for _ in range(5000):
-            if found := self._poll.poll(5):
+            if found := self._poll.poll(self._patience_ms):
                 events = found[0][1]
                 self.ready = Ready(
                     (Ready.R if events & ~select.POLLOUT else 0) | (Ready.W if events & select.POLLOUT else 0)
                 )
                 return True
-            if self._network.ask("SELECT pg_blocking_pids(%s) <> '{}'", self._line.pgconn.backend_pid)[0]:
+            blocked = self._network.ask("SELECT pg_blocking_pids(%s) <> '{}'", self._line.pgconn.backend_pid)[0]
+            self._patience_ms = 0 if blocked else 5
+            if blocked:
                 return False
         raise AssertionError("the server does not answer")
 
 
 @functools.cache
-def _shortened(query: str) -> str:
-    return " ".join(query.split())[:60]
+def _heard(query: str) -> tuple[str, bool]:
+    """Return the beginning of a statement, and whether it may read the clock: by itself, or by a default."""
+    return " ".join(query.split())[:60], any(word in query for word in ("now()", "_1(", "INSERT"))
 
 
 def _what(gen: Any) -> str:

@@ -64,7 +64,7 @@ class People:
 
     def _start(self, run: tuple[str, Program, dict[str, Any]], client: Client) -> None:
         run_id, program, options = run
-        after_s, in_transaction = options.pop("after_s"), options.pop("in_transaction")
+        after_s, in_transaction, regretted = (options.pop(name) for name in ("after_s", "in_transaction", "regretted"))
         scheduler = self._simulation.scheduler
         scheduler.wait(after_s)
         start = self._start_in_transaction if in_transaction else self._start_alone
@@ -75,6 +75,8 @@ class People:
             except (StoreUnavailableError, psycopg.OperationalError):
                 scheduler.wait(0.3)
         self.acknowledged.append(run_id)
+        if regretted:  # before a worker has it in hand, as often as not
+            self._order(client, run_id, "cancel")
 
     def _start_alone(self, client: Client, program: Program, options: dict[str, Any]) -> None:
         client.start(simulated, (program,), {}, options)

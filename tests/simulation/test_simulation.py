@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.simulation.faults import MUST_HAPPEN
-from tests.simulation.kept import KEPT
+from tests.simulation.kept import KEPT, PutBack
 from tests.simulation.verdict import Verdict
 
 Play = Callable[[int], Verdict]
@@ -33,10 +33,14 @@ def test_after_the_last_fault_everything_ends_and_every_promise_was_kept(play: P
         assert MUST_BE_REACHED - set(states) == set()
 
 
-@pytest.mark.parametrize("seed", KEPT, ids=str)
-def test_seeds_that_once_failed(play: Play, seed: int) -> None:
+@pytest.mark.parametrize(("fault", "seed"), KEPT.items(), ids=[fault.__name__ for fault in KEPT])
+def test_a_fault_that_was_mended_is_found_again_when_it_is_put_back(
+    play: Play, fault: PutBack, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     verdict = play(seed)
     assert not verdict.broken, in_words(verdict)
+    fault(monkeypatch)
+    assert play(seed).broken, f"seed {seed} is over: python -m tests.simulation --fault {fault.__name__}"
 
 
 def test_the_same_seed_is_the_same_story(play: Play) -> None:

@@ -244,12 +244,9 @@ class Node:
         self.children.append(child)
 
     def _start_companion(self) -> None:
-        config = Config(
-            dsn=self.settings.dsn, broker={}, socket="/nonexistent/simulated/socket", node=self.name, pid=self.pid,
-            queues=self.queues, targets=self.targets, slots=self.slots, lease_s=self.settings.lease.total_seconds(),
-            pump_s=self.settings.pump_interval.total_seconds(),
-            reservation_s=self.settings.reservation.total_seconds(), watchdog_s=1e6, prepare=True,
-            incarnation=self.incarnation or None,
+        config = Config.of(
+            self.settings, broker={}, socket="/nonexistent/simulated/socket", node=self.name, pid=self.pid,
+            queues=self.queues, targets=self.targets, slots=self.slots, incarnation=self.incarnation or None,
         )  # fmt: skip
         self.beside = Process(f"{self.name}/companion")
         self.world.scheduler.spawn(self.beside, self.beside.name, lambda: self._live(config))

@@ -92,6 +92,7 @@ class Simulation:
                 "in_transaction": self.random.random() < 0.2,
                 "queue": self.random.choice(["a", "a", "b"]),
                 "priority": self.random.choice([0, 0, 0, 5]),
+                "regretted": self.random.random() < 0.1,
             }
             if self.random.random() < 0.15:
                 options["countdown"] = self.random.choice([1, 5000])
@@ -106,13 +107,14 @@ class Simulation:
         settings = {
             "drain_steps": self.random.choice([1, 3, 500]),
             "cache_runs": self.random.choice([0, 1, 1000]),
-            "pump_interval": timedelta(seconds=self.random.choice([1.0, 1.9])),
+            "pump_interval": timedelta(seconds=self.random.choice([1.0, 1.9, 2.8])),
             "lease": timedelta(seconds=3),
+            "watchdog": timedelta(days=10),  # longer than any clock of a seed gets
         }
         unhurried = {**settings, "pump_interval": timedelta(seconds=2.8)}
         nodes = [Node(self, "one", queues=["a", "b"], slots=self.random.choice([1, 2]), knows_saga=True, **settings)]
         queues = self.random.choice([["a"], ["b"], ["a", "b"]])
-        knows = self.random.random() < 0.8
+        knows = self.random.random() < 0.7
         nodes.append(Node(self, "two", queues=queues, slots=1, knows_saga=knows, **unhurried))
         return nodes
 
@@ -179,7 +181,7 @@ class Simulation:
         for node in self.nodes:
             node.start()
         self.people.open_backends()
-        self.network.fate, self.network.kill = self.faults.fate, self.killed
+        self.network.fate, self.network.kill, self.network.stall = self.faults.fate, self.killed, self.faults.stall
         self.scheduler.on_move.append(self.faults.after_move)
         self.broker.trouble = self.random.choice([0.0, 0.1, 0.5]) if not self.faults.over else 0.0
         until = self.scheduler.monotonic + 15.0
