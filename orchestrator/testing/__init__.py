@@ -9,7 +9,7 @@ never be imported by the others.
 
 from __future__ import annotations
 
-from orchestrator.testing.rehearsal import replay
+from orchestrator.testing.history import replay
 from orchestrator.testing.result import TestRun, run
 from orchestrator.testing.stubs import After, Call
 
