@@ -113,19 +113,26 @@ SELECT (SELECT coalesce(array_agg(DISTINCT queue), '{}') FROM orchestrator.work)
     (SELECT coalesce(array_agg(concat_ws(' ', run_id, key, attempt, due_at) ORDER BY due_at, run_id, key), '{}')
      FROM waiting WHERE moment <= orchestrator.now()),
     least((SELECT min(moment) FROM waiting WHERE moment > orchestrator.now() AND state IS DISTINCT FROM 'parked'),
-          (SELECT min(at) + interval '1.001 seconds' FROM orchestrator.arrivals)) - orchestrator.now()
+          (SELECT min(at) + interval '1.001 seconds' FROM orchestrator.arrivals
+           WHERE at > orchestrator.now() - interval '1.001 seconds')) - orchestrator.now(),
+    EXISTS (SELECT FROM orchestrator.arrivals) OR EXISTS (SELECT FROM orchestrator.work WHERE fence IS NOT NULL),
+    EXISTS (SELECT FROM orchestrator.runs WHERE finished_at IS NULL AND state <> 'parked')
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Which queues have work, what of it is due, and in how long the next of it is; that of parked runs is not waited
-    for.
+    """Which queues have work, what of it is due, in how long the next is; and whether anything strays.
+
+    What is due later of parked runs is not waited for.  Arrivals and begun attempts are `stray` while nobody is about
+    them; `open` are runs that have not ended and are not parked.
     """
 
     queues: list[str]
     due: list[str]
     next: timedelta | None
+    stray: bool
+    open: bool
 
 
 def look(connection: Connection, targets: Collection[str], reservation: timedelta) -> Look:

@@ -42,11 +42,16 @@ class Environment:
 
     It takes the place of the app that sagas are bound to: ``checkout.delay(...)`` starts runs here.  Steps are called
     as they are, unless they are stubbed; a transactional one gets a connection to `database_url`.  Use it as a context
-    manager, or call `close`.  Raises: UsageError for a database that holds runs of somebody else.
+    manager, or call `close`.  With `replay` saga code starts anew from its journal at every turn, as it may in
+    production; what is not deterministic then parks the run as drift.
+    Raises: UsageError for a database that holds runs of somebody else.
     """
 
-    def __init__(self, database_url: str, *, default_queue: str = "celery", **settings: Any) -> None:
+    def __init__(
+        self, database_url: str, *, replay: bool = True, default_queue: str = "celery", **settings: Any
+    ) -> None:
         testbed.claim(database_url)
+        settings = {"cache_runs": 0, **settings} if replay else settings
         self.database_url = database_url
         self.settings = Settings.from_environment({}, database_url=database_url, **settings)
         set_limit(self.settings.payload_limit)
@@ -56,7 +61,7 @@ class Environment:
         self._transactions = Transactions(self.settings.sqlalchemy_url)
         self._pump = Pump(lambda queue, times: None, lease=FOREVER, reservation=self.settings.reservation)
         self._skipped = timedelta(0)
-        self._script = Script()
+        self._script = Script(skip=self.skip, cancel=self._cancel)
         self._children: list[Child] = []
         self._driving = 0
         self._bound = {saga: saga.starter for saga in sagas.sagas.values()}
@@ -67,28 +72,40 @@ class Environment:
         self, saga: Saga[Any, Any], *args: Any, kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> EnvironmentRun:
         """Start a run and do all that is due at once; time stands still.  Options are those of ``apply_async``."""
-        self._bind(saga)
-        result = self.client.start(saga, args, dict(kwargs or {}), options)
+        run = self._started(saga, args, kwargs, options)
         self.drain()
-        return EnvironmentRun(self, saga, result)
+        return run
 
     def run(
         self, saga: Saga[Any, Any], *args: Any, kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> EnvironmentRun:
         """Start a run and skip time until it has ended, is parked, or waits for something that nobody sends."""
-        return self.start(saga, *args, kwargs=kwargs, **options).finish()
+        return self._started(saga, args, kwargs, options).finish()
+
+    def _started(
+        self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, options: dict[str, Any]
+    ) -> EnvironmentRun:
+        self._bind(saga)
+        return EnvironmentRun(self, saga, self.client.start(saga, args, dict(kwargs or {}), options))
 
     def handle(self, run_id: str) -> EnvironmentRun:
         """Return a run of this environment by its id, say that of a child.  Raises: UnknownRunError."""
         outcome = self.client.outcome(run_id)
-        saga = sagas.sagas.get((outcome.saga, outcome.version)) or sagas.latest(outcome.saga)
-        return EnvironmentRun(self, saga, self.client.handle(saga, run_id))
+        return self._handle_of(run_id, outcome.saga, outcome.version)
 
     @property
     def runs(self) -> list[EnvironmentRun]:
         """All runs, in the order of their start."""
-        rows = runs.listed(self._connection, runs.listing(limit=10_000))
-        return [self.handle(row["id"]) for row in reversed(rows)]
+        return self.runs_in()
+
+    def runs_in(self, *states: str) -> list[EnvironmentRun]:
+        """Return the runs in one of these states, in the order of their start."""
+        rows = runs.listed(self._connection, runs.listing(states=states, limit=10_000))
+        return [self._handle_of(row["id"], row["saga"], row["version"]) for row in reversed(rows)]
+
+    def _handle_of(self, run_id: str, name: str, version: int) -> EnvironmentRun:
+        saga = sagas.sagas.get((name, version)) or sagas.latest(name)
+        return EnvironmentRun(self, saga, self.client.handle(saga, run_id))
 
     # -- what steps do -------------------------------------------------------------------------------------------------
     def stub(self, stubs: Mapping[Any, Any]) -> None:
@@ -160,43 +177,43 @@ class Environment:
         child = self._children[self._driving]
         self._driving += 1  # a drive inside of a step, say of another run, takes another child
         try:
-            self._drive_with(child, self.now + limit)
+            self._drive_with(child, limit)
         finally:
             self._driving -= 1
 
-    def _drive_with(self, child: Child, until: datetime) -> None:
+    def _drive_with(self, child: Child, limit: timedelta) -> None:
         patience = iter(_PATIENCE)
         for _ in range(_MOVES):
             looked = self._do_what_is_due(child)
             pause = looked.next
-            if looked.due and pause is None:  # due, and held back, say by a rate limit
+            may_help = looked.stray or (pause is None and looked.open)
+            if may_help and self._pump.run_once(self._connection).given_back:
+                continue
+            if pause is None and looked.due:  # and held back, say by a rate limit
                 pause = next(patience, None)
-            if pause is None or self.now + pause > until:
+            if pause is None or pause > limit:
                 return
-            self.skip(max(pause, timedelta(0)))
+            limit -= pause
+            self.skip(pause)
         raise UsageError(f"after {_MOVES:,} moves of the clock there is still something to do; does a saga loop?")
 
     def _do_what_is_due(self, child: Child) -> testbed.Look:
         before: list[str] = []
         for _ in range(_MOVES):
             looked = testbed.look(self._connection, [*child.targets, turns.ANYONE], self.settings.reservation)
-            if looked.due and looked.due != before:
-                before = looked.due
-                if not child.drain(frozenset(looked.queues)):
-                    self.skip(_NOTICED)
-                    before = []
-            elif not self._pump.run_once(self._connection).given_back:
+            if not looked.due or looked.due == before:
                 return looked
+            before = looked.due
+            if not child.drain(frozenset(looked.queues)):
+                self.skip(_NOTICED)
+                before = []
         raise UsageError(f"after {_MOVES:,} drains there is still something due; does a saga loop without waiting?")
 
     # -- from test to test ---------------------------------------------------------------------------------------------
     def reset(self) -> None:
         """Forget every run, stub and fault.  The clock stays ahead: the time of a database never goes back."""
-        for child in self._children:
-            child.close()
-        self._children = []
         testbed.empty(self._connection, self._tables)
-        self._script = Script(skip=self.skip, cancel=self._cancel)
+        self._script.clear()
         for saga in sagas.sagas.values():
             self._bind(saga)
 

@@ -41,9 +41,9 @@ EVERY: Final = 0  # as an attempt: each of them
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """An order: let this happen to attempt `attempt` of `task` (EVERY: to each), of request `key` alone if it is given.
+    """An order: let this happen to attempt `attempt` of `task` (EVERY: to each).
 
-    `role` is do, undo, probe or once; empty fits any.
+    `role` is do, undo, probe or once, `run` and `key` name one request; left empty they fit any.
     """
 
     kind: Kind
@@ -51,6 +51,7 @@ class Fault:
     attempt: int = EVERY
     key: str = ""
     role: str = ""
+    run: str = ""
 
     def fits(self, taken: Taken) -> bool:
         """Tell whether this attempt is meant."""
@@ -59,6 +60,7 @@ class Fault:
             and self.attempt in (EVERY, taken.attempt)
             and self.key in ("", taken.key)
             and self.role in ("", taken.role)
+            and self.run in ("", taken.run_id)
         )
 
     def __str__(self) -> str:

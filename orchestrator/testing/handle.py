@@ -42,13 +42,14 @@ class EnvironmentRun:
 
     # -- what became of it ---------------------------------------------------------------------------------------------
     @property
-    def _outcome(self) -> runs.Outcome:
+    def outcome(self) -> runs.Outcome:
+        """How the run stands, all of it read at once."""
         return self.environment.client.outcome(self.id)
 
     @property
     def state(self) -> str:
         """The state of the run; ``running`` if it waits."""
-        return self._outcome.state
+        return self.outcome.state
 
     @property
     def ended(self) -> bool:
@@ -58,23 +59,23 @@ class EnvironmentRun:
     @property
     def output(self) -> Any:
         """What the saga returned, decoded as a caller gets it; None unless it completed."""
-        outcome = self._outcome
+        outcome = self.outcome
         return self.saga.codec.decode_result(outcome.output) if outcome.state == RunState.COMPLETED else None
 
     @property
     def error(self) -> dict[str, Any] | None:
         """What ended the run, or what it goes back from: ``type``, ``message`` and, of an exception, ``traceback``."""
-        return self._outcome.error
+        return self.outcome.error
 
     @property
     def left(self) -> list[Json]:
         """Effects that happened, or may have, and were not undone, with ``key``, ``task``, ``outcome``."""
-        return self._outcome.left
+        return self.outcome.left
 
     @property
     def parked(self) -> list[dict[str, Any]]:
         """What waits for a person: ``key``, ``role`` and ``why`` of each."""
-        parked: list[Any] = self._outcome.parked
+        parked: list[Any] = self.outcome.parked
         return parked
 
     @property
@@ -107,7 +108,7 @@ class EnvironmentRun:
 
         Raises: SagaCancelled; SagaFailed also for a run that is parked or waits.
         """
-        outcome = self._outcome
+        outcome = self.outcome
         if outcome.state in TERMINAL:
             return self.result._value(outcome, True)
         waits = ", ".join(f"{item['key'] or 'the run'}: {item['why']}" for item in self.parked)

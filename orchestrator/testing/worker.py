@@ -81,6 +81,12 @@ class Script:
     meanwhile: Callable[[], object] = lambda: None
     skip: Callable[[timedelta], None] = lambda length: None
 
+    def clear(self) -> None:
+        """Forget stubs, faults, and what was done."""
+        self.cast = Cast({})
+        for each in (self.faults, self.done, self.calls, self.seen):
+            each.clear()
+
 
 class Player:
     """Runs the code of steps; see `orchestrator.engine.drain.StepRunner`."""
