@@ -18,6 +18,7 @@ from orchestrator.engine.pump import Pump
 from orchestrator.errors import UsageError
 from orchestrator.saga import Saga
 from orchestrator.saga import registry as sagas
+from orchestrator.saga.declare import Starter
 from orchestrator.settings import Settings
 from orchestrator.store import runs, testbed, turns
 from orchestrator.store.connection import open_connection
@@ -64,7 +65,7 @@ class Environment:
         self._script = Script(skip=self.skip, cancel=self._cancel)
         self._children: list[Child] = []
         self._driving = 0
-        self._bound = {saga: saga.starter for saga in sagas.sagas.values()}
+        self._bound: dict[Saga[Any, Any], Starter | None] = {}
         self.reset()
 
     # -- starting ------------------------------------------------------------------------------------------------------
@@ -225,10 +226,14 @@ class Environment:
         self._bound.setdefault(saga, saga.starter)
         saga.starter = self.client
 
+    def release(self) -> None:
+        """Give sagas back to the app that they were bound to, until the next `reset` or start."""
+        for saga in list(self._bound):
+            saga.starter = self._bound.pop(saga)
+
     def close(self) -> None:
         """Close all connections, and give sagas back to the app that they were bound to."""
-        for saga, starter in self._bound.items():
-            saga.starter = starter
+        self.release()
         for child in self._children:
             child.close()
         self._transactions.dispose()

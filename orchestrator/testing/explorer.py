@@ -75,8 +75,11 @@ def explore(
     arguments = args if isinstance(args, tuple) else (args,)
     stage = _Stage(environment, saga, arguments, kwargs or {}, setup, stubs or {}, waiting, meanwhile)
     explorer = _Explorer(stage, Judge(invariant, may_leave), Exploration(saga.name, seed), max_schedules)
-    explorer.explore(random.Random(seed))
-    environment.reset()
+    try:
+        explorer.explore(random.Random(seed))
+    finally:
+        environment.reset()
+        environment.release()
     if check and not explorer.found.ok:
         raise InvariantBroken(explorer.found)
     return explorer.found
