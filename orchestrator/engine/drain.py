@@ -481,7 +481,12 @@ class Drainer:
             if not self._mark(self._connection, identity):
                 raise StoreUnavailableError("this worker was declared dead and is taking a new incarnation; try again")
             self._advancer = Advancer(
-                self._worker.script_of, self._scope, identity, self._ring, self._settings.cache_runs, self._worker.seconds
+                self._worker.script_of,
+                self._scope,
+                identity,
+                self._ring,
+                self._settings.cache_runs,
+                self._worker.seconds,
             )
         return self._connection, self._advancer
 

@@ -10,10 +10,11 @@ from datetime import datetime
 from typing import Any, Final
 
 from orchestrator.codec import dumps
-from orchestrator.errors import DriftError
+from orchestrator.errors import DriftError, UnknownSagaError
+from orchestrator.machine.code import SagaCode
 from orchestrator.machine.fold import RunInfo
 from orchestrator.machine.journal import Asked, Entry, decode_entry, encode
-from orchestrator.machine.turn import Execution
+from orchestrator.machine.turn import CodeError, Execution
 from orchestrator.saga import Saga, registry
 
 History = Mapping[str, Any]
@@ -41,7 +42,12 @@ def replay(history: History | Saga[Any, Any], saga: Saga[Any, Any] | History | N
 
 def _registered(history: History) -> Saga[Any, Any]:
     saga = registry.sagas.get((history["saga"], history["version"]))
-    return saga or registry.latest(history["saga"])
+    if saga is None:
+        raise UnknownSagaError(
+            f"saga {history['saga']} version {history['version']}, which run {history['id']} needs, is not registered "
+            f"here (known: {', '.join(registry.names) or 'none'}); import it, or pass the saga to replay it with"
+        )
+    return saga
 
 
 def _read(history: History) -> tuple[RunInfo, Rows]:
@@ -76,6 +82,11 @@ def _replay_prefix(saga: Saga[Any, Any], info: RunInfo, rows: Rows) -> None:
         turn = execution.turn([], rows[-1][0])
     except DriftError as drift:
         raise DriftError(f"{drift}\n{_difference(execution)}") from None
+    except CodeError as error:
+        raise DriftError(
+            f"run {info.id} of {info.saga} version {info.version} replays no more: its code raises "
+            f"{error.error.get('type')}: {error}"
+        ) from None
     finally:
         execution.discard()
     if turn.entries:
@@ -96,14 +107,21 @@ def _difference(execution: Execution) -> str:
     same = code.asked()
     known = {asked.key for asked in same}
     recorded = {key: step.asked for key, step in execution.fold.steps.items() if key not in known}
-    if code.asking is None or code.asking[0] in known:
-        today = "+ (the saga function ends here)"
-    else:
+    if code.asking is not None and code.asking[0] not in known:
         key, request = code.asking
         today = _line("+", request.asked(key))
         recorded = {key: recorded[key]} if key in recorded else recorded
+    else:
+        today = _ending(code) if code.ended else "+ (something else: see above)"
     missing = [_line("-", asked) for asked in recorded.values()]
     return "\n".join([*_context(same), *missing[:_SHOWN], today])
+
+
+def _ending(code: SagaCode) -> str:
+    _, error = code.outcome()
+    return (
+        f"+ (the saga function raises {type(error).__name__}: {error})" if error else "+ (the saga function ends here)"
+    )
 
 
 def _context(asked: Sequence[Asked]) -> list[str]:
