@@ -43,7 +43,8 @@ def explore(
     waiting: Callable[..., Any] | None = None,
     meanwhile: Callable[..., Any] | None = None,
     may_leave: Sequence[Any] = (),
-    max_schedules: int = 200,
+    pairs: int = 40,
+    max_schedules: int = 500,
     seed: int = 0,
     environment: Environment | None = None,
     check: bool = True,
@@ -53,9 +54,9 @@ def explore(
     `args` are the saga's: a tuple, or the only one.  Before each schedule the environment forgets all runs and `setup`
     makes your state what it was at first.  Then a step is rejected, loses its answer after its effect or without it,
     once or at every attempt; its worker dies before its code, after its effect, or after the commit; the run is
-    cancelled; and the same happens to every undo, probe and step that only such a failure leads to.  What is left of
-    `max_schedules` goes to pairs of faults, drawn by `seed`.  A run that parks is retried by an operator once nothing
-    fails any more.
+    cancelled; and the same happens to every undo, probe and step that only such a failure leads to.  Then come `pairs`
+    of faults, drawn by `seed`.  There are at most `max_schedules` in all.  A run that parks is retried by an operator
+    once nothing fails any more.
 
     `invariant` is called with the run when it has ended (or without arguments); False or an exception is a violation.
     So is a run that neither ends nor parks, one that parks as a whole because its code is wrong, and an effect that is
@@ -76,7 +77,7 @@ def explore(
     stage = _Stage(environment, saga, arguments, kwargs or {}, setup, stubs or {}, waiting, meanwhile)
     explorer = _Explorer(stage, Judge(invariant, may_leave), Exploration(saga.name, seed), max_schedules)
     try:
-        explorer.explore(random.Random(seed))
+        explorer.explore(pairs, random.Random(seed))
     finally:
         environment.reset()
         environment.release()
@@ -141,7 +142,7 @@ class _Explorer:
     limit: int
     _known: set[tuple[Any, ...]] = field(default_factory=set)
 
-    def explore(self, rng: random.Random) -> None:
+    def explore(self, pairs: int, rng: random.Random) -> None:
         began = time.monotonic()
         level, singles = [Schedule()], list[Schedule]()
         for _ in range(_DEEPEST + 1):
@@ -150,7 +151,7 @@ class _Explorer:
             if self.found.failures or not level:
                 break
         if not self.found.failures:
-            for pair in self._pairs(singles, rng):
+            for pair in self._pairs(singles, pairs, rng):
                 self._try(pair)
         self.found.seconds = time.monotonic() - began
 
@@ -209,14 +210,15 @@ class _Explorer:
             yield (replace(one, kind=Kind.LOST, attempt=EVERY),)
             yield (replace(one, kind=Kind.LOST), replace(one, kind=Kind.REJECTED, attempt=2))
 
-    def _pairs(self, singles: Sequence[Schedule], rng: random.Random) -> Iterator[Schedule]:
+    @staticmethod
+    def _pairs(singles: Sequence[Schedule], count: int, rng: random.Random) -> list[Schedule]:
         """Draw pairs of faults at different requests."""
         pairs = [
             Schedule((*first.faults, *second.faults))
             for first, second in itertools.combinations(singles, 2)
             if first.faults[0].key != second.faults[0].key
         ]
-        yield from rng.sample(pairs, min(len(pairs), max(0, self.limit - self.found.tried)))
+        return rng.sample(pairs, min(len(pairs), count))
 
 
 def call(function: Callable[..., Any] | None, argument: Any) -> Any:

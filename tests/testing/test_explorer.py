@@ -20,7 +20,6 @@ from tests.testing.shop import (
     mail,
     pay,
     racy,
-    take,
     world,
 )
 
@@ -43,21 +42,21 @@ def report_of(found: Exploration) -> str:
 
 # -- sound sagas -------------------------------------------------------------------------------------------------------
 def test_a_sound_saga_passes_every_schedule(saga_environment: Environment) -> None:
-    found = explore(saga_environment, checkout, max_schedules=80)
+    found = explore(saga_environment, checkout, pairs=10)
     assert found.ok, str(found)
-    assert found.tried == 80
+    assert found.tried > 40 and not found.exhausted
     assert set(found.kinds) == {str(kind) for kind in Kind if kind is not Kind.MEANWHILE}
     assert {"completed", "compensated", "cancelled", "failed"} <= found.ends.keys()
 
 
 def test_every_boundary_is_visited(saga_environment: Environment) -> None:
-    found = explore(saga_environment, checkout, max_schedules=60)
+    found = explore(saga_environment, checkout, pairs=0)
     points = {(key.rpartition(".")[2], role) for _, key, role in found.points}
     assert points == {("charge#0", "do"), ("mail#0", "do"), ("charge#0", "undo")}
 
 
 def test_the_same_seed_draws_the_same_pairs(saga_environment: Environment) -> None:
-    first, again = (explore(saga_environment, checkout, max_schedules=50, seed=3) for _ in range(2))
+    first, again = (explore(saga_environment, checkout, pairs=10, seed=3) for _ in range(2))
     assert (first.kinds, first.ends) == (again.kinds, again.ends)
 
 
@@ -68,7 +67,7 @@ def test_no_more_schedules_are_tried_than_are_asked_for(saga_environment: Enviro
 
 
 def test_a_saga_that_waits_is_sent_what_it_waits_for(saga_environment: Environment) -> None:
-    found = explore(saga_environment, approval, max_schedules=60, waiting=lambda run: run.signal("approved", "ann"))
+    found = explore(saga_environment, approval, pairs=0, waiting=lambda run: run.signal("approved", "ann"))
     assert found.ok, str(found)
 
 
@@ -111,7 +110,7 @@ def test_a_look_before_a_debit_is_found_by_what_happens_meanwhile(saga_environme
     def solvent() -> None:
         assert world.money["ann"] >= 0, "ann is overdrawn"
 
-    assert explore(saga_environment, racy, invariant=solvent, max_schedules=40).ok
+    assert explore(saga_environment, racy, invariant=solvent, pairs=0).ok
     found = explore(saga_environment, racy, invariant=solvent, meanwhile=lambda env: env.run(racy, "other"))
     said = report_of(found)
     assert (
@@ -147,5 +146,5 @@ def test_stubs_stand_in_for_what_cannot_be_called(saga_environment: Environment)
 
 def test_setup_may_take_the_environment(saga_environment: Environment) -> None:
     seen: list[Environment] = []
-    explore(saga_environment, take.name and generous, invariant=None, setup=seen.append, max_schedules=3)
+    explore(saga_environment, generous, invariant=None, setup=seen.append, max_schedules=3)
     assert seen == [saga_environment] * 3
