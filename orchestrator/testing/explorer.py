@@ -42,6 +42,7 @@ def explore(
     stubs: Mapping[Any, Any] | None = None,
     waiting: Callable[..., Any] | None = None,
     meanwhile: Callable[..., Any] | None = None,
+    late: bool = False,
     may_leave: Sequence[Any] = (),
     pairs: int = 40,
     max_schedules: int = 500,
@@ -62,7 +63,9 @@ def explore(
     So is a run that neither ends nor parks, one that parks as a whole because its code is wrong, and an effect that is
     left without undo, unless it is one of a step that `may_leave`.  `waiting` is called with the run when it waits for
     something that nobody sends, to send it.  `meanwhile` is called with the environment right before a step, once for
-    each of them: whatever it does, say another run on the same account, happens at the worst moment.
+    each of them: whatever it does, say another run on the same account, happens at the worst moment.  With `late` each
+    step that has an undo is also given up and undone first, and takes effect after that: whoever keeps the effect is to
+    refuse it.
 
     Functions that take no argument are called without.  Without an `environment` one is made, on
     ORCHESTRATOR_TEST_DATABASE_URL or an embedded Postgres, and kept for this process.
@@ -74,7 +77,7 @@ def explore(
 
         environment = shared()
     arguments = args if isinstance(args, tuple) else (args,)
-    stage = _Stage(environment, saga, arguments, kwargs or {}, setup, stubs or {}, waiting, meanwhile)
+    stage = _Stage(environment, saga, arguments, kwargs or {}, setup, stubs or {}, waiting, meanwhile, late)
     explorer = _Explorer(stage, Judge(invariant, may_leave), Exploration(saga.name, seed), max_schedules)
     try:
         explorer.explore(pairs, random.Random(seed))
@@ -98,6 +101,7 @@ class _Stage:
     stubs: Mapping[Any, Any]
     waiting: Callable[..., Any] | None
     meanwhile: Callable[..., Any] | None
+    late: bool
 
     def play(self, schedule: Schedule) -> tuple[EnvironmentRun, list[Taken]]:
         """Play a schedule to its end; returns the run and the attempts that were made."""
@@ -113,6 +117,8 @@ class _Stage:
                 environment.finish()
             else:
                 break
+        for effect in environment.script.late[:1]:
+            effect()
         return run, environment.script.seen[before:]
 
     def _send(self, run: EnvironmentRun) -> bool:
@@ -196,8 +202,7 @@ class _Explorer:
             kinds += (Kind.MEANWHILE,) if self.stage.meanwhile is not None else ()
         yield from ((replace(one, kind=kind),) for kind in kinds)
 
-    @staticmethod
-    def _lasting(taken: Taken, one: Fault) -> Iterator[tuple[Fault, ...]]:
+    def _lasting(self, taken: Taken, one: Fault) -> Iterator[tuple[Fault, ...]]:
         """Yield what settles a step other than as succeeded, and an answer that is lost."""
         declared = steps.steps.get(taken.task)
         transactional = declared is not None and declared.options.transactional
@@ -209,6 +214,8 @@ class _Explorer:
         if not transactional:  # one whose commit happened has no second attempt
             yield (replace(one, kind=Kind.LOST, attempt=EVERY),)
             yield (replace(one, kind=Kind.LOST), replace(one, kind=Kind.REJECTED, attempt=2))
+            if self.stage.late and declared is not None and declared.options.compensate is not None:
+                yield (replace(one, kind=Kind.LATE, attempt=EVERY),)
 
     @staticmethod
     def _pairs(singles: Sequence[Schedule], count: int, rng: random.Random) -> list[Schedule]:

@@ -24,6 +24,7 @@ class Kind(StrEnum):
     DIED_COMMITTED = "crash after the commit"
     CANCELLED = "cancelled"
     MEANWHILE = "meanwhile"
+    LATE = "late effect"
 
 
 WORDS: Final[Mapping[Kind, str]] = {
@@ -35,6 +36,7 @@ WORDS: Final[Mapping[Kind, str]] = {
     Kind.DIED_COMMITTED: "took effect, its outcome was committed, and then its process died",
     Kind.CANCELLED: "was about to run when somebody cancelled the run",
     Kind.MEANWHILE: "was about to run when something else happened (meanwhile=)",
+    Kind.LATE: "was so slow that it was given up as unknown, and took effect after its run had ended (late=)",
 }
 EVERY: Final = 0  # as an attempt: each of them
 

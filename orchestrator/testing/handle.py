@@ -133,6 +133,14 @@ class EnvironmentRun:
         """Stop now and undo nothing."""
         return self._order("terminate", reason=reason, by=by)
 
+    def pause(self, reason: str = "", by: str = _TESTER) -> EnvironmentRun:
+        """Hold the code of the run; what it asked for already goes on."""
+        return self._order("pause", reason=reason, by=by)
+
+    def resume(self, reason: str = "", by: str = _TESTER) -> EnvironmentRun:
+        """Let a paused run go on."""
+        return self._order("resume", reason=reason, by=by)
+
     def retry(self, key: str = "", *, by: str = _TESTER, reason: str = "") -> EnvironmentRun:
         """Try a parked step, probe or undo again; without `key` a run that is parked as a whole."""
         return self._order("retry", key, by=by, reason=reason)

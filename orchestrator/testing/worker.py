@@ -80,11 +80,12 @@ class Script:
     cancel: Callable[[str], None] = lambda run_id: None
     meanwhile: Callable[[], object] = lambda: None
     skip: Callable[[timedelta], None] = lambda length: None
+    late: list[Callable[[], object]] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forget stubs, faults, and what was done."""
         self.cast = Cast({})
-        for each in (self.faults, self.done, self.calls, self.seen):
+        for each in (self.faults, self.done, self.calls, self.seen, self.late):
             each.clear()
 
 
@@ -104,7 +105,9 @@ class Player:
         fault = self._begin(taken)
         if fault == Kind.REJECTED:
             return Invocation(error=Rejected(f"{taken.task} is made to reject in this test"))
-        if fault == Kind.SILENT:
+        if fault == Kind.LATE:
+            self._script.late.append(lambda: self._play(taken, context))
+        if fault in (Kind.SILENT, Kind.LATE):
             return Invocation(error=AnswerLost(f"{taken.task} is made to fail in this test, without effect"))
         invocation = self._play(taken, context)
         if fault == Kind.DIED_AFTER:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from datetime import timedelta
 from time import monotonic
@@ -236,6 +237,20 @@ def test_a_saga_started_by_a_step_runs_here_as_well(env: Environment) -> None:
     started = env.handle(run.get())
     assert (started.saga, started.state) == (checkout, "completed")
     assert [each.id for each in env.runs] == [run.id, started.id]
+
+
+def test_a_paused_run_waits_until_it_is_resumed(env: Environment) -> None:
+    run = env.start(checkout, "o1").pause()
+    env.advance(timedelta(days=1, hours=1))
+    assert (run.state, world.mails) == ("paused", [])
+    assert run.resume().state == "completed"
+
+
+def test_an_async_test_may_use_it(env: Environment) -> None:
+    async def use() -> str:
+        return env.run(checkout, "o1").state
+
+    assert asyncio.run(use()) == "completed"
 
 
 def test_runs_wait_side_by_side(env: Environment) -> None:
