@@ -73,8 +73,9 @@ class Advancer:
         identity: Identity,
         ring: Callable[[Connection, str, int], None],
         cache_runs: int = 1000,
+        seconds: Callable[[], float] | None = None,
     ) -> None:
-        self._runs = Executions(script_of, cache_runs)
+        self._runs = Executions(script_of, cache_runs, seconds)
         self._scope = scope
         self.identity = identity
         self._ring = ring

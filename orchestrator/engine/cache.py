@@ -20,29 +20,35 @@ from orchestrator.store.turns import Loaded, RunRow
 
 
 class Clock:
-    """The database's time, carried on between statements by this process's monotonic clock."""
+    """The database's time, carried on between statements by this process's monotonic clock, or by another one."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: Callable[[], float] | None = None) -> None:
+        self._seconds = seconds or (lambda: monotonic())
         self._at = datetime.now(UTC)
-        self._since = monotonic()
+        self._since = self._seconds()
 
     def __call__(self) -> datetime:
-        return self._at + timedelta(seconds=monotonic() - self._since)
+        return self._at + timedelta(seconds=self._seconds() - self._since)
 
     def set(self, now: datetime) -> datetime:
         """Take over the database's time."""
-        self._at, self._since = now, monotonic()
+        self._at, self._since = now, self._seconds()
         return now
 
 
 class Executions:
     """Executions by run id, the least recently used dropped first."""
 
-    def __init__(self, script_of: Callable[[str, int], Script | None], limit: int) -> None:
+    def __init__(
+        self,
+        script_of: Callable[[str, int], Script | None],
+        limit: int,
+        seconds: Callable[[], float] | None = None,
+    ) -> None:
         self._script_of = script_of
         self._limit = limit
         self._live: OrderedDict[str, Execution] = OrderedDict()
-        self.clock = Clock()
+        self.clock = Clock(seconds)
 
     def __contains__(self, run_id: str) -> bool:
         return run_id in self._live

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -32,6 +32,7 @@ from orchestrator.store.transaction import CommitUnknown
 from orchestrator.store.turns import Taken
 
 logger = logging.getLogger(__name__)
+_LINGER_S = (0.002, 0.004, 0.008)  # after work, how long to wait for more of it before a look at the table
 
 
 @dataclass(slots=True)
@@ -84,6 +85,8 @@ class Worker:
     ring: Callable[[str, int], None]
     stopping: Callable[[], bool]
     permits: Permits | None = None  # none: this worker has fewer children than it may have connections
+    linger: Sequence[float] = _LINGER_S
+    seconds: Callable[[], float] | None = None  # a monotonic clock, should the database's be moved along with it
 
 
 class Drainer:
@@ -181,7 +184,7 @@ class Drainer:
     def _linger(self, connection: Connection, advancer: Advancer) -> list[Taken]:
         """Take what is due; after work, wait a moment for more of it, which is cheaper than a doorbell for each."""
         taken = self._take(connection, advancer)
-        for pause in _LINGER_S if self._steps else ():
+        for pause in self._worker.linger if self._steps else ():
             if taken or not self._may_begin():
                 break
             time.sleep(pause)
@@ -486,7 +489,12 @@ class Drainer:
             if not self._mark(self._connection, identity):
                 raise StoreUnavailableError("this worker was declared dead and is taking a new incarnation; try again")
             self._advancer = Advancer(
-                self._worker.script_of, self._scope, identity, self._ring, self._settings.cache_runs
+                self._worker.script_of,
+                self._scope,
+                identity,
+                self._ring,
+                self._settings.cache_runs,
+                self._worker.seconds,
             )
         return self._connection, self._advancer
 
@@ -547,7 +555,6 @@ def _batch(seconds: float) -> int:
 _BATCH = 8
 _LARGEST_BATCH = 32
 _WAVE_S = 0.02
-_LINGER_S = (0.002, 0.004, 0.008)
 _TOGETHER_S = 0.01  # steps shorter than this may share a commit
 _SHORT_S = 0.02  # opening a connection takes about half of this
 _PATIENCE = 600.0

@@ -112,6 +112,7 @@ class SagaCode:
         self._undelivered: list[str] = []
         self._recorder: Recorder | None = None
         self._closed = False
+        self.asking: tuple[str, Request] | None = None  # the last request, for whoever explains a drift
         self.drift: DriftError | None = None
         self.published: dict[str, Json] = {}
         self.tags: dict[str, Json] = {}
@@ -166,6 +167,10 @@ class SagaCode:
         """Whether the saga function returned or raised."""
         return self._task is not None and self._task.done()
 
+    def asked(self) -> list[Asked]:
+        """Return what was asked for so far, as this code would record it."""
+        return [request.asked(key) for key, request in self._requests.items()]
+
     def outcome(self) -> tuple[Json, BaseException | None]:
         """Return what the function returned or raised; failures that nobody looked at count as raised."""
         assert self._task is not None
@@ -218,6 +223,7 @@ class SagaCode:
         """Ask for something: again, if the journal has it, or for the first time."""
         self._refuse_if_closed()
         key = request.key or self.branch.key(request.name)
+        self.asking = key, request
         if key in self._futures:
             raise UsageError(f"key {key!r} was asked for already in this run; a key= must be unique within its run")
         step = self.fold.steps.get(key)

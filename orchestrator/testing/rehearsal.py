@@ -8,7 +8,6 @@ a cluster with room for all.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -177,44 +176,6 @@ class Rehearsal:
             "deadline": deadline.isoformat() if deadline else None,
             "journal": [[at.isoformat(), forms] for at, forms in self.rows],
         }
-
-
-def replay(saga: Saga[Any, Any], history: Mapping[str, Any]) -> None:
-    """Replay a recorded run, ``TestRun.history``, with today's code; returns if every prefix of it fits.
-
-    Raises: DriftError if the code asks for something else than it did when the run was recorded.
-    """
-    deadline = history["deadline"]
-    info = RunInfo(
-        id=history["id"],
-        saga=history["saga"],
-        version=history["version"],
-        input=history["input"],
-        started=datetime.fromisoformat(history["started"]),
-        queue="",
-        deadline=datetime.fromisoformat(deadline) if deadline else None,
-    )
-    rows = [(datetime.fromisoformat(at), [decode_entry(form) for form in forms]) for at, forms in history["journal"]]
-    for length in range(1, len(rows) + 1):
-        _replay_prefix(saga, info, rows[:length])
-
-
-def _replay_prefix(saga: Saga[Any, Any], info: RunInfo, rows: list[tuple[datetime, list[Entry]]]) -> None:
-    execution = Execution(info, saga.script())
-    execution.catch_up(rows)
-    if not execution.fold.wants_code:
-        return
-    try:
-        turn = execution.turn([], rows[-1][0])
-    finally:
-        execution.discard()
-    if turn.entries:
-        asked = ", ".join(str(encode(entry)) for entry in turn.entries[:3])
-        raise DriftError(
-            f"replaying the first {len(rows)} journal rows of run {info.id} of {info.saga} version "
-            f"{info.version} gives more than was recorded: {asked:.500}. "
-            "Put the change behind saga.version(...)."
-        )
 
 
 def _park(error: DriftError | CodeError) -> Parked:

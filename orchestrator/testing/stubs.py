@@ -1,4 +1,4 @@
-"""Who plays a step in a rehearsal: a stub, or the step's own function.
+"""Who plays a step in a test: a stub, or the step's own function.
 
 Owns calling it as a worker would: arguments and results pass through the codec both ways, and
 ``step.current()`` works. Must never decide what follows from an outcome; the machine does.
@@ -14,11 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from orchestrator.codec import Json, check
 from orchestrator.errors import Rejected, UsageError, describe_exception
-from orchestrator.machine.journal import Work
 from orchestrator.step import Step, StepContext, current_step, legacy_codec, registry
 
 NO_TIME: Final = timedelta(0)
@@ -74,16 +73,32 @@ class _Part:
     encode: Callable[[Any], Json] | None = None
 
 
+class Asked(Protocol):
+    """An attempt that somebody is to play: the machine's `Work`, or what a drainer has taken."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def call(self) -> Any: ...
+
+
 class Cast:
-    """All stubs of a rehearsal, by step name; of a list each attempt takes the next, the last one stays."""
+    """All stubs, by step name; of a list each attempt takes the next, the last one stays."""
 
     def __init__(self, stubs: Mapping[Any, Any], connection: Any = None) -> None:
         self._connection = connection
-        self._stubs = {_name_of(step): _in_turn(step, stub) for step, stub in stubs.items()}
+        self._stubs: dict[str, list[Any]] = {}
+        self.add(stubs)
 
-    def play(self, work: Work, context: StepContext, once: Callable[[], Any] | None) -> Attempt:
+    def add(self, stubs: Mapping[Any, Any]) -> None:
+        """Let these play from now on, in the place of earlier ones."""
+        self._stubs |= {name_of(step): _in_turn(step, stub) for step, stub in stubs.items()}
+
+    def play(self, work: Asked, context: StepContext, once: Callable[[], Any] | None) -> Attempt:
         """Make one attempt.  Raises: UsageError for a step that cannot be played without a stub."""
-        part = self._part(work, once)
+        part = self._part(work, context.connection or self._connection, once)
         value, error = _perform(part, context, work.call.get("t"))
         result: Json = None
         if error is None and part.encode is not None:
@@ -97,7 +112,7 @@ class Cast:
             return Attempt(call, "succeeded", result, duration=part.duration)
         return Attempt(call, _verdict(error, work), None, describe_exception(error), part.duration)
 
-    def _part(self, work: Work, once: Callable[[], Any] | None) -> _Part:
+    def _part(self, work: Asked, connection: Any, once: Callable[[], Any] | None) -> _Part:
         declared = registry.steps.get(work.task)
         codec = declared.codec if declared else legacy_codec
         stub, duration = self._stub(work.task)
@@ -105,8 +120,11 @@ class Cast:
             function = once if stub is _NOBODY else _as_function(stub)
             assert function is not None
             return _Part(function, duration=duration, encode=lambda value: value)
-        args, kwargs = codec.decode_call(work.call["a"])
-        function = self._own(work, declared) if stub is _NOBODY else _as_function(stub)
+        given = work.call["a"]
+        if work.role == "probe":
+            given = {name: value for name, value in given.items() if name in codec.parameters}
+        args, kwargs = codec.decode_call(given)
+        function = self._own(work, declared, connection) if stub is _NOBODY else _as_function(stub)
         encode = None if work.role == "undo" else codec.encode_result
         return _Part(function, args, kwargs, duration, encode)
 
@@ -117,34 +135,36 @@ class Cast:
         stub = stubs.pop(0) if len(stubs) > 1 else stubs[0]
         return (stub.outcome, stub.duration) if isinstance(stub, After) else (stub, NO_TIME)
 
-    def _own(self, work: Work, declared: Step[Any, Any] | None) -> Callable[..., Any]:
+    @staticmethod
+    def _own(work: Asked, declared: Step[Any, Any] | None, connection: Any) -> Callable[..., Any]:
         if declared is None:
             return _celery_task(work.task)
         if not declared.options.transactional:
             return declared.function
-        if self._connection is None:
+        if connection is None:
             raise UsageError(f"step {declared.name} is transactional: stub it, or pass connection= to testing.run()")
-        return self._in_transaction(declared.function)
-
-    def _in_transaction(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def play(*args: Any, **kwargs: Any) -> Any:
-            with getattr(self._connection, "begin_nested", nullcontext)():
-                return _finished(function(self._connection, *args, **kwargs))
-
-        return play
+        return _in_transaction(declared.function, connection)
 
 
-def _name_of(step: Any) -> str:
+def _in_transaction(function: Callable[..., Any], connection: Any) -> Callable[..., Any]:
+    def play(*args: Any, **kwargs: Any) -> Any:
+        with getattr(connection, "begin_nested", nullcontext)():
+            return _finished(function(connection, *args, **kwargs))
+
+    return play
+
+
+def name_of(step: Any) -> str:
     name = step if isinstance(step, str) else getattr(step, "name", None)
     if not isinstance(name, str):
-        raise UsageError(f"stubs= is keyed by steps, Celery tasks or their names, not by {step!r:.80}")
+        raise UsageError(f"stubs and faults are keyed by steps, Celery tasks or their names, not by {step!r:.80}")
     return name
 
 
 def _in_turn(step: Any, stub: Any) -> list[Any]:
     stubs = list(stub) if isinstance(stub, list) else [stub]
     if not stubs:
-        raise UsageError(f"the stub of {_name_of(step)} is an empty list; give it one stub for each attempt")
+        raise UsageError(f"the stub of {name_of(step)} is an empty list; give it one stub for each attempt")
     return stubs
 
 
@@ -200,7 +220,7 @@ async def _awaited(value: Any) -> Any:
     return await value
 
 
-def _verdict(error: BaseException, work: Work) -> str:
+def _verdict(error: BaseException, work: Asked) -> str:
     names = describe_exception(error)["mro"]
     if isinstance(error, Rejected) or any(name in names for name in work.call.get("x", ())):
         return "rejected"

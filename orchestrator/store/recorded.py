@@ -1,0 +1,28 @@
+"""A run with its whole journal as JSON, to be kept as a file and replayed later.
+
+Owns that form as it is read from the database; `orchestrator.testing.replay` takes it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.errors import UnknownRunError
+from orchestrator.store import runs
+from orchestrator.store.connection import Connection
+
+
+def recorded(connection: Connection, run_id: str) -> dict[str, Any]:
+    """Return a run as it was recorded so far.  Raises: UnknownRunError."""
+    row = runs.run(connection, run_id)
+    if row is None:
+        raise UnknownRunError(f"there is no run {run_id!r} in this database; look it up with `saga list`")
+    return {
+        "saga": row["saga"],
+        "version": row["version"],
+        "id": row["id"],
+        "input": row["input"],
+        "started": row["started_at"].isoformat(),
+        "deadline": row["deadline_at"].isoformat() if row["deadline_at"] else None,
+        "journal": [[at.isoformat(), entries] for _, at, entries in runs.history(connection, run_id)],
+    }

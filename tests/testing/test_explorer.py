@@ -1,0 +1,166 @@
+"""The explorer: sound sagas pass, and each kind of wrong one is found, with a report that names the fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator import testing
+from orchestrator.testing import Environment, EnvironmentRun, Exploration, InvariantBroken
+from orchestrator.testing.faults import Kind
+from tests.testing.shop import (
+    approval,
+    charge,
+    checkout,
+    debit,
+    fickle,
+    forgetful,
+    generous,
+    mail,
+    pay,
+    racy,
+    world,
+)
+
+
+def explore(env: Environment, saga: Any, args: Any = "o1", **options: Any) -> Exploration:
+    options = {"invariant": honest, "setup": world.reset, "check": False, **options}
+    return testing.explore(saga, args, environment=env, **options)
+
+
+def honest(run: EnvironmentRun) -> bool:
+    """The customer has paid if and only if the run completed."""
+    return world.money["ann"] == (90 if run.state == "completed" else 100)
+
+
+def kept_or_given_back(run: EnvironmentRun) -> bool:
+    return world.money["ann"] == (40 if run.state == "completed" else 100)
+
+
+def report_of(found: Exploration) -> str:
+    """Return a report, with its lines joined."""
+    assert not found.ok
+    return " ".join(str(found).split())
+
+
+# -- sound sagas -------------------------------------------------------------------------------------------------------
+def test_a_sound_saga_passes_every_schedule(saga_environment: Environment) -> None:
+    found = explore(saga_environment, checkout, pairs=10)
+    assert found.ok, str(found)
+    assert found.tried > 30 and not found.exhausted
+    assert set(found.kinds) == {str(kind) for kind in Kind if kind not in (Kind.MEANWHILE, Kind.LATE)}
+    assert {"completed", "compensated", "cancelled", "failed"} <= found.ends.keys()
+
+
+def test_every_boundary_is_visited(saga_environment: Environment) -> None:
+    found = explore(saga_environment, checkout, pairs=0)
+    points = {(key.rpartition(".")[2], role) for _, key, role in found.points}
+    assert points == {("charge#0", "do"), ("mail#0", "do"), ("charge#0", "undo")}
+
+
+def test_the_same_seed_draws_the_same_pairs(saga_environment: Environment) -> None:
+    first, again = (explore(saga_environment, checkout, pairs=10, seed=3) for _ in range(2))
+    assert (first.kinds, first.ends) == (again.kinds, again.ends)
+
+
+def test_no_more_schedules_are_tried_than_are_asked_for(saga_environment: Environment) -> None:
+    found = explore(saga_environment, checkout, max_schedules=7)
+    assert (found.tried, found.exhausted) == (7, True)
+    assert "raise max_schedules" in str(found)
+
+
+def test_a_saga_that_waits_is_sent_what_it_waits_for(saga_environment: Environment) -> None:
+    found = explore(saga_environment, approval, pairs=0, waiting=lambda run: run.signal("approved", "ann"))
+    assert found.ok, str(found)
+
+
+def test_an_undo_that_remembers_itself_refuses_what_comes_late(saga_environment: Environment) -> None:
+    found = explore(saga_environment, checkout, pairs=0, late=True)
+    assert found.ok, str(found)
+    assert found.kinds[Kind.LATE] == 1
+
+
+# -- wrong sagas -------------------------------------------------------------------------------------------------------
+def test_an_undo_forgotten_for_a_step_that_timed_out_is_found(saga_environment: Environment) -> None:
+    found = explore(saga_environment, forgetful, may_leave=[pay])
+    said = report_of(found)
+    assert (
+        "tests.testing.shop.pay (every attempt, tests.testing.shop.pay#0) took effect, and its answer was lost" in said
+    )
+    assert "the invariant honest is broken: it returned False" in said
+    assert "attempt 5 failed" in said  # the journal of that run
+    assert 'env.fail("tests.testing.shop.pay", "unknown"' in said
+
+
+def test_the_report_shows_how_to_see_it_again(saga_environment: Environment) -> None:
+    [line] = explore(saga_environment, forgetful, may_leave=[pay]).failures[0].schedule.code()
+    saga_environment.reset()
+    world.reset()
+    exec(line, {"env": saga_environment})
+    run = saga_environment.run(forgetful, "o1")
+    assert not honest(run)
+
+
+def test_an_effect_that_is_left_needs_no_invariant_to_be_found(saga_environment: Environment) -> None:
+    said = report_of(explore(saga_environment, forgetful, invariant=None))
+    assert "left tests.testing.shop.pay#0" in said and "may_leave=" in said
+
+
+def test_a_refund_that_is_not_idempotent_is_found(saga_environment: Environment) -> None:
+    found = explore(saga_environment, generous)
+    said = report_of(found)
+    assert "tests.testing.shop.give_again" in said
+    shortest = found.failures[0].schedule
+    assert [fault.role for fault in shortest.faults][-1] in ("do", "undo")
+    assert len(shortest.faults) == min(len(other.schedule.faults) for other in found.failures)
+
+
+def test_an_undo_that_forgets_itself_is_found_by_an_effect_that_comes_late(saga_environment: Environment) -> None:
+    found = explore(saga_environment, racy, late=True, pairs=0, invariant=kept_or_given_back)
+    assert "took effect after its run had ended" in report_of(found)
+    assert len(found.failures) == 1
+
+
+def test_a_look_before_a_debit_is_found_by_what_happens_meanwhile(saga_environment: Environment) -> None:
+    def solvent() -> None:
+        assert world.money["ann"] >= 0, "ann is overdrawn"
+
+    assert explore(saga_environment, racy, invariant=solvent, pairs=0).ok
+    found = explore(saga_environment, racy, invariant=solvent, meanwhile=lambda env: env.run(racy, "other"))
+    said = report_of(found)
+    assert (
+        "tests.testing.shop.debit (attempt 1, tests.testing.shop.debit#0) was about to run when something else" in said
+    )
+    assert "the invariant solvent is broken: AssertionError: ann is overdrawn" in said
+    assert found.failures[0].schedule.faults[0].task == debit.name
+
+
+def test_a_run_that_waits_for_ever_is_found(saga_environment: Environment) -> None:
+    found = explore(saga_environment, fickle, invariant=None)
+    assert "no retry will help before its code is mended" in report_of(found)
+
+
+def test_a_broken_invariant_is_an_assertion_with_the_report(saga_environment: Environment) -> None:
+    with pytest.raises(AssertionError, match=r"kit\.generous breaks in \d+ of the schedules") as raised:
+        explore(saga_environment, generous, check=True)
+    assert isinstance(raised.value, InvariantBroken)
+    assert str(raised.value) == str(raised.value.exploration)
+
+
+def test_a_run_that_fails_by_itself_is_reported_first(saga_environment: Environment) -> None:
+    found = explore(saga_environment, checkout, invariant=lambda: False)
+    assert found.tried == 1
+    assert "nothing; it fails by itself" in report_of(found)
+
+
+def test_stubs_stand_in_for_what_cannot_be_called(saga_environment: Environment) -> None:
+    found = explore(saga_environment, checkout, invariant=None, stubs={charge: "c1", mail: None}, max_schedules=10)
+    assert found.ok
+    assert world.charges == {}
+
+
+def test_setup_may_take_the_environment(saga_environment: Environment) -> None:
+    seen: list[Environment] = []
+    explore(saga_environment, generous, invariant=None, setup=seen.append, max_schedules=3)
+    assert seen == [saga_environment] * 3
