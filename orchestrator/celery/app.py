@@ -88,6 +88,13 @@ class Orchestrator:
         """The client that starts and asks for runs."""
         return Client(self.settings, self._ring, self._default_queue)
 
+    @functools.cached_property
+    def schedules(self) -> Any:
+        """The schedules of this app's beat: `listing`, `pause`, `resume`, `trigger`, `backfill`."""
+        from orchestrator.celery.schedules import Desk  # with Celery's beat, which no worker needs
+
+        return Desk(self)
+
     def _ring(self, queue: str, times: int) -> None:
         self.bell.ring(queue, times)
 

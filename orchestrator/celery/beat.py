@@ -19,13 +19,10 @@ from typing import Any
 
 import celery.beat
 from celery import Celery
-from kombu.connection import Connection as BrokerConnection
-from kombu.exceptions import OperationalError as BrokerError
 
-from orchestrator.celery import entries
-from orchestrator.celery.entries import Entry
-from orchestrator.engine.schedules import Decision, Schedule, Schedules
-from orchestrator.errors import OrchestratorError, SchemaError, StoreUnavailableError, UsageError
+from orchestrator.celery.schedules import BROKER_AWAY, Book, Post, Undeliverable, engine_of
+from orchestrator.engine.schedules import Decision, Schedule
+from orchestrator.errors import OrchestratorError, SchemaError, StoreUnavailableError
 from orchestrator.failpoints import failpoint
 from orchestrator.store import check
 from orchestrator.store import schedules as store
@@ -38,110 +35,6 @@ _REST_S = 30.0  # an entry that could not be fired is left alone for so long
 _KEEP = timedelta(days=30)
 _PAGE = 100  # messages that one turn sends
 _FORGET_EVERY_S = 3600.0
-_TIMEOUTS = {"socket_connect_timeout": 1.0, "socket_timeout": 2.0, "connect_timeout": 1.0, "max_retries": 1,
-             "interval_start": 0, "interval_step": 0.1, "interval_max": 0.1, "confirm_publish": True}  # fmt: skip
-
-
-class Book:
-    """The entries of an app, read anew whenever its beat_schedule has changed."""
-
-    def __init__(self, app: Celery) -> None:
-        self._app = app
-        self._raw: dict[str, Any] = {}
-        self.added: dict[str, Any] = {}
-        self.schedules: dict[str, Schedule] = {}
-        self.entries: dict[str, Entry] = {}
-        self.problems: dict[str, str] = {}
-
-    def refresh(self, now: datetime) -> bool:
-        """Read the entries; False if they are what they were."""
-        configured = self._app.conf.beat_schedule
-        raw = {**self.added, **(configured if isinstance(configured, Mapping) else {})}
-        if raw == self._raw:
-            return False
-        self._raw = {name: _copied(each) for name, each in raw.items()}
-        self.schedules, self.entries, self.problems = {}, {}, {}
-        for name, each in raw.items():
-            self._read(str(name), each, now)
-        return True
-
-    def _read(self, name: str, raw: Any, now: datetime) -> None:
-        try:
-            prepare = self._app.orchestrator.client.prepare
-            self.schedules[name], self.entries[name] = entries.read(self._app, prepare, name, raw, now)
-            problem = self.schedules[name].problem
-        except Exception as error:  # whatever is wrong with one entry, the others go on
-            problem = f"it cannot be used: {error or type(error).__name__}"
-        if problem:
-            self.problems[name] = problem
-            logger.error("beat: entry %r: %s", name, problem)
-
-    def declared(self) -> list[store.Declared]:
-        """Return what the database is to know of the entries, the bad ones among them."""
-        bad = [store.Declared(name, "", "", self.problems[name]) for name in self.problems.keys() - self.schedules]
-        return [each.declared for each in self.schedules.values()] + bad
-
-
-def _copied(raw: Any) -> Any:
-    """A copy that does not change when somebody edits the entry in its place."""
-    if not isinstance(raw, dict):
-        return raw
-    return {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
-
-
-class Post:
-    """Sends tasks that are no sagas, over a connection to the broker of its own; each attempt takes a bounded time."""
-
-    def __init__(self, app: Celery) -> None:
-        self._app = app
-        self._producer: Any = None
-
-    def send(self, entry: Entry, slot: datetime, message_id: str) -> None:
-        """Send the message of a slot; once more over a new connection if the one at hand has died meanwhile."""
-        args, kwargs = entry.call(slot)
-        headers = {**(entry.options.get("headers") or {}), "celery_beat_task": True, "beat_slot": slot.isoformat()}
-        options = {**entry.options, "task_id": message_id, "headers": headers, "retry": False}
-        known = self._producer is not None
-        try:
-            self._publish(entry.task, args, kwargs, options)
-        except Exception:
-            self.close()
-            if not known:
-                raise
-            self._publish(entry.task, args, kwargs, options)
-
-    def _publish(self, task_name: str, args: Any, kwargs: Any, options: dict[str, Any]) -> None:
-        task = self._app.tasks.get(task_name)
-        producer = self._opened()
-        if task is None:
-            self._app.send_task(task_name, args, kwargs, producer=producer, **options)
-        else:
-            task.apply_async(args, kwargs, producer=producer, **options)
-
-    def _opened(self) -> Any:
-        if self._producer is None:
-            connection: BrokerConnection = self._app.connection_for_write(
-                connect_timeout=1.0, heartbeat=0, transport_options=_TIMEOUTS
-            )
-            connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0.1, timeout=1.0)
-            self._producer = self._app.amqp.Producer(connection, auto_declare=False)
-        return self._producer
-
-    def close(self) -> None:
-        """Close the connection."""
-        producer, self._producer = self._producer, None
-        if producer is not None:
-            with contextlib.suppress(Exception):
-                producer.connection.release()
-
-
-class _Undeliverable(Exception):
-    """A message could not be sent, and it is not the broker's fault; says whose."""
-
-    def __init__(self, name: str, reason: Exception) -> None:
-        super().__init__(name)
-        self.name = name
-        self.reason = reason
 
 
 class Scheduler(celery.beat.Scheduler):
@@ -150,9 +43,9 @@ class Scheduler(celery.beat.Scheduler):
     def __init__(self, app: Celery, *args: Any, **kwargs: Any) -> None:
         self._orchestrator = app.orchestrator
         self._book = Book(app)
-        self._post = Post(app)
+        self._post = Post(app, self._book)
         self._holder = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(4)}"
-        self._schedules = schedules_of(self._orchestrator)
+        self._schedules = engine_of(self._orchestrator)
         self._connection: Connection | None = None
         self._leads: bool | None = None
         self._ticking = self._broker_said = False
@@ -216,7 +109,10 @@ class Scheduler(celery.beat.Scheduler):
         if lead is None:
             self._stand_by()
             return round_s
-        if self._book.refresh(lead.now) or not self._leads:
+        changed = self._book.refresh(lead.now)
+        for name, problem in self._book.problems.items() if changed else ():
+            logger.error("beat: entry %r: %s", name, problem)
+        if changed or not self._leads:
             self._declare(connection, lead)
         pause = self._fire_due(connection, lead.now)
         self._send(connection)
@@ -318,43 +214,22 @@ class Scheduler(celery.beat.Scheduler):
         for _ in range(_PAGE):
             resting = [name for name, until in self._resting.items() if until > monotonic()]
             try:
-                if self._schedules.send_one(connection, self._deliver, resting) is None:
+                if self._schedules.send_one(connection, self._post.deliver, resting) is None:
                     return
                 self._broker_said = False
-            except (BrokerError, OSError) as error:
+            except BROKER_AWAY as error:
                 self._send_at = monotonic() + _RETRY_S
                 if not self._broker_said:
                     logger.error("beat: the broker cannot be reached (%s); what is due is kept for it", error)
                 self._broker_said = True
                 return
-            except _Undeliverable as error:
+            except Undeliverable as error:
                 self._rest(connection, error.name, error.reason)
-
-    def _deliver(self, name: str, slot: datetime, message_id: str) -> None:
-        entry = self._book.entries.get(name)
-        try:
-            if entry is None:
-                raise UsageError("it is in the beat_schedule no more, and a slot of it is still to be sent")
-            logger.info("Scheduler: Sending due task %s (%s)", name, entry.task)
-            self._post.send(entry, slot, message_id)
-        except (BrokerError, OSError):
-            raise
-        except Exception as error:
-            raise _Undeliverable(name, error) from error
 
     def _forget(self, connection: Connection) -> None:
         if monotonic() >= self._forget_at:
             deleted = store.forget(connection, self._schedules.app, _KEEP)
             self._forget_at = monotonic() + (0.0 if deleted else _FORGET_EVERY_S)
-
-
-def schedules_of(orchestrator: Any) -> Schedules:
-    """Return the schedules of an Orchestrator's app, by the name that the app was given."""
-
-    def ring(connection: Connection, queue: str, rows: int) -> None:
-        orchestrator.client.ring_for(connection, queue, rows)
-
-    return Schedules(orchestrator.app.main or "celery", ring)
 
 
 def _tell(schedule: Schedule, decision: Decision) -> None:

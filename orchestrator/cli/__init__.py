@@ -16,6 +16,7 @@ from orchestrator.cli.history import history
 from orchestrator.cli.lint import lint
 from orchestrator.cli.orders import cancel, pause, resolve, resume, retry, signal, skip, terminate
 from orchestrator.cli.runs import list_, migrate, show, start
+from orchestrator.cli.schedules import schedules
 
 __all__ = ["saga"]
 
@@ -34,6 +35,6 @@ def saga() -> None:
 
 for _command in (
     dev, migrate, start, list_, show, history, explain, signal, cancel, terminate, pause, resume, retry, skip, resolve,
-    diagram, lint,
+    schedules, diagram, lint,
 ):  # fmt: skip
     saga.add_command(_command)

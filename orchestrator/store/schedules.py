@@ -280,6 +280,13 @@ def forget(connection: Connection, app: str, keep: timedelta, limit: int = 1000,
     return connection.execute(_FORGET, {"app": app, "keep": keep, "limit": limit, "now": now}).rowcount
 
 
+def clock(connection: Connection) -> datetime:
+    """Return the database's time."""
+    row = connection.execute("SELECT orchestrator.now()").fetchone()
+    assert row is not None
+    return row[0]  # type: ignore[no-any-return]
+
+
 # -- for people --------------------------------------------------------------------------------------------------------
 _LISTING = f"""
 SELECT s.name, s.task, s.reads, s.problem, s.settled_until, s.paused_at, s.paused_by, s.paused_because, s.gone_at,

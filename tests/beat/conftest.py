@@ -19,6 +19,7 @@ import pytest
 import redis
 
 from tests.acceptance.running import ROOT, until
+from tests.faults.rabbitmq import RabbitMQ
 
 WITHIN_S = 60.0
 REPORT = "tests.beat.app.report"
@@ -133,6 +134,14 @@ class Hall:
             if beat.is_alive:
                 beat.signal(signal.SIGCONT)
                 beat.signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    """A RabbitMQ of Debian's."""
+    broker = RabbitMQ(tmp_path_factory.mktemp("rabbitmq"))
+    yield broker
+    broker.stop()
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from celery import Celery
 
 from orchestrator import failpoints, store
-from tests.beat.conftest import Hall
+from tests.beat.conftest import REPORT, Hall
 from tests.crash.points import BEAT
 from tests.engine.proxy import Proxy
 from tests.faults.rabbitmq import MissingProgram
@@ -158,6 +159,26 @@ def test_wall_clocks_of_beats_that_are_off_are_no_matter(hall: Hall) -> None:
     now = hall.sql("SELECT clock_timestamp()")[0][0]
     assert all(abs((slot - now).total_seconds()) < 600 for slot in hall.slots("saga"))
     hall.judge("saga", "plain", died=3)
+
+
+@pytest.mark.parametrize("broker", ["valkey", pytest.param("rabbitmq", marks=pytest.mark.debian)])
+def test_celerys_own_scheduler_takes_the_same_entries(
+    hall: Hall, broker: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    ours = {"catch_up": 60, "overlap": "allow", "timezone": "Europe/Berlin"}
+    hall.entries = {
+        "plain": {"task": "beats.plain", "schedule": 1.0, "options": {**ours, "expires": 600}},
+        "saga": {"task": REPORT, "schedule": 1.0, "options": {**ours, "slot_argument": "of", "overlap": "skip"}},
+    }
+    if broker == "rabbitmq":
+        hall.broker_url = request.getfixturevalue("rabbitmq").new_url()
+    hall.start("-S", "celery.beat:PersistentScheduler", "-s", str(tmp_path / "schedule"))
+    hall.until(lambda: hall.sql("SELECT id FROM orchestrator.runs"), "a run")
+    with Celery(broker=hall.broker_url, set_as_current=False).connection_for_read() as connection:
+        queue = connection.SimpleQueue("celery")
+        message = queue.get(timeout=30)
+        assert message.headers["task"] == "beats.plain"
+        queue.close()
 
 
 def test_the_leader_of_another_app_is_no_matter(hall: Hall) -> None:
