@@ -25,6 +25,7 @@ from orchestrator.client import Client, SagaResult
 from orchestrator.codec import set_limit
 from orchestrator.engine.commit import Scope
 from orchestrator.engine.drain import Drainer, Worker
+from orchestrator.engine.schedules import OPTIONS
 from orchestrator.errors import DefinitionError, OrchestratorError, Rejected, StoreUnavailableError, UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.turn import Script
@@ -54,6 +55,7 @@ class Orchestrator:
         self._step_events: events.StepEvents | None = None
         app.orchestrator = self
         app.__reduce__ = self._reduce_app
+        _default_beat(app)
         guard.install(app)
         set_router(self._route)
         step_type = type("WorkerStep", (worker.CompanionStep,), {"orchestrator": self, "__module__": __name__})
@@ -85,6 +87,13 @@ class Orchestrator:
     def client(self) -> Client:
         """The client that starts and asks for runs."""
         return Client(self.settings, self._ring, self._default_queue)
+
+    @functools.cached_property
+    def schedules(self) -> Any:
+        """The schedules of this app's beat: `listing`, `pause`, `resume`, `trigger`, `backfill`."""
+        from orchestrator.celery.schedules import Desk  # with Celery's beat, which no worker needs
+
+        return Desk(self)
 
     def _ring(self, queue: str, times: int) -> None:
         self.bell.ring(queue, times)
@@ -266,6 +275,18 @@ class Orchestrator:
             transactions.dispose()
 
 
+def _default_beat(app: Celery) -> None:
+    """Let ``celery beat`` use the scheduler of this package, unless the app's configuration names one."""
+
+    def configured(source: Any, **_: Any) -> None:
+        if not source.value_set_for("beat_scheduler"):
+            source.add_defaults({"beat_scheduler": "orchestrator.celery.beat:Scheduler"})
+
+    app.on_after_configure.connect(configured, weak=False)
+    if app.configured:
+        configured(app.conf)
+
+
 def _respawn(rebuild: Callable[..., Celery], arguments: tuple[Any, ...], options: dict[str, Any]) -> Celery:
     app = rebuild(*arguments)
     Orchestrator(app, **options)
@@ -332,8 +353,11 @@ class _SagaTask:
             raise Ignore from error
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> SagaResult:
-        """Start a run directly in Postgres; this is what beat and ``celery call`` of this app do."""
-        options = {name: value for name, value in options.items() if value is not None}
+        """Start a run directly in Postgres; this is what ``celery call`` of this app and Celery's own scheduler do.
+
+        That scheduler passes what an entry holds for ours, and cannot make use of it.
+        """
+        options = {name: value for name, value in options.items() if value is not None and name not in OPTIONS}
         return sagas.registry.latest(self.name).apply_async(args or (), kwargs or {}, **options)  # type: ignore[no-any-return]
 
     def delay(self, *args: Any, **kwargs: Any) -> SagaResult:

@@ -170,3 +170,47 @@ drainers = Table(
     Column("queues", ARRAY(Text), nullable=False),
     prefixes=["UNLOGGED"],
 )
+
+leaders = Table(
+    "leaders",
+    metadata,
+    Column("app", Text, primary_key=True),
+    Column("holder", Text, nullable=False),
+    Column("seen_at", _instant, nullable=False),
+    Column("led_until", _instant, nullable=False),
+)
+
+schedules = Table(
+    "schedules",
+    metadata,
+    Column("app", Text, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("task", Text, nullable=False),
+    Column("reads", Text, nullable=False),
+    Column("problem", Text),
+    Column("settled_until", _instant, nullable=False),
+    Column("paused_at", _instant),
+    Column("paused_by", Text),
+    Column("paused_because", Text),
+    Column("gone_at", _instant),
+)
+
+slots = Table(
+    "slots",
+    metadata,
+    Column("app", Text, primary_key=True),
+    Column("schedule", Text, primary_key=True),
+    Column("slot", _instant, primary_key=True),
+    Column("origin", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("run_id", Text, nullable=False),
+    Column("because", Text),
+    Column("at", _instant, nullable=False),
+    Index(
+        "slots_open",
+        "app",
+        "schedule",
+        "slot",
+        postgresql_where=text("state IN ('waiting', 'running', 'sending')"),
+    ),
+)

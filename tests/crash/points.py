@@ -13,6 +13,10 @@ CELERY = frozenset({
     "bell.before", "bell.after", "companion.begun", "companion.announced", "companion.child_gone",
     "companion.child_buried", "companion.ending", "companion.ended", "message.before", "message.started",
 })  # fmt: skip
+BEAT = frozenset({
+    "beat.lead.before", "beat.lead.after", "beat.declare.before", "beat.declare.after", "beat.fire.before",
+    "beat.fire.held", "beat.fire.decided", "beat.fire.after", "beat.send.before", "beat.send.sent", "beat.send.after",
+})  # fmt: skip
 MIGRATION = frozenset({"migrate.locked", "migrate.applied", "migrate.after"})
 
 # What has to break first: the answer to the commit of the first outcome of a story's only run.

@@ -1,0 +1,190 @@
+"""Entries of a beat_schedule: every shape that Celery takes, the options that are ours, and what is refused."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from itertools import islice, pairwise
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.beat import BeatLazyFunc, ScheduleEntry
+from celery.schedules import BaseSchedule, crontab, schedstate, schedule, solar
+
+from orchestrator import UsageError, saga
+from orchestrator.celery import entries
+from orchestrator.celery.entries import Asked, Entry
+from orchestrator.celery.schedules import Book
+from orchestrator.client import Client
+from orchestrator.engine.schedules import EVER, LATE, CatchUp, Overlap, Schedule
+from orchestrator.engine.timetable import Crontab, Interval, Rounded
+from orchestrator.settings import Settings
+
+NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
+
+
+@saga.define
+async def tally(amount: int, of: datetime | None = None) -> int:
+    return amount
+
+
+@pytest.fixture
+def app() -> Celery:
+    made = Celery("entries", set_as_current=False)
+    made.task(name="plain")(_nothing)
+    return made
+
+
+def _nothing() -> None: ...
+
+
+@pytest.fixture
+def client() -> Client:
+    settings = Settings.from_environment({}, database_url="postgresql://nobody@127.0.0.1:1/nothing")
+    return Client(settings, lambda queue, times: None, lambda: "celery")
+
+
+def read(app: Celery, client: Client, **entry: Any) -> tuple[Schedule, Entry]:
+    app.finalize()
+    return entries.read(app, client.prepare, "it", {"task": "plain", "schedule": 60, **entry}, NOW)
+
+
+class Doubling(BaseSchedule):
+    """A schedule of the application's own, which knows only Celery's interface."""
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        return schedstate(False, (self.now() - datetime(2026, 1, 1, tzinfo=UTC)).total_seconds())
+
+
+class Stuck(BaseSchedule):
+    def remaining_estimate(self, last_run_at: datetime) -> timedelta:
+        return timedelta(0)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (crontab(minute=0, hour=3), Crontab), (300, Interval), (0.5, Interval), (timedelta(hours=1), Interval),
+        (schedule(60), Interval), (schedule(3600, relative=True), Rounded), (solar("sunset", 52.5, 13.4), Asked),
+        (Doubling(), Asked),
+    ],
+)  # fmt: skip
+def test_every_kind_of_schedule_has_a_timetable(app: Celery, client: Client, given: Any, expected: type) -> None:
+    found, _ = read(app, client, schedule=given)
+    assert type(found.timetable) is expected
+    slots = list(islice(found.timetable.slots(NOW, NOW), 5))
+    assert all(earlier < later for earlier, later in pairwise([NOW, *slots]))
+
+
+def test_the_sun_sets_once_a_day_wherever_one_begins() -> None:
+    timetable = Asked(solar("sunset", 52.5, 13.4, app=Celery(set_as_current=False)))
+    slots = list(islice(timetable.slots(NOW, NOW), 400))
+    assert all(timedelta(hours=23) < later - earlier < timedelta(hours=25) for earlier, later in pairwise(slots))
+    assert next(timetable.slots(slots[8], slots[8])) == slots[9]
+
+
+def test_an_entry_of_celerys_own_class_is_read_as_a_dict_is(app: Celery, client: Client) -> None:
+    entry = ScheduleEntry(name="it", task="plain", schedule=schedule(60, app=app), args=(1,), app=app)
+    found, call = entries.read(app, client.prepare, "it", entry, NOW)
+    assert (found.task, call.args, found.timetable) == ("plain", (1,), Interval(timedelta(minutes=1)))
+
+
+def test_the_zone_of_a_crontab_is_that_of_the_entry_else_that_of_the_app(app: Celery, client: Client) -> None:
+    app.conf.timezone = "Asia/Tokyo"
+    night = crontab(minute=0, hour=3)
+    assert read(app, client, schedule=night)[0].reads == "0 3 * * * Asia/Tokyo"
+    options = {"timezone": "Europe/Berlin"}
+    assert read(app, client, schedule=night, options=options)[0].reads == "0 3 * * * Europe/Berlin"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, CatchUp()), ("last", CatchUp()), ("all", CatchUp(each=EVER)), ("none", CatchUp(last=timedelta(0))),
+        (7200, CatchUp(each=timedelta(hours=2), last=timedelta(0))), (5, CatchUp(each=LATE, last=timedelta(0))),
+    ],
+)  # fmt: skip
+def test_catching_up_is_a_word_or_a_number_of_seconds(
+    app: Celery, client: Client, given: Any, expected: CatchUp
+) -> None:
+    options = {} if given is None else {"catch_up": given}
+    assert read(app, client, options=options)[0].catch_up == expected
+
+
+def test_celerys_deadline_for_late_crontabs_is_kept(app: Celery, client: Client) -> None:
+    app.conf.beat_cron_starting_deadline = 600
+    assert read(app, client, schedule=crontab())[0].catch_up == CatchUp(last=timedelta(minutes=10))
+    assert read(app, client, schedule=60)[0].catch_up == CatchUp()
+
+
+def test_a_saga_is_started_with_its_slot_and_lazy_arguments_are_computed_then(app: Celery, client: Client) -> None:
+    options = {"slot_argument": "of", "overlap": "queue", "queue": "nightly", "expires": 60}
+    found, call = read(app, client, task=tally.name, args=(BeatLazyFunc(lambda: 7),), options=options)
+    assert found.overlap is Overlap.QUEUE and found.start is not None
+    new = found.start("own id", NOW)
+    assert (new.id, new.queue, new.saga) == ("own id", "nightly", tally.name)
+    assert new.input == {"amount": 7, "of": "2026-06-01T12:00:00Z"}
+    assert call.options == {"queue": "nightly", "expires": 60}
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"schedule": "* * * * *"}, "schedule must be a number of seconds"),
+        ({"schedule": None}, "schedule must be"), ({"schedule": True}, "schedule must be"),
+        ({"schedule": 0}, "longer than nothing"), ({"schedule": -5}, "longer than nothing"),
+        ({"schedule": crontab(day_of_month={29, 30}, month_of_year=2, minute=set())}, "no slot within"),
+        ({"schedule": Stuck()}, "is followed by"),
+        ({"task": None}, "task must be the name"), ({"task": ""}, "task must be the name"),
+        ({"when": 5}, "an entry has no when; it has"),
+        ({"options": {"timezone": "Mars/Olympus"}}, "there is no time zone 'Mars/Olympus'"),
+        ({"options": {"timezone": 7}}, "there is no time zone 7"),
+        ({"options": {"timezone": "../../etc/passwd"}}, "there is no time zone"),
+        ({"schedule": solar("sunset", 0, 0), "options": {"timezone": "UTC"}}, "timezone has no meaning"),
+        ({"options": {"catch_up": "some"}}, "catch_up must be"), ({"options": {"catch_up": -1}}, "catch_up must be"),
+        ({"options": {"catch_up": float("nan")}}, "catch_up must be"),
+        ({"options": {"overlap": "never"}}, "overlap must be one of allow, skip, queue, cancel"),
+        ({"options": {"overlap": "skip"}}, "needs a saga"),
+        ({"task": tally.name}, "amount"), ({"task": tally.name, "args": ("x",)}, "amount"),
+        ({"task": tally.name, "args": (1,), "options": {"overlpa": "skip"}}, "no start option overlpa"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_an_entry_is_said(app: Celery, client: Client, entry: dict[str, Any], said: str) -> None:
+    with pytest.raises(Exception, match=said):
+        read(app, client, **entry)
+
+
+def test_a_bad_entry_is_named_and_harms_no_other(app: Celery, client: Client) -> None:
+    app.orchestrator = type("Stand", (), {"client": client})
+    app.conf.beat_schedule = {
+        "good": {"task": "plain", "schedule": 60}, "bad": {"task": "plain"}, "worse": 7,
+        "worst": {"task": tally.name, "schedule": 1},
+        "elsewhere": {"task": "a.task.of.another.service", "schedule": 60},
+    }  # fmt: skip
+    book = Book(app)
+    assert book.refresh(NOW)
+    assert book.schedules.keys() == {"good", "elsewhere"}
+    assert book.problems.keys() == {"bad", "worse", "worst", "elsewhere"}
+    assert "is not registered here; it is sent all the same" in book.problems["elsewhere"]
+    assert {each.name for each in book.declared()} == app.conf.beat_schedule.keys()
+    assert not book.refresh(NOW)
+    app.conf.beat_schedule["good"]["schedule"] = 30
+    assert book.refresh(NOW) and book.schedules["good"].timetable == Interval(timedelta(seconds=30))
+
+
+def test_it_is_the_default_of_an_app_that_names_no_scheduler_of_its_own() -> None:
+    from orchestrator.celery.app import _default_beat
+
+    ours, theirs = Celery("ours", set_as_current=False), Celery("theirs", set_as_current=False)
+    theirs.config_from_object({"CELERY_BEAT_SCHEDULER": "celery.beat:PersistentScheduler"}, namespace="CELERY")
+    late = Celery("late", set_as_current=False)
+    assert late.conf.beat_scheduler == "celery.beat:PersistentScheduler"
+    for app in (ours, theirs, late):
+        _default_beat(app)
+    assert ours.conf.beat_scheduler == late.conf.beat_scheduler == "orchestrator.celery.beat:Scheduler"
+    assert theirs.conf.beat_scheduler == "celery.beat:PersistentScheduler"
+
+
+def test_nonsense_is_refused_as_usage() -> None:
+    with pytest.raises(UsageError):
+        entries._overlap("sometimes", True)

@@ -1,0 +1,191 @@
+"""Several beats at once, killed, frozen, cut off, and told wrong times: no slot is lost, none fires twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+from itertools import pairwise
+from pathlib import Path
+
+import psycopg
+import pytest
+from celery import Celery
+
+from orchestrator import failpoints, store
+from tests.beat.conftest import REPORT, Hall
+from tests.crash.points import BEAT
+from tests.engine.proxy import Proxy
+from tests.faults.rabbitmq import MissingProgram
+
+_FAKETIME = "usr/lib/*/faketime/libfaketime.so.1"
+_JUMP = """
+CREATE OR REPLACE FUNCTION orchestrator.now() RETURNS timestamptz LANGUAGE sql STABLE
+    AS $$SELECT statement_timestamp() + interval '{}'$$
+"""
+
+
+@pytest.mark.parametrize("beats", [2, 3])
+def test_leaders_that_are_killed_and_frozen_lose_and_double_no_slot(hall: Hall, beats: int) -> None:
+    for _ in range(beats):
+        hall.start()
+    killed = hall.until_leads()
+    hall.until_more("saga")
+    killed.signal(signal.SIGKILL)
+    hall.start()
+    frozen = hall.until_leads(but=killed)
+    hall.until_more("plain")
+    frozen.signal(signal.SIGSTOP)
+    hall.until_leads(but=frozen)
+    hall.until_more("saga")
+    frozen.signal(signal.SIGCONT)
+    hall.until_more("plain")
+    assert [beat.stop() for beat in hall.beats if beat is not killed] == [0] * beats
+    hall.judge("saga", "plain", died=2)
+
+
+def test_a_leader_that_is_stopped_hands_over_at_once(hall: Hall) -> None:
+    an_hour = {"ORCHESTRATOR_LEASE": "3600"}
+    first = hall.start(**an_hour, BEATS="{}")
+    hall.until_leads()
+    second = hall.start("--max-interval", "1", **an_hour)
+    hall.until(lambda: "another beat leads" in second.said, "it stands by")
+    assert first.stop() == 0
+    assert hall.until_leads(but=first) is second
+    hall.until_more("saga", 1)
+
+
+@pytest.mark.parametrize("action", ["exit", "raise"])
+def test_a_beat_that_dies_or_is_cut_off_at_any_boundary_loses_and_doubles_no_slot(
+    hall: Hall, action: str, tmp_path: Path
+) -> None:
+    fired = tmp_path / "fired"
+    fired.mkdir()
+    armed = {
+        failpoints.VARIABLE: ";".join(f"{name}={action}@{1 if 'declare' in name else 2}" for name in sorted(BEAT)),
+        failpoints.FIRED: str(fired),
+        "ORCHESTRATOR_LEASE": "0.5",
+    }
+
+    def revived() -> bool:
+        if not hall.beats or not hall.beats[-1].is_alive:
+            hall.start(**armed)
+        return {path.name for path in fired.iterdir()} == BEAT
+
+    hall.until(revived, f"all of {sorted(BEAT)} have acted")
+    hall.start(**armed)  # the last point may have ended the last one
+    hall.until_more("saga")
+    hall.until_more("plain")
+    hall.beats[-1].stop()
+    hall.judge("saga", "plain", died=1)
+
+
+def test_beat_waits_for_a_database_that_is_not_there_not_migrated_and_lost_and_says_each_once(
+    hall: Hall, empty_database_url: str
+) -> None:
+    hall.database_url = empty_database_url
+    way = Proxy(empty_database_url)
+    way.cut()
+    try:
+        beat = hall.start(ORCHESTRATOR_DATABASE_URL=way.url)
+        hall.until(lambda: "cannot be reached" in beat.said, "it says that the database is away")
+        way.restore()
+        hall.until(lambda: "has no orchestrator schema" in beat.said, "it says that there is no schema")
+        store.migrate(empty_database_url)
+        hall.until(lambda: "the database is there; it goes on" in beat.said, "it says that all is well")
+        hall.until_more("saga")
+        way.cut()
+        hall.until(lambda: beat.said.count("cannot be reached") == 2, "it says that the database is away again")
+        way.restore()
+        hall.until_more("saga")
+        assert beat.stop() == 0
+    finally:
+        way.close()
+    assert beat.said.count("cannot be reached") == 2 and beat.said.count("has no orchestrator schema") == 1
+    hall.judge("saga", "plain", died=1)
+
+
+def test_while_the_broker_is_away_sagas_start_and_tasks_are_kept_for_it(hall: Hall) -> None:
+    way = Proxy(hall.broker_url)
+    try:
+        beat = hall.start(CELERY_BROKER_URL=way.url)
+        hall.until_more("plain")
+        way.cut()
+        hall.until(lambda: hall.slots("plain", "sending"), "tasks that cannot be sent")
+        hall.until_more("saga")
+        assert beat.said.count("the broker cannot be reached") == 1
+        way.restore()
+        hall.until_more("plain", 5)
+        hall.until(lambda: not hall.slots("plain", "sending"), "all are sent")
+        assert beat.stop() == 0
+    finally:
+        way.close()
+    hall.judge("saga", "plain", died=1)
+
+
+def test_a_database_clock_that_jumps_loses_and_doubles_no_slot(hall: Hall) -> None:
+    """An hour ahead, with another beat to take over, and back: then slots that were decided do not come again."""
+    hall.entries = {"saga": {**hall.entries["saga"], "schedule": 60.0}, "often": hall.entries["saga"]}
+    for _ in range(2):
+        hall.start()
+    hall.until_more("often", 2)
+    hall.sql(_JUMP.format("1 hour"))
+    hall.until(lambda: len(hall.slots("saga")) >= 60, "an hour of minutes is caught up with")
+    hall.until(lambda: len(hall.slots("often")) >= 3602, "and one of seconds, in pages")
+    hall.sql(_JUMP.format("0 s"))
+    on_time = "SELECT seen_at < clock_timestamp() + interval '1 min' FROM orchestrator.leaders"
+    hall.until(lambda: hall.sql(on_time)[0][0], "whoever leads follows the clock back")
+    count = len(hall.slots("often"))
+    killed = hall.until_leads()
+    killed.signal(signal.SIGKILL)
+    hall.until_leads(but=killed)
+    assert len(hall.slots("often")) == count
+    assert {(later - earlier).total_seconds() for earlier, later in pairwise(hall.slots("saga"))} == {60.0}
+    hall.judge("often")
+
+
+@pytest.mark.debian
+def test_wall_clocks_of_beats_that_are_off_are_no_matter(hall: Hall) -> None:
+    """An hour ahead, two behind, a year ahead; under libfaketime a jump would move the pauses of a process as well."""
+    library = next(Path("/").glob(_FAKETIME), None)
+    if library is None:
+        raise MissingProgram("This test needs libfaketime, which is not installed here: apt-get install -y faketime")
+    for offset in ("+3600", "-7200", "+34560000"):
+        beat = hall.start(LD_PRELOAD=str(library), FAKETIME=offset)
+        hall.until_leads(but=hall.beats[-2] if len(hall.beats) > 1 else None)
+        hall.until_more("saga")
+        beat.signal(signal.SIGKILL)
+    hall.start()
+    hall.until_more("plain")
+    now = hall.sql("SELECT clock_timestamp()")[0][0]
+    assert all(abs((slot - now).total_seconds()) < 600 for slot in hall.slots("saga"))
+    hall.judge("saga", "plain", died=3)
+
+
+@pytest.mark.parametrize("broker", ["valkey", pytest.param("rabbitmq", marks=pytest.mark.debian)])
+def test_celerys_own_scheduler_takes_the_same_entries(
+    hall: Hall, broker: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    ours = {"catch_up": 60, "overlap": "allow", "timezone": "Europe/Berlin"}
+    hall.entries = {
+        "plain": {"task": "beats.plain", "schedule": 1.0, "options": {**ours, "expires": 600}},
+        "saga": {"task": REPORT, "schedule": 1.0, "options": {**ours, "slot_argument": "of", "overlap": "skip"}},
+    }
+    if broker == "rabbitmq":
+        hall.broker_url = request.getfixturevalue("rabbitmq").new_url()
+    hall.start("-S", "celery.beat:PersistentScheduler", "-s", str(tmp_path / "schedule"))
+    hall.until(lambda: hall.sql("SELECT id FROM orchestrator.runs"), "a run")
+    with Celery(broker=hall.broker_url, set_as_current=False).connection_for_read() as connection:
+        queue = connection.SimpleQueue("celery")
+        message = queue.get(timeout=30)
+        assert message.headers["task"] == "beats.plain"
+        queue.close()
+
+
+def test_the_leader_of_another_app_is_no_matter(hall: Hall) -> None:
+    with psycopg.connect(hall.database_url, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO orchestrator.leaders VALUES ('other', 'somebody', clock_timestamp(), clock_timestamp())"
+        )
+    hall.start()
+    hall.until_more("saga", 1)
+    assert os.path.exists(hall.folder) and not list(Path.cwd().glob("celerybeat-schedule*")), "no file is written"
