@@ -89,6 +89,7 @@ class House(StrEnum):
     EQUITY = "house:equity"
     TRANSIT = "house:transit"
     PENDING = "house:pending"
+    NOSTRO = "house:nostro"  # ours, at another bank
 
     def account(self, currency: Currency) -> str:
         """Return the account id for one currency."""
