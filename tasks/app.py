@@ -19,11 +19,13 @@ from tasks.outside.process import Process
 app = Celery(
     "tasks",
     include=[
+        "tasks.banking",
         "tasks.customers",
         "tasks.inventory",
         "tasks.models",
         "tasks.notifications",
         "tasks.payments",
+        "tasks.reconciliation",
         "tasks.transfers",
         "sagas.onboarding",
         "sagas.order",

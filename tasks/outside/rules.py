@@ -71,6 +71,10 @@ def _mail(key: str, body: Body, before: Sequence[Record]) -> Body:
     return {"id": key}
 
 
+def _report(key: str, body: Body, before: Sequence[Record]) -> Body:
+    return {"id": key, "receipt": body["sha256"][:12]}
+
+
 RULES: dict[str, Callable[[str, Body, Sequence[Record]], Body]] = {
     "charges": _charge,  # the card provider
     "picks": _pick,  # the warehouse
@@ -78,4 +82,5 @@ RULES: dict[str, Callable[[str, Body, Sequence[Record]], Body]] = {
     "links": _link,  # the bank: leave to read an account
     "debits": _debit,  # the bank: money taken from an account there
     "mails": _mail,
+    "reports": _report,  # compliance
 }

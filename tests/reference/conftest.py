@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import psycopg
 import pytest
-from sqlalchemy import Connection, Engine
+from psycopg import sql
+from sqlalchemy import Connection, Engine, create_engine, make_url, text
 
-from tasks import customers, inventory, ledger, models, notifications, payments, transfers
-from tasks.database import create_tables, ledger_engine
+from tasks import banking, customers, inventory, ledger, models, notifications, payments, transfers
+from tasks.database import create_tables, ledger_engine, metadata
 from tasks.ledger import House
 from tasks.money import eur
 from tasks.outside import client
 from tasks.outside.server import Server
 
-__all__ = ["customers", "inventory", "models", "notifications", "payments", "transfers"]  # they declare tables
+__all__ = [
+    "banking",
+    "customers",
+    "inventory",
+    "models",
+    "notifications",
+    "payments",
+    "transfers",
+]  # they declare tables
 
 
 @dataclass(frozen=True)
@@ -64,14 +76,30 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTSIDE_TIMEOUT_SECONDS", "0.3")
 
 
+@pytest.fixture(scope="session")
+def _ledger(_postgres_url: str) -> Iterator[str]:
+    """URL of a database with the application's tables, which each test empties."""
+    name = f"reference_{uuid.uuid4().hex}"
+    with psycopg.connect(_postgres_url, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    url = urlsplit(_postgres_url)._replace(path=f"/{name}").geturl()
+    made = create_engine(make_url(url).set(drivername="postgresql+psycopg"))
+    create_tables(made)
+    made.dispose()
+    yield url
+    with psycopg.connect(_postgres_url, autocommit=True) as connection:
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
 @pytest.fixture
-def engine(database_url: str, outside: Outside, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Engine]:
+def engine(_ledger: str, outside: Outside, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Engine]:
     """Database in which ann has 100 EUR, bob and the bakery nothing."""
-    monkeypatch.setenv("LEDGER_DATABASE_URL", database_url)
+    monkeypatch.setenv("LEDGER_DATABASE_URL", _ledger)
     monkeypatch.setenv("MODELS_DIR", str(tmp_path / "models"))
+    monkeypatch.setenv("REPORTS_DIR", str(tmp_path / "reports"))
     engine = ledger_engine()
-    create_tables(engine)
     with engine.begin() as conn:
+        conn.execute(text(f"TRUNCATE {', '.join(table.fullname for table in metadata.sorted_tables)}"))
         for house in House:
             ledger.open_account(conn, house.account("EUR"), "house", "EUR")
         for customer in ("ann", "bob"):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import date
+from pathlib import Path
+
 import httpx
 import pytest
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, func, select, update
 
-from tasks import customers, inventory, ledger, notifications, payments, transfers
+from tasks import banking, customers, inventory, ledger, notifications, payments, reconciliation, transfers
 from tasks.customers import Decision, EmailTaken, Signup
+from tasks.database import ledger_engine
 from tasks.inventory import Pick
 from tasks.ledger import AccountUnusable, InsufficientFunds
 from tasks.money import Money, eur
@@ -15,6 +19,7 @@ from tasks.notifications import Mail
 from tasks.outside.client import Refused
 from tasks.outside.rules import FORGED, SOLD_OUT
 from tasks.payments import Bill, InvalidPayment, Payment
+from tasks.reconciliation import Batch
 from tasks.transfers import Transfer
 from tests.reference.conftest import Outside
 
@@ -256,3 +261,106 @@ def test_a_link_to_a_bank_is_revoked(outside: Outside) -> None:
     assert customers.link_bank(SIGNUP) == "link-1"
     customers.revoke_link(SIGNUP)
     assert outside.records("links") == {"s1": "undone"}
+
+
+# Banking
+
+
+def test_a_page_is_fetched_looked_at_and_booked_once(engine: Engine) -> None:
+    page = banking.fetch("checking-600", 0, 600)
+    assert (page.count, page.total, page.next) == (600, 600, None)
+    for _ in range(2):
+        banking.fetch("checking-600", 0, 600)
+        banking.enrich(page)
+        banking.categorise(page, "categoriser")
+        assert banking.detect_anomalies(page) == 1
+    tables = (banking.transactions, banking.merchants, banking.categories, banking.anomalies)
+    assert [banking.count(table, "checking-600") for table in tables] == [600, 600, 600, 1]
+
+    with engine.begin() as conn:
+        assert (banking.book(conn, page), banking.book(conn, page)) == (600, 0)
+        entries = select(func.count(), func.sum(ledger.entries.c.amount))
+        assert (
+            conn.execute(entries.where(ledger.entries.c.account_id == banking.mirror("checking-600"))).one()[0] == 600
+        )
+        assert conn.scalar(select(func.sum(ledger.entries.c.amount))) == 0
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_merchant_is_read_from_the_text() -> None:
+    page = banking.fetch("checking-1", 0, 10)
+    banking.enrich(page)
+    with ledger_engine().connect() as conn:
+        (text,), (merchant,) = (
+            conn.scalars(select(column)).all() for column in (banking.transactions.c.text, banking.merchants.c.merchant)
+        )
+    assert merchant.upper() in text and len(merchant.split()) == len(text.split()) - 3
+
+
+# Reconciliation
+
+DAY = date(2026, 1, 2)
+
+
+def plant_errors(engine: Engine) -> set[tuple[str, str]]:
+    """Break the ledger in three ways that its tables let pass; return what must be found."""
+    with engine.begin() as conn:
+        ids = []
+        for number, target in enumerate(("bob", "cy")):
+            ledger.open_account(conn, target, "customer", "EUR")
+            ids.append(ledger.post(conn, "gift", f"g{number}", "ann", target, eur(10)).id)
+        gift, other = ids
+        entries = ledger.entries.c
+        conn.execute(update(ledger.accounts).values(balance=99).where(ledger.accounts.c.id == "ann"))
+        conn.execute(update(ledger.entries).values(amount=7).where(entries.posting_id == gift, entries.amount > 0))
+        conn.execute(update(ledger.accounts).values(balance=7).where(ledger.accounts.c.id == "bob"))
+        wrong = update(ledger.entries).values(currency="USD")
+        conn.execute(wrong.where(entries.posting_id == other, entries.account_id == "cy"))
+    return {("ann", "balance"), (f"posting {gift}", "sum"), (f"posting {other}", "currency")}
+
+
+def found(engine: Engine) -> set[tuple[str, str]]:
+    """Return what reconciliation has found."""
+    with engine.connect() as conn:
+        rows = conn.execute(select(reconciliation.findings.c.subject, reconciliation.findings.c.what)).all()
+    return {(subject, what) for subject, what in rows}
+
+
+def test_each_planted_error_is_found_once_though_two_batches_see_it(engine: Engine) -> None:
+    planted = plant_errors(engine)
+    counts = []
+    for first, last in (("ann", "ann"), ("bob", "cy"), ("ann", "cy")):
+        with engine.begin() as conn:
+            counts.append(reconciliation.check(conn, Batch(day=DAY, first=first, last=last)))
+    assert (sum(counts), counts[-1]) == (3, 0)
+    assert found(engine) == planted
+
+
+def test_a_ledger_in_order_has_no_findings(engine: Engine) -> None:
+    (batch,) = reconciliation.batches(DAY, "", 10)
+    assert (batch.first, batch.last) == ("ann", "bob")
+    with engine.begin() as conn:
+        assert reconciliation.check(conn, batch) == 0
+
+
+def test_batches_follow_one_another_over_the_active_accounts(engine: Engine) -> None:
+    with engine.begin() as conn:
+        for number in range(250):
+            ledger.open_account(conn, f"c{number:03}", "customer", "EUR")
+        conn.execute(update(ledger.accounts).values(status="closed").where(ledger.accounts.c.id == "c001"))
+    first, second = reconciliation.batches(DAY, "", 2)
+    (third,) = reconciliation.batches(DAY, second.last, 2)
+    assert reconciliation.batches(DAY, third.last, 2) == []
+    assert (first.first, first.last, second.first) == ("ann", "c098", "c099")
+
+
+def test_a_report_is_a_file_and_a_row_and_reaches_compliance_once(engine: Engine, outside: Outside) -> None:
+    plant_errors(engine)
+    with engine.begin() as conn:
+        reconciliation.check(conn, Batch(day=DAY, first="ann", last="cy"))
+    told = reconciliation.report(DAY, 0)
+    assert reconciliation.report(DAY, 0) == told
+    assert (told.accounts, told.findings) == (3, 3)
+    assert len(Path(told.file).read_text().splitlines()) == 4
+    assert reconciliation.send_to_compliance(told) == reconciliation.send_to_compliance(told) == told.sha256[:12]
+    assert outside.records("reports") == {"2026-01-02": "done"}
