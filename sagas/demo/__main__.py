@@ -27,6 +27,7 @@ SEED = 20261121
 STARTS_PER_SECOND = 75.0
 KILL_AFTER_SHARE = 0.35
 KILL_NOT_BEFORE_SECONDS = 2.0
+MIDDLE = (0.3, 0.6)  # of a long job
 DOWN_SECONDS = 1.5
 LONGEST_SECONDS = 60.0
 SHOWN_AMONG_ALL = ("order", "training")  # the acts of which a run is looked at when all are played
@@ -99,7 +100,7 @@ def _let_them_run(console: Console, on: Stage, acts: Sequence[Act], jobs: Sequen
 
     with Watch(console, on.engine, [act.name for act in acts], len(jobs), look_after) as watch:
         feed.start()
-        moved = watch.until(lambda tally: _is_in_the_middle(tally, watch, jobs), LONGEST_SECONDS)
+        moved = watch.until(lambda tally: _is_in_the_middle(tally, watch, acts, jobs), LONGEST_SECONDS)
         killed_at = datetime.now(UTC)
         on.worker.kill()
         dead_since = time.monotonic()
@@ -119,10 +120,13 @@ def _let_them_run(console: Console, on: Stage, acts: Sequence[Act], jobs: Sequen
     return moved and ended, outage
 
 
-def _is_in_the_middle(tally: Tally, watch: Watch, jobs: Sequence[Job]) -> bool:
-    """Tell whether a good part has ended; where there are few runs, whether they had time to begin."""
-    few = len(jobs) < 20
-    return watch.elapsed_seconds >= KILL_NOT_BEFORE_SECONDS and (few or tally.ended >= KILL_AFTER_SHARE * len(jobs))
+def _is_in_the_middle(tally: Tally, watch: Watch, acts: Sequence[Act], jobs: Sequence[Job]) -> bool:
+    """Tell whether a good part has ended and every long job is in its middle, or about to leave it."""
+    far = [act.middle() for act in acts if act.middle is not None]
+    good_part = tally.ended >= KILL_AFTER_SHARE * len(jobs) and watch.elapsed_seconds >= KILL_NOT_BEFORE_SECONDS
+    if not far:
+        return good_part
+    return min(far) >= MIDDLE[0] and (good_part or max(far) >= MIDDLE[1])
 
 
 def _over(tally: Tally, feed: Feed, jobs: Sequence[Job]) -> bool:

@@ -139,7 +139,9 @@ def judge(engine: Engine, acts: Sequence[Act], outside_url: str, outside_log: Pa
         _insert(conn, "outside", _back_office(outside_url))
         _insert(conn, "epochs", _epochs(models))
         verdicts = [_judge(conn, promise) for promise in _promises(acts)]
-    return [*verdicts, _effects_once(outside_log)]
+    if any(act.has_effects_outside for act in acts):
+        verdicts.append(_effects_once(outside_log))
+    return verdicts
 
 
 def _promises(acts: Sequence[Act]) -> list[Promise]:

@@ -54,6 +54,8 @@ class Act:
     promises: tuple[Promise, ...]
     shown: tuple[Shown, ...]
     first: bool = False  # its jobs are started before all others
+    has_effects_outside: bool = True
+    middle: Callable[[], float] | None = None  # how far its longest job is, from 0 to 1: the worker dies in its middle
 
 
 @dataclass(frozen=True, slots=True)
