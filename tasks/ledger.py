@@ -12,6 +12,7 @@ orchestrator's promise, and the checks count postings to see it kept.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
@@ -89,6 +90,7 @@ class House(StrEnum):
     EQUITY = "house:equity"
     TRANSIT = "house:transit"
     PENDING = "house:pending"
+    NOSTRO = "house:nostro"  # ours, at another bank
 
     def account(self, currency: Currency) -> str:
         """Return the account id for one currency."""
@@ -135,6 +137,22 @@ def post(conn: Connection, kind: str, reference: str, source: str, target: str, 
     for account_id in (source, target):
         _require_usable(account_id, held.get(account_id), money)
     return _write(conn, held, _Move(kind, reference, source, target, money))
+
+
+def post_many(
+    conn: Connection, kind: str, source: str, target: str, currency: Currency, amounts: Mapping[str, Decimal]
+) -> None:
+    """Post one movement for each reference, between accounts that carry no balance; do not commit."""
+    if not amounts:
+        return
+    headers = [{"kind": kind, "reference": reference} for reference in amounts]
+    made = conn.execute(insert(postings).returning(postings.c.id, postings.c.reference), headers)
+    lines = [
+        {"posting_id": row.id, "account_id": account, "currency": currency, "amount": sign * amounts[row.reference]}
+        for row in made
+        for account, sign in ((source, -1), (target, 1))
+    ]
+    conn.execute(insert(entries), lines)
 
 
 def reverse(conn: Connection, kind: str, reference: str) -> Posting | None:

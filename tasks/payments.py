@@ -1,7 +1,7 @@
 """Owns the steps that take money: card charges and wallet payments, each do next to its undo.
 
-Steps that post to the ledger are transactional. The card charge happens at somebody else's: it can have
-happened although no answer came, so it has an undo that needs no answer, and a probe that asks.
+Steps that post to the ledger are transactional. The card is charged by somebody else: that can have happened
+although no answer came, so it has an undo that needs no answer, and a probe that asks.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection
 
 from orchestrator import Effect, Rejected, RetryPolicy, step
-from tasks import ledger, provider
+from tasks import ledger
 from tasks.database import ledger_engine
 from tasks.ledger import House, InsufficientFunds, Posting
 from tasks.money import Money
-from tasks.provider import Charge
+from tasks.outside import client
 
 LIMITS = {"EUR": Decimal(5000), "USD": Decimal(5000), "JPY": Decimal(750_000)}
 
@@ -32,6 +32,15 @@ class Bill(BaseModel):
 
     reference: str
     card: str
+    money: Money
+
+
+class Charge(BaseModel):
+    """Prove that a card was charged."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
     money: Money
 
 
@@ -64,21 +73,23 @@ class InvalidPayment(Rejected):
 @step(retry=REFUND_RETRY)
 def refund(bill: Bill) -> None:
     """Refund a charge that happened, or may have: the bill's reference is all the provider needs."""
-    provider.refund(bill.reference)
+    client.undo("charges", bill.reference)
 
 
 @step(compensate=refund, retry=RETRY, start_to_close_timeout=timedelta(seconds=10))
 def charge(bill: Bill) -> Charge:
-    """Charge a card. Raises: CardDeclined, a rejection; TimeoutError if nobody knows."""
+    """Charge a card. Raises: Refused, a rejection; httpx.HTTPError if nobody knows."""
     # The key is the bill's own reference and not step.current().idempotency_key: the refund must find the
     # charge also when its answer was lost, and then knows of it only what went in.
-    return provider.charge(bill.reference, bill.card, bill.money)
+    body = bill.model_dump(mode="json", include={"card", "money"})
+    return Charge.model_validate(client.do("charges", bill.reference, body))
 
 
 @charge.probe
 def find_charge(bill: Bill) -> Charge | None:
     """Ask the provider whether a charge without an answer happened."""
-    return provider.find(bill.reference)
+    found = client.find("charges", bill.reference)
+    return None if found is None else Charge.model_validate(found)
 
 
 # Wallet payments ------------------------------------------------------------------------------------------

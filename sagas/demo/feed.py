@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 
 import tasks.app  # noqa: F401 - binds the sagas to Celery, as an application does when it starts
 from sagas.demo import promises
-from sagas.demo.workload import Job
+from sagas.demo.story import Job
 
 RETRIED = 10  # every tenth client does not trust its luck and starts its run twice
 
@@ -32,7 +32,7 @@ class Feed(threading.Thread):
                 for number, job in enumerate(self._jobs):
                     time.sleep(max(0.0, began + number / self._per_second - time.monotonic()))
                     for _ in range(1 if number % RETRIED else 2):
-                        job.saga.apply_async((job.request,), task_id=job.id)
+                        job.act.saga.apply_async((job.request,), task_id=job.id)
                     promises.note(conn, job)
                     self.started += 1
         except Exception as error:

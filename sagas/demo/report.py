@@ -15,9 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 from sqlalchemy import Connection, Engine, text
 
-from sagas.demo import workload
+from sagas.demo import world
 from sagas.demo.promises import Verdict
-from sagas.demo.workload import ORDERS, PAYMENTS, TRANSFERS, Job
+from sagas.demo.story import Act, Job
 from tasks.money import MINOR_DIGITS, Currency
 
 POSITIONS = {
@@ -25,6 +25,7 @@ POSITIONS = {
     "merchants": "merchant:%",
     "in transit": "house:transit:%",
     "pending": "house:pending:%",
+    "at other banks": "house:nostro:%",
     "house equity": "house:equity:%",
 }
 SHOWN_COUNTEREXAMPLES = 3
@@ -42,6 +43,15 @@ BUSIEST = """
 """
 
 
+def programme(console: Console, acts: Sequence[Act]) -> None:
+    """Print what will be played: each saga with what it does, and where others fall."""
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    for act in acts:
+        table.add_row(f"[bold]{act.name}", f"{act.does}\n[dim]the trap: {act.trap}[/]")
+    console.print(table)
+    console.print()
+
+
 def heading(console: Console, title: str) -> None:
     """Print a section's title."""
     console.print()
@@ -51,7 +61,7 @@ def heading(console: Console, title: str) -> None:
 def ledger(console: Console, engine: Engine) -> None:
     """Print the sum over all entries by position and currency; each column must add up to zero."""
     heading(console, "The ledger")
-    currencies = tuple(workload.OPENING)
+    currencies = tuple(world.OPENING)
     with engine.connect() as conn:
         sums = {name: _sums(conn, pattern) for name, pattern in POSITIONS.items()}
     table = _table("", *currencies)
@@ -62,24 +72,24 @@ def ledger(console: Console, engine: Engine) -> None:
     console.print(table)
 
 
-def stories(console: Console, engine: Engine, jobs: Sequence[Job]) -> None:
+def stories(console: Console, engine: Engine, acts: Sequence[Act], jobs: Sequence[Job]) -> None:
     """Print what went in, by kind of request, and how it came out."""
     heading(console, "What went in, and how it ended")
     with engine.connect() as conn:
         states = {row.id: row.state for row in conn.execute(text("select id, state from orchestrator.runs"))}
     counted: dict[tuple[str, str], dict[str, int]] = {}
     for job in jobs:
-        ends = counted.setdefault((job.id.partition("-")[0], job.story.says), {})
+        ends = counted.setdefault((job.act.name, job.story.says), {})
         state = states.get(job.id, "lost")
         ends[state] = ends.get(state, 0) + 1
     table = Table(box=None, padding=(0, 2))
     for column in ("saga", "request", "ended"):
         table.add_column(column, header_style="dim")
-    for saga, told in (("transfer", TRANSFERS), ("order", ORDERS), ("payment", PAYMENTS)):
-        for place, story in enumerate(told):
-            ends = counted.get((saga, story.says), {})
+    for act in acts:
+        for place, story in enumerate(act.stories):
+            ends = counted.get((act.name, story.says), {})
             ended = ", ".join(f"{count} {state}" for state, count in sorted(ends.items()))
-            table.add_row(f"[bold]{saga}" if place == 0 else "", story.says, ended)
+            table.add_row(f"[bold]{act.name}" if place == 0 else "", story.says, ended)
     console.print(table)
 
 
@@ -109,7 +119,7 @@ class Outage:
     ended_at: datetime
 
 
-def speed(console: Console, engine: Engine, outage: Outage) -> None:
+def speed(console: Console, engine: Engine, outage: Outage, starts_per_second: float) -> None:
     """Print throughput, and latency from start to end of a run, by the database's clock."""
     heading(console, "Speed")
     with engine.connect() as conn:
@@ -127,7 +137,7 @@ def speed(console: Console, engine: Engine, outage: Outage) -> None:
     )
     console.print(table)
     pace = f"{every.runs} runs ended in {every.took.total_seconds():.1f} s, in the busiest second {busiest}"
-    console.print(f"  [dim]{pace}; clients started {workload.STARTS_PER_SECOND:.0f} a second.[/]")
+    console.print(f"  [dim]{pace}; clients started {starts_per_second:.0f} a second.[/]")
 
 
 def verdicts(console: Console, found: Iterable[Verdict]) -> bool:

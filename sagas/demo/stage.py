@@ -1,8 +1,9 @@
-"""Owns what the demo runs on: embedded servers, schemas, and a real Celery worker as a process."""
+"""Owns what the demo runs on: servers, the outside world, schemas, and a real Celery worker, each a process."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from orchestrator import embedded, store
-from sagas.demo import workload
-from tasks.database import create_tables, ledger_engine, outside_engine
+from sagas.demo import promises, world
+from tasks.database import create_tables, ledger_engine
+from tasks.outside.process import Process
 
-PROVIDER_LATENCY_SECONDS = "0.02"
+CHILDREN = 3  # one of them trains for a while
 
 
 class WorkerDiedError(Exception):
@@ -26,7 +28,7 @@ class WorkerDiedError(Exception):
 
 
 class Worker:
-    """A Celery worker with two pool children; it can be killed as a machine dies: all at once."""
+    """A Celery worker with its pool children; it can be killed as a machine dies: all at once."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -39,7 +41,7 @@ class Worker:
         celery = [sys.executable, "-m", "celery", "-A", "tasks.app", "worker"]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*celery, "--concurrency", "2", "--hostname", "demo@%h", "--loglevel", "INFO"],
+                [*celery, "--concurrency", str(CHILDREN), "--hostname", "demo@%h", "--loglevel", "INFO"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -88,7 +90,9 @@ class Stage:
 
     engine: Engine
     worker: Worker
-    effect_log: Path
+    outside: Process
+    outside_log: Path
+    models: Path
 
 
 @contextmanager
@@ -102,18 +106,24 @@ def opened(data_dir: Path, tell: Callable[[str, str], None]) -> Iterator[Stage]:
         servers = _start_servers(data_dir)
         stack.callback(servers.stop)
         tell("Postgres and Valkey are up", f"{watch.lap()}, {data_dir}/")
-        stack.callback(outside_engine().dispose)
+        outside_log = data_dir / "outside.jsonl"
+        outside = stack.enter_context(Process(outside_log))
+        os.environ["OUTSIDE_URL"] = outside.url
+        world.switch_faults_on(outside.url)
+        tell(
+            "The outside world is up", f"{watch.lap()}, {outside.url}, {len(world.FAULTS)} kinds of trouble switched on"
+        )
         engine = ledger_engine()
         stack.callback(engine.dispose)
         _set_up(servers, engine)
-        customers = len(workload.NAMES) * len(workload.OPENING)
-        tell("Schemas migrated, books open", f"{watch.lap()}, {customers} customers")
+        accounts = len(world.NAMES) * len(world.OPENING)
+        tell("Schemas migrated, books open", f"{watch.lap()}, {accounts} accounts of customers")
         worker = Worker(data_dir / "worker.log")
         stack.callback(worker.stop)
         worker.start()
         worker.wait_until_ready()
-        tell("Worker started, 2 processes", f"{watch.lap()}, log: {data_dir}/worker.log")
-        yield Stage(engine, worker, data_dir / "effects.log")
+        tell(f"Worker started, {CHILDREN} processes", f"{watch.lap()}, log: {data_dir}/worker.log")
+        yield Stage(engine, worker, outside, outside_log, Path(os.environ["MODELS_DIR"]))
 
 
 class _Stopwatch:
@@ -129,16 +139,15 @@ class _Stopwatch:
 def _start_servers(data_dir: Path) -> embedded.Servers:
     """Start a fresh Postgres and Valkey, and name them in the environment, where app and worker find them."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    (data_dir / "worker.log").unlink(missing_ok=True)
-    effect_log = data_dir.resolve() / "effects.log"
-    effect_log.write_text("")
+    for left in ("worker.log", "outside.jsonl"):
+        (data_dir / left).unlink(missing_ok=True)
+    shutil.rmtree(data_dir / "models", ignore_errors=True)
     servers = embedded.start(data_dir, fresh=True)
     os.environ |= {
         "ORCHESTRATOR_DATABASE_URL": servers.database_url,
         "LEDGER_DATABASE_URL": servers.database_url,
         "CELERY_BROKER_URL": servers.broker_url,
-        "EFFECT_LOG": str(effect_log),
-        "PROVIDER_LATENCY_SECONDS": PROVIDER_LATENCY_SECONDS,
+        "MODELS_DIR": str(data_dir.resolve() / "models"),
     }
     return servers
 
@@ -147,5 +156,5 @@ def _set_up(servers: embedded.Servers, engine: Engine) -> None:
     store.migrate(servers.database_url)
     create_tables(engine)
     with engine.begin() as conn:
-        workload.open_books(conn)
-    workload.fill_shelves()
+        world.open_books(conn)
+        conn.execute(text(promises.SCHEMA))

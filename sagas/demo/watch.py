@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -72,8 +72,10 @@ class Watch:
     ``look_after`` is called again and again, and raises if waiting on has become pointless.
     """
 
-    def __init__(self, console: Console, engine: Engine, total: int, look_after: Callable[[], None]) -> None:
-        self._console, self._engine, self._total = console, engine, total
+    def __init__(
+        self, console: Console, engine: Engine, sagas: Sequence[str], total: int, look_after: Callable[[], None]
+    ) -> None:
+        self._console, self._engine, self._sagas, self._total = console, engine, sagas, total
         self._look_after = look_after
         self._began = time.monotonic()
         self._plain_at = 0.0
@@ -134,10 +136,10 @@ class Watch:
         return Group(Text(), line)
 
     def _table(self) -> Table:
-        table = Table(box=None, padding=(0, 2), pad_edge=True)
-        table.add_column("saga", justify="left", style="bold", min_width=10)
+        table = Table(box=None, padding=(0, 1), pad_edge=True)
+        table.add_column("saga", justify="left", style="bold", min_width=11)
         for column in COLUMNS:
-            table.add_column(column, justify="right", style=COLOURS[column], min_width=9)
-        for saga in ("transfer", "order", "payment"):
+            table.add_column(column, justify="right", style=COLOURS[column], min_width=11)
+        for saga in self._sagas:
             table.add_row(saga, *(f"{self.tally.of(*states, saga=saga) or '·'}" for states in COLUMNS.values()))
         return table
