@@ -63,7 +63,7 @@ def check_app(app: Any, modules: Sequence[str] = ()) -> list[Finding]:
     for step in list(steps.steps.values()):
         if chosen is None or step.__module__ in chosen:
             found += rules.check_step(step, registered)
-    for saga in list(sagas.sagas.values()):
+    for saga in sagas.declared:
         if chosen is None or saga.__module__ in chosen:
             found += rules.check_saga(saga, registered)
     return sorted(set(found), key=lambda finding: (finding.path, finding.line, finding.column, finding.code))
@@ -135,7 +135,7 @@ def _print(ctx: click.Context, found: list[Finding]) -> None:
     warnings = sum(finding.warning for finding in found)
     errors = len(found) - warnings
     if not found:
-        click.echo(f"All checks passed: {_count(len(sagas.sagas), 'saga')}, {_count(len(steps.steps), 'step')}.")
+        click.echo(f"All checks passed: {_count(len(sagas.declared), 'saga')}, {_count(len(steps.steps), 'step')}.")
     else:
         click.echo(f"Found {_count(errors, 'error')} and {_count(warnings, 'warning')}.")
 

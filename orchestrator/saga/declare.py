@@ -166,8 +166,13 @@ class Registry:
         return max(versions, key=lambda saga: saga.options.version)
 
     @property
+    def declared(self) -> list[Saga[Any, Any]]:
+        """The sagas of the application; those that this package brings along are not among them."""
+        return [saga for saga in self.sagas.values() if not saga.__module__.startswith("orchestrator.")]
+
+    @property
     def names(self) -> list[str]:
-        return sorted({name for name, _ in self.sagas})
+        return sorted({saga.name for saga in self.declared})
 
 
 registry = Registry()
