@@ -19,7 +19,7 @@ from tests.crash.workload import STORIES
 from tests.proof import effects
 from tests.proof.checker import NOTHING, Report, check, refused_in
 
-_TABLES = "runs, journal, work, arrivals, incarnations, drainers, gates, pauses, paused_runs"
+_TABLES = "runs, journal, work, arrivals, incarnations, drainers, gates, pauses, paused_runs, locks"
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,13 @@ def broken(day: Day) -> None:
     day.tolerant(main.drain)
 
 
+def families(day: Day) -> None:
+    """A run is told something before it asks for it."""
+    day.worker("main")
+    day.start("linked")
+    day.stubborn(lambda: day.client.signal("linked", "go", "gone", signal_id="one"))
+
+
 TRICKS: dict[str, Trick] = {
     "ordinary": lambda day: None,
     "brief": lambda day: None,
@@ -175,4 +182,5 @@ TRICKS: dict[str, Trick] = {
     "forgotten": forgotten,
     "held": held,
     "broken": broken,
+    "family": families,
 }

@@ -14,6 +14,7 @@ from tests.crash.workload import STORIES
 
 ENGINE = [name for name in NAMES if name not in BEAT | CELERY | MIGRATION]
 ACTIONS = ("exit", "raise")
+FAMILIES = ("commit.before", "commit.after", "commits.after", "effect.after", "take.reserved")
 
 
 def test_every_failpoint_has_a_literal_name_of_its_own() -> None:
@@ -39,6 +40,15 @@ def test_every_run_ends_right_whatever_happens_later_on_at(
 ) -> None:
     times = hits["ordinary"][name]
     survive(stage, "ordinary", name, action, at=max(2, int(times * part)))
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("part", [0.25, 0.6, 0.9])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_ends_right_whatever_happens_at(
+    name: str, part: float, action: str, stage: Stage, hits: dict[str, dict[str, int]]
+) -> None:
+    survive(stage, "family", name, action, at=max(1, int(hits["family"][name] * part)))
 
 
 def survive(stage: Stage, story: str, name: str, action: str, at: int = 1) -> None:

@@ -147,6 +147,38 @@ async def past_the_pivot(names: list[str]) -> str:
     return settled
 
 
+@saga.define(name="crash.child")
+async def child_of_a_family(names: list[str]) -> list[str]:
+    async with saga.lock("till"):
+        return [await saga.step(take, name) for name in names]
+
+
+@saga.define(name="crash.family")
+async def family(names: list[str]) -> list[str]:
+    """Do what is named: with children, in a scope that fails, under a lock, for many, and as one link after another."""
+    done: list[str] = []
+    if "scope" in names:
+        try:
+            async with saga.scope():
+                await saga.step(take, "given up")
+                await saga.step(take, "bad")
+        except StepFailed:
+            done.append("second way")
+    async with saga.lock("till"):
+        done.append(await saga.step(take, "a"))
+    for part in await asyncio.gather(saga.child(child_of_a_family, ["b", "c"]), saga.child(child_of_a_family, ["d"])):
+        done += part
+    if "many" in names:
+        done.append(str((await saga.map(take, ["e", "bad", "f"], page=2, tolerate=1)).succeeded))
+    if "bad" in names:
+        await saga.step(take, "bad")
+    if "link" in names:
+        saga.continue_as_new([name for name in names if name != "link"])
+    if "signal" in names:
+        done.append(await saga.wait_signal("go", str))
+    return done
+
+
 @dataclass(frozen=True)
 class Planned:
     """A run to be started, and what it must end as."""
@@ -205,6 +237,12 @@ HELD = {
     "under way": Planned(held_up, ["a", "nap", "b"], "completed"),
     "to come": Planned(held_up, ["a"], "completed"),
 }
+FAMILY = {
+    "kept": Planned(family, ["scope", "many"], "completed"),
+    "undone": Planned(family, ["many", "bad"], "compensated"),
+    "linked": Planned(family, ["link", "signal"], "completed"),
+    "cancelled": Planned(in_a_row, ["a", "wait"], "cancelled"),
+}
 BROKEN = {"broken": Planned(in_a_row, ["a", "b", "c"], "completed")}
 STORIES = {
     "ordinary": ORDINARY,
@@ -216,4 +254,5 @@ STORIES = {
     "forgotten": FORGOTTEN,
     "held": HELD,
     "broken": BROKEN,
+    "family": FAMILY,
 }

@@ -60,7 +60,7 @@ class Place:
 
 
 _KEEP = ("orchestrator.runs", "orchestrator.journal", "orchestrator.work", "orchestrator.arrivals",
-         "transactional_effects")  # fmt: skip
+         "orchestrator.locks", "transactional_effects")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def place(built: Place, tmp_path: Path) -> Place:
         connection.execute(f"TRUNCATE orchestrator.drainers, {', '.join(_KEEP)}")
         for table in _KEEP:
             kept = table.rpartition(".")[2]
-            override = "OVERRIDING SYSTEM VALUE" if kept == "arrivals" else ""
+            override = "OVERRIDING SYSTEM VALUE" if kept in ("arrivals", "locks") else ""
             connection.execute(f"INSERT INTO {table} {override} TABLE kept.{kept}")
         connection.execute("DROP TABLE IF EXISTS money")
     shutil.copy(built.effect_log, tmp_path / "effects")

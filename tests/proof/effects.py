@@ -84,8 +84,9 @@ class EffectLog:
 
 def _current() -> dict[str, Any]:
     context = step.current()
+    named = context.undoes or context.idempotency_key  # which tell the links of a run apart that is continued as new
     return {
-        "run": context.run_id,
+        "run": named.removesuffix(f":{context.key}"),
         "key": context.key,
         "attempt": context.attempt,
         "direction": "undo" if context.undoes else "do",

@@ -80,6 +80,18 @@ def leave_an_arrival(place: Place) -> None:
     place.execute("""INSERT INTO orchestrator.arrivals (run_id, arrival) VALUES ('kept', '{"e": "cancel"}')""")
 
 
+@plant("an ended run holds a lock")
+def forget_a_lock(place: Place) -> None:
+    place.execute(
+        "INSERT INTO orchestrator.locks (name, run_id, handle, key, asked_at) VALUES ('till', 'kept', 'k', 'k', now())"
+    )
+
+
+@plant("a child was kept without its root")
+def keep_a_child(place: Place) -> None:
+    place.execute("UPDATE orchestrator.runs SET root_id = 'undone', parent_id = 'undone' WHERE id = 'kept'")
+
+
 @plant("a row belongs to no run")
 def leave_an_arrival_for_nobody(place: Place) -> None:
     place.execute("""INSERT INTO orchestrator.arrivals (run_id, arrival) VALUES ('nobody', '{"e": "cancel"}')""")

@@ -44,6 +44,24 @@ def ended_runs_leave_nothing(world: World) -> Found:
             yield run.id, f"it is {run.state}, with work {keys} and {len(run.arrivals)} arrivals"
 
 
+@rule("an ended run holds a lock", when_quiet=True)
+def locks_are_freed(world: World) -> Found:
+    for run_id, name in world.locks:
+        if run_id not in world.runs or world.runs[run_id].ended:
+            yield run_id, f"it has a place at lock {name}"
+
+
+@rule("a child was kept without its root")
+def children_end_with_their_root(world: World) -> Found:
+    """What a child did stays only if the root of its family ended well."""
+    for run in world.runs.values():
+        root = world.runs.get(run.row["root_id"])
+        if run.row["root_id"] != run.id and run.state == "completed":
+            kept = root is not None and (root.state == "completed" or root.row["link"] > 0)
+            if not kept:
+                yield run.id, f"it is completed, and its root {run.row['root_id']} is {root.state if root else 'gone'}"
+
+
 @rule("a row belongs to no run")
 def rows_belong_to_runs(world: World) -> Found:
     for place, run_id in world.strays:

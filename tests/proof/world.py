@@ -6,7 +6,7 @@ Owns reading.  Must never judge, nor lean on the engine's own readers: only on t
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +48,7 @@ class Run:
     @cached_property
     def has_gap(self) -> bool:
         """Whether journal rows are missing; then nothing else that the journal says can be relied on."""
-        return [seq for seq, _, _ in self.journal] != list(range(self.row["position"]))
+        return [seq for seq, _, _ in self.journal] != list(range(self.row["since"], self.row["position"]))
 
     @cached_property
     def entries(self) -> list[Row]:
@@ -80,6 +80,7 @@ class World:
     has_log: bool = True  # without one nothing can be said about effects
     transactional: list[Effect] | None = None  # None: the application has no such table
     strays: list[tuple[str, str]] = field(default_factory=list)
+    locks: list[tuple[str, str]] = field(default_factory=list)  # run and name of the lock
     acknowledged: list[str] = field(default_factory=list)
     may_park: Container[str] = ()
     refused: list[Attempt] = field(default_factory=list)
@@ -104,9 +105,21 @@ def look(database_url: str, effect_log: Path | None, totals: Mapping[str, str]) 
         strays = [(row["place"], row["run_id"]) for row in connection.execute(_STRAYS)]
         transactional = _transactional(connection)
         found = {name: _single(connection, sql) for name, sql in totals.items()}
+        rows = connection.execute("SELECT run_id, name FROM orchestrator.locks ORDER BY id").fetchall()
+        locks = [(row["run_id"], row["name"]) for row in rows]
         now = _single(connection, "SELECT orchestrator.now()")
     told = effects.read(effect_log) if effect_log else []
-    return World(runs, told, now, effect_log is not None, transactional, strays), found
+    told, transactional = _of_links(runs, told), transactional and _of_links(runs, transactional)
+    return World(runs, told, now, effect_log is not None, transactional, strays, locks), found
+
+
+def _of_links(runs: Mapping[str, Run], told: list[Effect]) -> list[Effect]:
+    """Name effects after the row of their link: of a run that was continued as new, steps know how often it was."""
+    names = {}
+    for run in runs.values():
+        owner = run.row["parent_id"] if run.state == "continued" else run.id
+        names[f"{owner}~{run.row['link']}" if run.row["link"] else owner] = run.id
+    return [replace(effect, run=names.get(effect.run, effect.run)) for effect in told]
 
 
 _STRAYS = """
