@@ -31,7 +31,8 @@ def main() -> int:
     parser.add_argument("--from", type=int, default=1, dest="first")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--verbose", action="store_true", help="print the schedule")
-    parser.add_argument("--fault", choices=[fault.__name__ for fault in KEPT], help="put a mended fault back")
+    parser.add_argument("--fault", choices=[fault.__name__ for fault, *_ in KEPT], help="put a mended fault back")
+    parser.add_argument("--focus", default="", help="let only statements that contain this be in danger")
     parser.add_argument("--keep-going", action="store_true", help="do not end at the first seed that fails")
     arguments = parser.parse_args()
     seeds = range(arguments.first, arguments.first + arguments.count)
@@ -43,7 +44,7 @@ def main() -> int:
         url = url or stack.enter_context(embedded.start(folder)).database_url
         store.migrate(url)
         prepare(url)
-        for fault in KEPT:
+        for fault, *_ in KEPT:
             if fault.__name__ == arguments.fault:
                 fault(stack.enter_context(pytest.MonkeyPatch.context()))
         sessions = Sessions()
@@ -59,7 +60,7 @@ def hunt(seeds: range, url: str, folder: Path, sessions: Sessions, arguments: ar
     for seed in seeds:
         empty(url)
         tell = print if arguments.verbose else None
-        simulation = Simulation(seed, url, folder / "effects", sessions, tell)
+        simulation = Simulation(seed, url, folder / "effects", sessions, tell, arguments.focus)
         verdict = simulation.play()
         happened += verdict.happened
         states += verdict.states

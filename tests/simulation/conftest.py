@@ -16,7 +16,7 @@ from tests.simulation.network import Sessions
 from tests.simulation.verdict import Verdict
 from tests.simulation.world import Simulation
 
-Play = Callable[[int], Verdict]
+Play = Callable[..., Verdict]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,9 +34,9 @@ def play(_postgres_url: str, _template: str, tmp_path_factory: pytest.TempPathFa
         prepare(database_url)
         sessions = Sessions()
 
-        def played(seed: int) -> Verdict:
+        def played(seed: int, focus: str = "") -> Verdict:
             empty(database_url)
-            return Simulation(seed, database_url, Path(folder) / "effects", sessions).play()
+            return Simulation(seed, database_url, Path(folder) / "effects", sessions, focus=focus).play()
 
         yield played
         sessions.close()

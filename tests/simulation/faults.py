@@ -35,9 +35,12 @@ _CRUCIAL = ("COMMIT", "commit_turn", "take_1", "arrivals", "SET fence")
 
 
 class Faults:
-    """Decides about round trips and about whole processes, as long as there is something left to go wrong."""
+    """Decides about round trips and about whole processes, as long as there is something left to go wrong.
 
-    def __init__(self, simulation: Simulation, random: Random) -> None:
+    With a `focus`, only round trips that say this are in danger, and those are in much.
+    """
+
+    def __init__(self, simulation: Simulation, random: Random, focus: str) -> None:
         self._simulation = simulation
         self._random = random
         self.left = random.choice([0, 4, 10, 20])
@@ -47,6 +50,10 @@ class Faults:
         self._rate_of_fates = random.choice([0.0, 0.01, 0.03, 0.1])
         self._rate_of_stalls = random.choice([0.0, 0.1, 0.3])
         self._rate_of_events = random.choice([0.002, 0.01, 0.03])
+        self._focus = focus
+        if focus:
+            self.left, self._fates, self._rate_of_events = 20, _FATES, 0.0
+            self._rate_of_fates, self._rate_of_stalls = 0.2, 0.3
 
     @property
     def over(self) -> bool:
@@ -60,6 +67,8 @@ class Faults:
     # -- round trips ---------------------------------------------------------------------------------------------------
     def fate(self, line: Line, saying: str) -> Fate:
         """Decide what becomes of a round trip."""
+        if self._focus not in saying:
+            return Fate.ARRIVES
         if "commit_turn" in saying and not self.over and self._random.random() < self._rate_of_stalls:
             self._count(f"line {Fate.STALLED.value}")
             return Fate.STALLED

@@ -198,7 +198,7 @@ class Network:
             self.scheduler.yield_()
             if line.closed:
                 raise psycopg.OperationalError(_GONE)
-            fate = Fate.ARRIVES
+            fate = self.scheduler.random.choice([Fate.ARRIVES, Fate.LOST])  # or nobody has waited for it
         self.round_trips += 1
         if line.reads_clock:
             line.reads_clock = False

@@ -39,6 +39,11 @@ class Process:
     dead: bool = False
     on_death: list[Callable[[], None]] = field(default_factory=list)
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has died, or has done all that it had to do."""
+        return self.dead or (bool(self.actors) and all(actor.over for actor in self.actors))
+
     def stop(self, until: float) -> None:
         """SIGSTOP, and SIGCONT at `until`."""
         self.stopped_until = max(self.stopped_until, until)

@@ -11,7 +11,7 @@ from tests.simulation.faults import MUST_HAPPEN
 from tests.simulation.kept import KEPT, PutBack
 from tests.simulation.verdict import Verdict
 
-Play = Callable[[int], Verdict]
+Play = Callable[..., Verdict]
 MUST_BE_REACHED = {"completed", "failed", "compensated", "cancelled", "terminated"}
 ENOUGH = 200
 
@@ -33,14 +33,14 @@ def test_after_the_last_fault_everything_ends_and_every_promise_was_kept(play: P
         assert MUST_BE_REACHED - set(states) == set()
 
 
-@pytest.mark.parametrize(("fault", "seed"), KEPT.items(), ids=[fault.__name__ for fault in KEPT])
+@pytest.mark.parametrize(("fault", "seed", "focus"), KEPT, ids=[fault.__name__ for fault, *_ in KEPT])
 def test_a_fault_that_was_mended_is_found_again_when_it_is_put_back(
-    play: Play, fault: PutBack, seed: int, monkeypatch: pytest.MonkeyPatch
+    play: Play, fault: PutBack, seed: int, focus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verdict = play(seed)
+    verdict = play(seed, focus)
     assert not verdict.broken, in_words(verdict)
     fault(monkeypatch)
-    assert play(seed).broken, f"seed {seed} is over: python -m tests.simulation --fault {fault.__name__}"
+    assert play(seed, focus).broken, f"seed {seed} is over: python -m tests.simulation --fault {fault.__name__}"
 
 
 def test_the_same_seed_is_the_same_story(play: Play) -> None:

@@ -153,11 +153,16 @@ class _Beside(Companion):
         self._selector.close()
         self._selector = self  # type: ignore[assignment]
         self._node = node
+        self._main = node.main  # of this start: the next one has a companion of its own
 
     def select(self, timeout: float) -> list[Any]:
         self._node.world.scheduler.wait(max(timeout, 0.001), self._wanted)
-        self._children = {child: _Child([child.pid]) for child in self._node.children}  # type: ignore[misc]
-        if self._node.main_ended and self._main_ended_at is None:
+        known, self._children = self._children, {}
+        for child in [] if self._main.ended else self._node.children:
+            self._children[child] = _Child([child.pid])  # type: ignore[index]
+            if child not in known:
+                self._tell(child)
+        if self._main.ended and self._main_ended_at is None:
             self._main_ended_at = self._node.world.scheduler.monotonic
         return []
 
@@ -197,7 +202,7 @@ class Node:
         self.beside, self.main = Process(""), Process("")
         self.incarnation = 0
         self.pid = 0
-        self.stopping = self.main_ended = self.up = False
+        self.stopping = self.up = False
 
     def script_of(self, name: str, version: int) -> Script | None:
         found = sagas.registry.sagas.get((name, version)) if self.knows_saga else None
@@ -208,11 +213,11 @@ class Node:
         """Start the main process: the companion first, the children once it has an incarnation."""
         self.pid = next(self.world.new_pid)
         self.world.pids.add(self.pid)
-        self.stopping = self.main_ended = False
+        self.stopping = False
         self.incarnation = 0
         self.up = True
-        self._start_companion()
         self.main = Process(f"{self.name}/main")
+        self._start_companion()
         self.world.scheduler.spawn(self.main, self.main.name, self._keep)
 
     def _keep(self) -> None:
@@ -233,7 +238,7 @@ class Node:
         scheduler.wait(1e9, lambda: not any(child.process in self._running() for child in self.children))
         self._forget_children()
         self.world.pids.discard(self.pid)
-        self.main_ended, self.up = True, False
+        self.up = False
 
     def _running(self) -> list[Process]:
         return [actor.process for actor in self.world.scheduler.actors if not actor.over]

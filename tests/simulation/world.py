@@ -58,7 +58,9 @@ class Stuck(Exception):
 class Simulation:
     """Everything that takes part in one seed."""
 
-    def __init__(self, seed: int, database_url: str, effect_log: Path, sessions: Sessions, tell: Any = None) -> None:
+    def __init__(
+        self, seed: int, database_url: str, effect_log: Path, sessions: Sessions, tell: Any = None, focus: str = ""
+    ) -> None:
         random = self.random = Random(seed)
         self.seed = seed
         self.database_url = database_url
@@ -71,7 +73,7 @@ class Simulation:
         self.effect_log = effect_log
         effect_log.write_bytes(b"")
         self.provider = Provider(seed, self.scheduler, EffectLog(effect_log), calm=random.random() < 0.1)
-        self.faults = Faults(self, Random(random.random()))
+        self.faults = Faults(self, Random(random.random()), focus)
         self.programs: dict[str, Program] = {}
         self.people = People(self, random, self._runs())
         self.refused: list[tuple[str, str, int]] = []
