@@ -19,8 +19,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from orchestrator.bulk import Effects, Filter, Order, give
 from orchestrator.codec import Json, ValueCodec, canonical_text, check, encode_any, first_line, is_name
 from orchestrator.errors import (
     ConflictError,
@@ -337,6 +338,34 @@ class Client:
                 self.ring_for(connection, name, _PAGE)
         return lifted
 
+    def bulk(
+        self,
+        action: str,
+        *,
+        by: str = "",
+        reason: str = "",
+        dry_run: bool = False,
+        everything: bool = False,
+        **chosen: Any,
+    ) -> Effects:
+        """Order `cancel`, `terminate`, `pause`, `resume`, `retry` or `skip` for all runs that a filter finds.
+
+        The filter: `saga`, `states`, `step` (parked there), `started_after`, `started_before`, `tags`, `limit`; see
+        `orchestrator.bulk.Filter`.  With `dry_run` it only says what would be done.  Commits page by page.
+        Raises: UsageError, StoreUnavailableError; what was ordered before stays so, and ordering it again is harmless.
+        """
+        for option in ("started_after", "started_before"):
+            chosen[option] = _aware(chosen.get(option), option)
+        saga = chosen.get("saga", "")
+        try:
+            wanted = Filter(**{**chosen, "saga": getattr(saga, "name", saga)})
+        except TypeError as error:
+            raise UsageError(f"bulk: {error}") from None
+        order = Order(cast(Any, action), by or whoami(), reason, wanted.step)
+        with self.pool.connection() as connection, _schema_named():
+            ring = functools.partial(self.ring_for, connection)
+            return give(connection, order, wanted, dry_run=dry_run, everything=everything, ring=ring)
+
     def _tell(self, connection: Connection, kind: pauses.Kind, name: str) -> None:
         more = kind == "saga"
         while more:
@@ -629,13 +658,13 @@ def _tags(tags: Any) -> dict[str, Json] | None:
     return tags
 
 
-def _aware(eta: Any) -> datetime | None:
+def _aware(eta: Any, option: str = "eta") -> datetime | None:
     if eta is None:
         return None
     with contextlib.suppress(ValueError):
         eta = datetime.fromisoformat(eta) if isinstance(eta, str) else eta
     if not isinstance(eta, datetime) or eta.tzinfo is None:
-        raise UsageError("eta must be an aware datetime; say which time zone it is in")
+        raise UsageError(f"{option} must be an aware datetime; say which time zone it is in")
     return eta
 
 

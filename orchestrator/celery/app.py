@@ -19,6 +19,7 @@ from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
 
 from orchestrator import saga as sagas
+from orchestrator.bulk import Effects
 from orchestrator.celery import events, guard, runner, worker
 from orchestrator.celery.doorbell import DRAIN, Bell, connection_options
 from orchestrator.client import Client, SagaResult
@@ -152,6 +153,10 @@ class Orchestrator:
             self.app.loader.import_default_modules()  # what a worker of this app would have included
             missing -= self.app.tasks.keys()
         return sorted(missing - self.client.known_to_workers()) if missing else []
+
+    def bulk(self, action: str, **options: Any) -> Effects:
+        """Give one order to all runs that a filter finds; see `Client.bulk`."""
+        return self.client.bulk(action, **options)
 
     def _refuse_eager(self, saga: Saga[Any, Any]) -> None:
         if self.app.conf.task_always_eager:

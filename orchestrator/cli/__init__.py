@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import click
 
+from orchestrator.cli.bulk import bulk
 from orchestrator.cli.command import EXIT_CODES
 from orchestrator.cli.dev import dev
 from orchestrator.cli.diagram import diagram
@@ -36,6 +37,6 @@ def saga() -> None:
 
 for _command in (
     dev, migrate, start, list_, show, history, explain, signal, cancel, terminate, pause, resume, retry, skip, resolve,
-    schedules, diagram, lint, replay,
+    bulk, schedules, diagram, lint, replay,
 ):  # fmt: skip
     saga.add_command(_command)

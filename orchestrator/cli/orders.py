@@ -40,7 +40,7 @@ def cancel(ctx: click.Context, run_id: str, reason: str, by: str, json_: bool) -
     It does so in its own time: what is running is awaited, then everything is compensated. Refused after the run's
     point of no return.
     """
-    client_of(ctx).cancel(run_id, reason, _who(by))
+    client_of(ctx).cancel(run_id, reason, who(by))
     _say(json_, run_id, "cancel", f"Run {run_id} was told to stop and to undo what it did.")
 
 
@@ -51,7 +51,7 @@ def terminate(ctx: click.Context, run_id: str, reason: str, by: str, json_: bool
 
     What it did and did not undo is listed under `left` afterwards. To have it undone use `cancel`.
     """
-    client_of(ctx).terminate(run_id, reason, _who(by))
+    client_of(ctx).terminate(run_id, reason, who(by))
     _say(json_, run_id, "terminate", f"Run {run_id} was told to stop without undoing anything.")
 
 
@@ -92,11 +92,11 @@ def pause(
     paused nothing is taken, be it turns or steps; what runs is finished.
     """
     if _one_run(run_id, saga_name, queue):
-        client_of(ctx).operate(str(run_id), "pause", by=_who(by), reason=reason)
+        client_of(ctx).operate(str(run_id), "pause", by=who(by), reason=reason)
         _say(json_, str(run_id), "pause", f"Run {run_id} is paused.")
         return
     name = full_name(saga_name)
-    new = client_of(ctx).pause(saga=name, queue=queue, by=_who(by), reason=reason)
+    new = client_of(ctx).pause(saga=name, queue=queue, by=who(by), reason=reason)
     _say_all(json_, "pause", name, queue, new, "is paused" if new else "is paused already")
 
 
@@ -112,11 +112,11 @@ def resume(
     A run that was paused by itself stays so when its saga is resumed.
     """
     if _one_run(run_id, saga_name, queue):
-        client_of(ctx).operate(str(run_id), "resume", by=_who(by), reason=reason)
+        client_of(ctx).operate(str(run_id), "resume", by=who(by), reason=reason)
         _say(json_, str(run_id), "resume", f"Run {run_id} goes on.")
         return
     name = full_name(saga_name)
-    ended = client_of(ctx).resume(saga=name, queue=queue, by=_who(by), reason=reason)
+    ended = client_of(ctx).resume(saga=name, queue=queue, by=who(by), reason=reason)
     _say_all(json_, "resume", name, queue, ended, "goes on" if ended else "is not paused")
 
 
@@ -145,7 +145,7 @@ def retry(ctx: click.Context, run_id: str, key: str | None, reason: str, by: str
     """
     client = client_of(ctx)
     key = _only_key(client, run_id, key)
-    client.operate(run_id, "retry", key, by=_who(by), reason=reason)
+    client.operate(run_id, "retry", key, by=who(by), reason=reason)
     _say(json_, run_id, "retry", f"{_named(key)} of run {run_id} is tried again.", key=key)
 
 
@@ -160,7 +160,7 @@ def skip(ctx: click.Context, run_id: str, key: str | None, reason: str, by: str,
     """
     client = client_of(ctx)
     key = _only_key(client, run_id, key)
-    client.operate(run_id, "skip", key, by=_who(by), reason=reason)
+    client.operate(run_id, "skip", key, by=who(by), reason=reason)
     _say(json_, run_id, "skip", f"{_named(key)} of run {run_id} is skipped.", key=key)
 
 
@@ -189,7 +189,7 @@ def resolve(
     if role and role != "undo" and not (given or (no_effect and key)):
         wanted = "--result JSON or --no-effect" if key else "--result JSON, the output of the run"
         raise click.UsageError(f"say what became of {key or 'it'}: {wanted}")
-    client.operate(run_id, "resolve", key, by=_who(by), reason=reason, value=result, no_effect=no_effect)
+    client.operate(run_id, "resolve", key, by=who(by), reason=reason, value=result, no_effect=no_effect)
     _say(json_, run_id, "resolve", f"{_named(key)} of run {run_id} is settled.", key=key)
 
 
@@ -197,7 +197,7 @@ def _parked(client: Client, run_id: str) -> list[dict[str, Any]]:
     return [item for item in client.outcome(run_id).parked if isinstance(item, dict)]
 
 
-def _who(by: str) -> str:
+def who(by: str) -> str:
     """Return who decides: as named, else the account at the keyboard."""
     try:
         return by or getpass.getuser()

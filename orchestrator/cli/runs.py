@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.cli import words
+from orchestrator.cli.bulk import where_option
 from orchestrator.cli.command import (
     STATE_STYLES,
     Command,
@@ -136,24 +137,34 @@ _STATES = [state.value for state in RunState]
 @click.option("--state", "states", multiple=True, type=click.Choice(_STATES), metavar="STATE",
               help="Only runs in this state, such as parked; repeatable.")  # fmt: skip
 @click.option("--saga", "saga_name", default="", help="Only runs of this saga.")
+@where_option
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(1, 10_000), help="At most so many.")
 @as_json
 @click.pass_context
-def list_(ctx: click.Context, states: tuple[str, ...], saga_name: str, limit: int, json_: bool) -> None:
+def list_(
+    ctx: click.Context, states: tuple[str, ...], saga_name: str, tags: tuple[tuple[str, str], ...], limit: int,
+    json_: bool,
+) -> None:  # fmt: skip
     """List runs, the newest first."""
     with reading(ctx) as connection:
-        found = runs.listed(connection, runs.listing(states=states, saga=full_name(saga_name), limit=limit + 1))
+        found = runs.listed(connection, _listing(states, saga_name, tags, limit))
         now = runs.inbox(connection, "").now
     more, found = len(found) > limit, found[:limit]
     if json_:
         print_json(found)
         return
     if not found:
-        click.echo(f"There are no runs{' like that' if states or saga_name else ' yet; start one with `saga start`'}.")
+        click.echo(
+            f"There are no runs{' like that' if states or saga_name or tags else ' yet; start one with `saga start`'}."
+        )
         return
     _print_list(ctx, found, now)
     if more:
         click.echo(f"... and older ones; see more with --limit {limit * 10}.")
+
+
+def _listing(states: tuple[str, ...], saga_name: str, tags: tuple[tuple[str, str], ...], limit: int) -> Any:
+    return runs.listing(states=states, saga=full_name(saga_name), tags=dict(tags), limit=limit + 1)
 
 
 def _print_list(ctx: click.Context, found: list[dict[str, Any]], now: datetime) -> None:

@@ -7,12 +7,12 @@ they never commit.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, select
+from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.dialects import postgresql
 
 from orchestrator.codec import Json, dumps
@@ -137,7 +137,13 @@ def rings_needed(connection: Connection, queue: str, rows: int) -> int:
 
 
 def listing(
-    *, states: Sequence[str] = (), saga: str = "", parent: str = "", limit: int = 50, before: datetime | None = None
+    *,
+    states: Sequence[str] = (),
+    saga: str = "",
+    parent: str = "",
+    tags: Mapping[str, str] | None = None,
+    limit: int = 50,
+    before: datetime | None = None,
 ) -> Select[Any]:
     """Return the query of ``saga list``: the newest runs first (index runs_by_start)."""
     runs = tables.runs
@@ -150,7 +156,61 @@ def listing(
         query = query.where(runs.c.parent_id == parent)
     if before is not None:
         query = query.where(runs.c.started_at < before)
+    return _tagged(query, tags or {})
+
+
+def _tagged(query: Select[Any], tags: Mapping[str, str]) -> Select[Any]:
+    """Only runs with these tags, each as the text of its value."""
+    for name, value in tags.items():
+        query = query.where(tables.runs.c.tags[name].astext == value)
     return query
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A run as far as an order for many needs to know it."""
+
+    id: str
+    saga: str
+    state: str
+    past_pivot: bool
+    parked: list[dict[str, Json]]
+    started_at: datetime
+
+
+def unfinished(
+    *,
+    saga: str = "",
+    states: Sequence[str] = (),
+    started_after: datetime | None = None,
+    started_before: datetime | None = None,
+    tags: Mapping[str, str] | None = None,
+    parked: bool = False,
+    after: Found | None = None,
+    limit: int = 500,
+) -> Select[Any]:
+    """Return the query of a page of the runs that have not ended, the oldest first (index runs_by_start)."""
+    runs = tables.runs
+    query = select(*(runs.c[name] for name in Found.__slots__)).where(runs.c.finished_at.is_(None))
+    query = query.order_by(runs.c.started_at, runs.c.id).limit(limit)
+    if saga:
+        query = query.where(runs.c.saga == saga)
+    if states:
+        query = query.where(runs.c.state.in_(states))
+    if started_after is not None:
+        query = query.where(runs.c.started_at >= started_after)
+    if started_before is not None:
+        query = query.where(runs.c.started_at < started_before)
+    if parked:
+        query = query.where(func.jsonb_array_length(runs.c.parked) > 0)
+    if after is not None:
+        query = query.where(tuple_(runs.c.started_at, runs.c.id) > (after.started_at, after.id))
+    return _tagged(query, tags or {})
+
+
+def found(connection: Connection, query: Select[Any]) -> list[Found]:
+    """Return the rows of `unfinished`."""
+    return [Found(**row) for row in listed(connection, query)]
 
 
 _RUN = """

@@ -137,6 +137,7 @@ class Day:
         for pause in pauses.listed(self.look):
             if not pause.lifted:
                 self.stubborn(lambda pause=pause: self.client.resume(**{pause.kind: pause.name}))
+        self.stubborn(lambda: self.client.bulk("resume", states=["paused"]))
         for run_id, plan in self.planned.items():
             if run_id in self.ordered:
                 continue

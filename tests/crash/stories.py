@@ -147,6 +147,7 @@ def held(day: Day) -> None:
         day.stubborn(lambda name=name: day.client.resume(**name, by="ann"))
         day.stubborn(lambda: day.client.pause(saga="crash.held", by="ann"))
     day.tolerant(day.pump_once)
+    day.stubborn(lambda: day.client.bulk("pause", saga="crash.held", by="ann"))
 
 
 def broken(day: Day) -> None:
