@@ -6,7 +6,6 @@ Owns which schedules of faults there are, and in which order they are tried: the
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import random
 import time
@@ -19,6 +18,7 @@ from orchestrator.machine.states import TERMINAL
 from orchestrator.saga import Saga
 from orchestrator.step import registry as steps
 from orchestrator.store.turns import Taken
+from orchestrator.testing.asking import call
 from orchestrator.testing.environment import Environment
 from orchestrator.testing.faults import EVERY, Fault, Kind
 from orchestrator.testing.handle import EnvironmentRun
@@ -59,7 +59,7 @@ def explore(
     of faults, drawn by `seed`.  There are at most `max_schedules` in all.  A run that parks is retried by an operator
     once nothing fails any more.
 
-    `invariant` is called with the run when it has ended (or without arguments); False or an exception is a violation.
+    `invariant` is called when the run has ended; False or an exception is a violation.
     So is a run that neither ends nor parks, one that parks as a whole because its code is wrong, and an effect that is
     left without undo, unless it is one of a step that `may_leave`.  `waiting` is called with the run when it waits for
     something that nobody sends, to send it.  `meanwhile` is called with the environment right before a step, once for
@@ -67,11 +67,13 @@ def explore(
     step that has an undo is also given up and undone first, and takes effect after that: whoever keeps the effect is to
     refuse it.
 
-    Functions that take no argument are called without.  Without an `environment` one is made, on
+    These functions may take what they need of ``run`` and ``environment`` by these names, or one argument of any name.
+    Without an `environment` one is made, on
     ORCHESTRATOR_TEST_DATABASE_URL or an embedded Postgres, and kept for this process.
     Raises: InvariantBroken, an AssertionError whose text is the report with the shortest failing schedule, unless
     `check` is false; ConfigurationError if there is no Postgres.
     """
+    __tracebackhide__ = True
     if environment is None:
         from orchestrator.testing.servers import shared
 
@@ -108,8 +110,8 @@ class _Stage:
         environment = self.environment
         environment.reset()
         environment.stub(self.stubs)
-        call(self.setup, environment)
-        environment.order(schedule.faults, lambda: call(self.meanwhile, environment))
+        call(self.setup, environment=environment)
+        environment.order(schedule.faults, lambda: call(self.meanwhile, environment=environment))
         before = len(environment.script.seen)
         run = environment.run(self.saga, *self.args, kwargs=self.kwargs, task_id=RUN_ID)
         for _ in range(_ROUNDS):
@@ -125,7 +127,7 @@ class _Stage:
         """Send what the run waits for."""
         if self.waiting is None or run.state in (*TERMINAL, "parked"):
             return False
-        call(self.waiting, run)
+        call(self.waiting, run=run, environment=run.environment)
         return True
 
     def _mend(self) -> bool:
@@ -226,16 +228,3 @@ class _Explorer:
             if first.faults[0].key != second.faults[0].key
         ]
         return rng.sample(pairs, min(len(pairs), count))
-
-
-def call(function: Callable[..., Any] | None, argument: Any) -> Any:
-    """Call a function of the user's with the argument, or without if it takes none."""
-    if function is None:
-        return None
-    try:
-        inspect.signature(function).bind(argument)
-    except TypeError:
-        return function()
-    except ValueError:  # a builtin that does not tell
-        pass
-    return function(argument)

@@ -11,6 +11,7 @@ from typing import Any
 from orchestrator.machine.journal import Asked, RollbackBegan, Settled, Undone
 from orchestrator.machine.policy import Effect
 from orchestrator.machine.states import TERMINAL
+from orchestrator.testing.asking import call
 from orchestrator.testing.handle import EnvironmentRun
 from orchestrator.testing.stubs import name_of
 
@@ -34,12 +35,10 @@ class Judge:
     def _of_the_user(self, run: EnvironmentRun) -> Iterator[str]:
         if self._invariant is None:
             return
-        from orchestrator.testing.explorer import call
-
         name = getattr(self._invariant, "__name__", "<lambda>")
         name = "the invariant" if name == "<lambda>" else f"the invariant {name}"
         try:
-            kept = call(self._invariant, run)
+            kept = call(self._invariant, run=run, environment=run.environment)
         except Exception as error:
             said = str(error).strip()
             yield f"{name} is broken: {type(error).__name__}{': ' if said else ''}{said}"

@@ -160,7 +160,16 @@ def test_stubs_stand_in_for_what_cannot_be_called(saga_environment: Environment)
     assert world.charges == {}
 
 
-def test_setup_may_take_the_environment(saga_environment: Environment) -> None:
-    seen: list[Environment] = []
-    explore(saga_environment, generous, invariant=None, setup=seen.append, max_schedules=3)
-    assert seen == [saga_environment] * 3
+def test_functions_get_what_they_ask_for(saga_environment: Environment) -> None:
+    seen: list[Any] = []
+
+    def setup(environment: Environment) -> None:
+        seen.append(environment)
+
+    def invariant(environment: Environment, run: EnvironmentRun) -> None:
+        seen.append((environment, run.id))
+
+    assert explore(saga_environment, checkout, invariant=invariant, setup=setup, max_schedules=1).ok
+    assert explore(saga_environment, checkout, invariant=seen.append, setup=seen.append, max_schedules=1).ok
+    assert seen[:3] == [saga_environment, (saga_environment, "explored"), saga_environment]
+    assert isinstance(seen[3], EnvironmentRun)
