@@ -26,11 +26,11 @@ from orchestrator.errors import OrchestratorError, SchemaError, StoreUnavailable
 from orchestrator.failpoints import failpoint
 from orchestrator.store import check
 from orchestrator.store import schedules as store
-from orchestrator.store.connection import UNAVAILABLE, Connection, open_connection, unavailable
+from orchestrator.store.connection import REFUSED, UNAVAILABLE, Connection, open_connection, unavailable
 
 logger = logging.getLogger("celery.beat")
 
-_RETRY_S = 1.0
+_RETRY_S = 0.5
 _REST_S = 30.0  # an entry that could not be fired is left alone for so long
 _KEEP = timedelta(days=30)
 _PAGE = 100  # messages that one turn sends
@@ -79,7 +79,7 @@ class Scheduler(celery.beat.Scheduler):
         self._ticking = True
         try:
             pause = self._turn() - (monotonic() - begun)
-        except (StoreUnavailableError, SchemaError, *UNAVAILABLE) as error:
+        except (StoreUnavailableError, SchemaError, REFUSED) as error:
             self._lose(error)
             pause = _RETRY_S
         finally:
@@ -139,7 +139,7 @@ class Scheduler(celery.beat.Scheduler):
         kind = "schema" if isinstance(error, SchemaError) else "away"
         if kind not in self._said:
             told = error if isinstance(error, OrchestratorError) else unavailable(error)
-            logger.error("beat: %s Nothing is due until then; beat waits.", told)
+            logger.error("beat: %s Nothing fires until then; beat waits.", told)
             self._said.add(kind)
         connection, self._connection = self._connection, None
         self._leads = False
@@ -162,6 +162,7 @@ class Scheduler(celery.beat.Scheduler):
             logger.info("beat: leads, with %s entries", len(self._book.schedules))
         self._leads = True
         self._resting.clear()
+        self._next.clear()
 
     # -- firing --------------------------------------------------------------------------------------------------------
     def _fire_due(self, connection: Connection, now: datetime) -> float:

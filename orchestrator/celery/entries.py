@@ -39,6 +39,11 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
     slot_argument: str | None = None
 
+    @property
+    def is_lazy(self) -> bool:
+        """Whether an argument is computed for each slot."""
+        return any(isinstance(each, BeatLazyFunc) for each in (*self.args, *self.kwargs.values()))
+
     def call(self, slot: datetime) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments for a slot; lazy ones are computed now."""
         args = [_value(each) for each in self.args]
@@ -73,7 +78,7 @@ def read(app: Celery, prepare: Prepare, name: str, raw: Any, now: datetime) -> t
         raise UsageError(_NEVER)
     start = _starter(prepare, entry) if task in sagas.registry.names else None
     overlap = _overlap(own.get("overlap", "allow"), start is not None)
-    if start is not None:
+    if start is not None and not entry.is_lazy:
         start("check", now)  # arguments that do not fit are told now, not at night
     catch_up = _catch_up(own.get("catch_up"), _deadline(app, timetable))
     problem = None if start or task in app.tasks else f"task {task} is not registered here; it is sent all the same"

@@ -12,6 +12,7 @@ from orchestrator.cli.bulk import bulk
 from orchestrator.cli.command import EXIT_CODES
 from orchestrator.cli.dev import dev
 from orchestrator.cli.diagram import diagram
+from orchestrator.cli.doctor import doctor
 from orchestrator.cli.explain import explain
 from orchestrator.cli.history import history
 from orchestrator.cli.lint import lint
@@ -37,6 +38,6 @@ def saga() -> None:
 
 for _command in (
     dev, migrate, start, list_, show, history, explain, signal, cancel, terminate, pause, resume, retry, skip, resolve,
-    bulk, schedules, diagram, lint, replay,
+    bulk, schedules, doctor, diagram, lint, replay,
 ):  # fmt: skip
     saga.add_command(_command)

@@ -172,6 +172,20 @@ def test_a_bad_entry_is_named_and_harms_no_other(app: Celery, client: Client) ->
     assert book.refresh(NOW) and book.schedules["good"].timetable == Interval(timedelta(seconds=30))
 
 
+def test_a_periodic_task_takes_the_options_as_well(app: Celery, client: Client) -> None:
+    app.add_periodic_task(crontab(), app.signature(tally.name, (1,)), name="it", overlap="queue", timezone="Asia/Tokyo")
+    found, call = entries.read(app, client.prepare, "it", app.conf.beat_schedule["it"], NOW)
+    assert (found.overlap, found.reads, call.options) == (Overlap.QUEUE, "* * * * * Asia/Tokyo", {})
+
+
+def test_lazy_arguments_are_not_computed_before_their_slot(app: Celery, client: Client) -> None:
+    computed: list[int] = []
+    lazy = BeatLazyFunc(lambda: computed.append(1) or 7)  # type: ignore[func-returns-value]
+    found, _ = read(app, client, task=tally.name, args=(lazy,))
+    assert computed == []
+    assert found.start and found.start("id", NOW).input == {"amount": 7}
+
+
 def test_it_is_the_default_of_an_app_that_names_no_scheduler_of_its_own() -> None:
     from orchestrator.celery.app import _default_beat
 

@@ -24,7 +24,7 @@ CREATE OR REPLACE FUNCTION orchestrator.now() RETURNS timestamptz LANGUAGE sql S
 """
 
 
-@pytest.mark.parametrize("beats", [2, 3])
+@pytest.mark.parametrize("beats", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_leaders_that_are_killed_and_frozen_lose_and_double_no_slot(hall: Hall, beats: int) -> None:
     for _ in range(beats):
         hall.start()

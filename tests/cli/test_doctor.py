@@ -1,0 +1,133 @@
+"""doctor: what it finds on real servers, what it repairs, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+
+from orchestrator.celery.doctor import broker as ask_broker
+from tests.cli.conftest import Terminal, eventually
+from tests.faults.rabbitmq import RabbitMQ
+
+ORDER = '[{"id": "1"}]'
+_OLD = "UPDATE orchestrator.work SET due_at = due_at - interval '1 hour', reserved_at = NULL"
+_WORKER = """
+INSERT INTO orchestrator.incarnations (node, host, pid, queues, targets, slots)
+VALUES ('w@here', 'here', 1, '{celery}', %s, 1)
+"""
+
+
+@pytest.fixture
+def sql(terminal: Terminal) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(terminal.database_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    broker = RabbitMQ(tmp_path_factory.mktemp("rabbitmq"))
+    yield broker
+    broker.stop()
+
+
+def examine(terminal: Terminal, *options: str) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Return exit code, what it told, and the levels by code."""
+    result = terminal.run("doctor", "--json", *options)
+    told = json.loads(result.stdout)
+    return result.exit_code, told, {each["code"]: each["level"] for each in told["findings"]}
+
+
+def test_a_healthy_stack_ends_with_0(terminal: Terminal, sql: psycopg.Connection[Any]) -> None:
+    sql.execute(_WORKER, [["tests.cli.shop.checkout@1"]])
+    code, told, _ = examine(terminal)
+    assert (code, told["status"], told["rung"]) == (0, "healthy", [])
+    assert {"celery", "postgres", "python"} <= told["versions"].keys()
+    assert "Nothing is wrong." in terminal.ok("doctor")
+
+
+def test_a_worker_that_runs_is_not_broken(worked: Terminal) -> None:
+    assert eventually(lambda: "broken" not in examine(worked)[2].values())
+
+
+def test_work_without_a_worker_is_broken(terminal: Terminal) -> None:
+    terminal.ok("start", "checkout", ORDER)
+    code, told, found = examine(terminal)
+    assert (code, told["status"], told["rung"]) == (2, "broken", [])
+    assert (found["no-worker"], found["unserved-queue"]) == ("broken", "warning")
+    said = terminal.run("doctor", columns=200).stdout
+    assert "no worker serves that queue" in said and "-> start a worker with -Q celery" in said
+
+
+def test_a_task_that_no_worker_has_is_named(terminal: Terminal, sql: psycopg.Connection[Any]) -> None:
+    terminal.ok("start", "checkout", ORDER)
+    sql.execute(_WORKER, [["something.else"]])
+    code, told, found = examine(terminal)
+    assert code == 1 and found["unknown-target"] == "warning"
+    assert any("tests.cli.shop.checkout@1" in each["what"] for each in told["findings"])
+
+
+def test_after_the_broker_lost_its_messages_the_doctor_rings_for_what_is_due(
+    terminal: Terminal, sql: psycopg.Connection[Any]
+) -> None:
+    terminal.ok("start", "checkout", ORDER)
+    sql.execute(_WORKER, [["tests.cli.shop.checkout@1"]])
+    sql.execute(_OLD)
+    with redis.Redis.from_url(terminal.broker_url) as client:
+        client.flushdb()
+        code, told, found = examine(terminal, "--no-ring")
+        assert (code, told["rung"], client.llen("celery")) == (1, [], 0)
+        assert found["unclaimed"] == "warning"
+        assert examine(terminal)[1]["rung"] == ["celery"]
+        assert client.llen("celery") == 1
+        assert any("holds 1 messages" in each["means"] for each in examine(terminal, "--no-ring")[1]["findings"])
+
+
+def test_schedules_without_a_beat_and_messages_that_wait_are_found(
+    terminal: Terminal, sql: psycopg.Connection[Any]
+) -> None:
+    sql.execute(
+        "INSERT INTO orchestrator.schedules (app, name, task, reads, problem, settled_until) "
+        "VALUES ('shop', 'nightly', 't', 'every 1 s', 'there is no time zone', now())"
+    )
+    sql.execute(
+        "INSERT INTO orchestrator.slots (app, schedule, slot, origin, state, run_id, at) "
+        "VALUES ('shop', 'nightly', now(), 'schedule', 'sending', 'id', now() - interval '1 hour')"
+    )
+    assert {"no-beat", "schedule", "unsent"} <= examine(terminal)[2].keys()
+
+
+def test_unsafe_settings_are_found(terminal: Terminal, sql: psycopg.Connection[Any]) -> None:
+    name = sql.info.dbname
+    sql.execute(f'ALTER DATABASE "{name}" SET synchronous_commit = off')  # type: ignore[arg-type]
+    code, _, found = examine(terminal)
+    assert code == 2 and found["synchronous-commit"] == "broken"
+
+
+@pytest.mark.parametrize("which", ["database", "schema", "broker"])
+def test_what_is_not_there_is_said_and_the_exit_code_is_2(
+    terminal: Terminal, on: Callable[[str, str], Terminal], empty_database_url: str, which: str
+) -> None:
+    database = {"database": "postgresql://me@127.0.0.1:1/nothing", "schema": empty_database_url}
+    broker = "redis://127.0.0.1:1/0" if which == "broker" else terminal.broker_url
+    code, told, found = examine(on(database.get(which, terminal.database_url), broker))
+    assert (code, found.get("broker" if which == "broker" else "database")) == (2, "broken")
+    assert any("saga migrate" in each["what"] for each in told["findings"]) == (which == "schema")
+
+
+@pytest.mark.debian
+def test_rabbitmq_says_what_its_queues_hold(terminal: Terminal, rabbitmq: RabbitMQ) -> None:
+    app = terminal.shop.app
+    app.conf.broker_url = url = rabbitmq.new_url()
+    with app.connection_for_write() as connection:
+        queue = connection.SimpleQueue("held")
+        queue.put({"a": "message"})
+        found = eventually(lambda: (asked := ask_broker(app, ["held", "missing"])).queues["held"].messages and asked)
+        queue.close()
+    assert (found.error, found.visibility_timeout_s, found.evicts) == ("", None, "")
+    assert (found.queues["held"].messages, found.queues["missing"].messages) == (1, 0)
+    assert ":**@" in found.url and url.rpartition("@")[2] in found.url
