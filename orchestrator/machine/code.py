@@ -112,6 +112,7 @@ class SagaCode:
         self._undelivered: list[str] = []
         self._recorder: Recorder | None = None
         self._closed = False
+        self._beside: list[asyncio.Task[Any]] = []
         self.drift: DriftError | None = None
         self.published: dict[str, Json] = {}
         self.tags: dict[str, Json] = {}
@@ -163,8 +164,11 @@ class SagaCode:
 
     @property
     def ended(self) -> bool:
-        """Whether the saga function returned or raised."""
-        return self._task is not None and self._task.done()
+        """Whether the saga function returned, and what it left beside it is done, or whether it raised."""
+        if self._task is None or not self._task.done():
+            return False
+        failed = self._task.cancelled() or self._task.exception() is not None
+        return failed or all(task.done() for task in self._beside)
 
     def outcome(self) -> tuple[Json, BaseException | None]:
         """Return what the function returned or raised; failures that nobody looked at count as raised."""
@@ -180,7 +184,8 @@ class SagaCode:
                 error = future.exception()
                 if error is not None:
                     return error
-        return None
+        unseen = (task for task in self._beside if not task.cancelled() and task._log_traceback)
+        return next((task.exception() for task in unseen), None)
 
     def cancel_branches(self) -> None:
         """Cancel what still runs beside a main coroutine that has ended."""
@@ -239,6 +244,13 @@ class SagaCode:
         future.key, future._code = key, self
         self._requests[key], self._futures[key] = request, future
         return future
+
+    def run_beside(self, main: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run a branch that counts as a request does: the run waits for it, and a failure nobody saw is the run's."""
+        self._refuse_if_closed()
+        task: asyncio.Task[Any] = self.loop.create_task(main)
+        self._beside.append(task)
+        return task
 
     def version(self, change: str, minimum: int, maximum: int) -> int:
         """Answer a version gate: the recorded number, the old one while replaying, else the new one."""
