@@ -39,7 +39,7 @@ def ask(signature: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> asyncio.
     canvas = read(signature)
     what = f"the arguments of {signature['task']}"
     given: Any = (encode_any(list(args), what), encode_any(kwargs, what))
-    return asyncio.get_running_loop().create_task(_decoded(canvas, *given))
+    return code_of("step").run_beside(_decoded(canvas, *given))
 
 
 async def _decoded(canvas: Canvas, args: Args, kwargs: Kwargs) -> Any:
@@ -58,8 +58,8 @@ async def walk(canvas: Canvas, args: Args, kwargs: Kwargs, plain: StepOptions | 
     async with asyncio.TaskGroup() as aside:
         try:
             value = await _Walk(plain or StepOptions(), aside).run(canvas, args, kwargs)
-        except FAILURES as error:
-            failure = error  # not before the callbacks have ended
+        except Exception as error:
+            failure = error  # not before the callbacks have ended, and as it is, not in a group
     if failure is not None:
         raise failure
     return value
