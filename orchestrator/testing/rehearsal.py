@@ -8,6 +8,7 @@ a cluster with room for all.
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -18,7 +19,9 @@ from orchestrator.machine.journal import (
     Arrival,
     AttemptEnded,
     Entry,
+    NewChild,
     Parked,
+    Post,
     Withdrawn,
     Work,
     decode_entry,
@@ -27,6 +30,7 @@ from orchestrator.machine.journal import (
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.machine.turn import CodeError, Execution, Turn
 from orchestrator.saga import Saga
+from orchestrator.saga import registry as sagas
 from orchestrator.step import StepContext
 from orchestrator.testing.stubs import Attempt, Call, Cast
 
@@ -50,6 +54,8 @@ class Rehearsal:
         self._events: list[tuple[datetime, int, Work | Arrival]] = []
         self._event_count = 0
         self._wake: datetime | None = info.started
+        self._parent: Rehearsal | None = None
+        self._family: dict[str, Rehearsal] = {}
 
     @property
     def fold(self) -> Fold:
@@ -149,6 +155,46 @@ class Rehearsal:
             self._plan(max(work.due or self.now, self.now), work)
         for key in turn.withdraw:
             self._withdraw(key)
+        for step in turn.locks:  # nobody else is there who could hold one
+            self._plan(self.now, AttemptEnded(step.key, "do", 1, "succeeded"))
+        for child in turn.children:
+            self._bear(child)
+        for post in turn.posts:
+            self._deliver(post)
+        if turn.state is RunState.CONTINUED:
+            self._go_on(turn)
+
+    def _bear(self, child: NewChild) -> None:
+        """Play a child to where it waits or is done; what it reports comes at its own time."""
+        saga = sagas.sagas[child.saga, child.version]
+        deadline = self.now + timedelta(seconds=child.deadline) if child.deadline else None
+        info = RunInfo(
+            child.id, child.saga, child.version, child.input, self.now, child.queue, deadline, child.priority,
+            self.info.id,
+        )  # fmt: skip
+        born = self._family[child.id] = Rehearsal(saga, info, self._cast, replays=self._replays)
+        born._parent, born.calls = self, self.calls
+        born.play()
+
+    def _deliver(self, post: Post) -> None:
+        other = self._family.get(post.run_id)
+        if other is not None:
+            other.send(post.arrival, max(self.now, other.now))
+            other.play()
+        elif self._parent is not None and post.run_id == self._parent.info.id:
+            self._parent.send(post.arrival, max(self.now, self._parent.now))
+
+    def _go_on(self, turn: Turn) -> None:
+        """Begin the next link of a run that is continued as new; its journal is what is seen from then on."""
+        continued = self.fold.continued
+        assert continued is not None
+        self.saga = sagas.sagas[self.info.saga, continued.version]
+        self.info = replace(
+            self.info, version=continued.version, input=continued.input, started=self.now, link=self.info.link + 1
+        )
+        self.rows = [(self.now, [loads(dumps(encode(entry))) for entry in turn.seed])] if turn.seed else []
+        self._execution = self._loaded()
+        self._wake = self.now
 
     def _withdraw(self, key: str) -> None:
         """Take back what has not begun; what has begun ends by itself."""
@@ -189,7 +235,7 @@ def _is_forward_work(event: Work | Arrival, key: str) -> bool:
 
 
 def _idempotency_key(run_id: str, work: Work) -> str:
-    key = f"{run_id}:{work.key}"
+    key = f"{run_id}~{work.call['k']}:{work.key}" if work.call.get("k") else f"{run_id}:{work.key}"
     if work.role != "undo":
         return key
     late = work.call.get("l")

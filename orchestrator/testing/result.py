@@ -6,15 +6,16 @@ operator could do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from orchestrator.canvas.starting import Durable, run_canvas
-from orchestrator.codec import Json, check
+from orchestrator.codec import Json, check, encode_any
 from orchestrator.errors import SagaCancelled, SagaFailed, UsageError
 from orchestrator.machine.fold import RunInfo
-from orchestrator.machine.journal import Cancel, Entry, Operate, Parked, Terminate
+from orchestrator.machine.journal import Cancel, Entry, Operate, Parked, Signal, Terminate
 from orchestrator.machine.states import RunState
 from orchestrator.saga import Saga
 from orchestrator.testing.rehearsal import Rehearsal
@@ -120,6 +121,10 @@ class TestRun:
         """Stop now and undo nothing."""
         return self._send(Terminate(_TESTER, reason))
 
+    def signal(self, name: str, payload: Any = None) -> TestRun:
+        """Tell the run something that it waits for."""
+        return self._send(Signal(name, str(uuid.uuid4()), encode_any(payload, f"signal {name!r}")))
+
     def retry(self, key: str = "", *, by: str = _TESTER, reason: str = "") -> TestRun:
         """Try a parked step, probe or undo again; without `key` a run that is parked as a whole."""
         return self._operate(Operate("retry", key, by, reason))
@@ -149,7 +154,7 @@ class TestRun:
             raise UsageError(f"{order.action}: {what} is not parked; parked here: {known}")
         return self._send(order)
 
-    def _send(self, arrival: Cancel | Terminate | Operate) -> TestRun:
+    def _send(self, arrival: Cancel | Terminate | Operate | Signal) -> TestRun:
         self._rehearsal.send(arrival)
         self._rehearsal.play()
         return self
@@ -165,6 +170,7 @@ def run(
     deadline: timedelta | None = None,
     task_id: str = "test-run",
     started: datetime = STARTED,
+    signals: Iterable[tuple[str, Any]] = (),
     replay: bool = True,
 ) -> TestRun:
     """Run a saga, or a durable canvas, here and now, with stubbed steps and skipped time, until it ends or is parked.
@@ -175,7 +181,8 @@ def run(
     stays), or else the result itself. A step without a stub is called as it is; a transactional one on
     `connection`, under a savepoint. An exception leaves the outcome in doubt, unless it is `Rejected` or
     declared non-retryable; pauses between attempts pass at once. `cancel_at` cancels after that much
-    virtual time, `deadline` overrides the saga's, `started` (aware) is when virtual time begins. With
+    virtual time, `deadline` overrides the saga's, `started` (aware) is when virtual time begins, `signals` are
+    names and payloads that it is told at its start. Children are played as well, and locks are free. With
     `replay` saga code starts anew from the recorded journal at every turn, as it may in production; what is
     not deterministic then parks the run as drift.
     Raises: PayloadError for input that cannot be stored; UsageError for a step that cannot be called here.
@@ -196,6 +203,8 @@ def run(
         priority=saga.options.priority,
     )
     rehearsal = Rehearsal(saga, info, Cast(stubs or {}, connection), replays=replay)
+    for number, (name, payload) in enumerate(signals):
+        rehearsal.send(Signal(name, f"signal {number}", encode_any(payload, f"signal {name!r}")), started)
     if cancel_at is not None:
         rehearsal.send(Cancel(_TESTER, "cancel_at"), started + cancel_at)
     rehearsal.play()
