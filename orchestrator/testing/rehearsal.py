@@ -149,6 +149,13 @@ class Rehearsal:
             self._plan(max(work.due or self.now, self.now), work)
         for key in turn.withdraw:
             self._withdraw(key)
+        for step in turn.locks:  # there is no other run
+            self._plan(self.now, AttemptEnded(step.key, "do", 1, "succeeded"))
+        if turn.children:
+            raise UsageError(
+                f"saga {self.saga.name} asks for a child, {turn.children[0].saga}, and testing.run plays one run "
+                "alone; use the fixture saga_environment"
+            )
 
     def _withdraw(self, key: str) -> None:
         """Take back what has not begun; what has begun ends by itself."""
