@@ -26,9 +26,11 @@ class PaymentReceipt(BaseModel):
 @saga.define(version=1, deadline=timedelta(hours=1))
 async def payment(request: Payment) -> PaymentReceipt:
     """Hold the money, have the provider process it, settle, and tell both parties."""
+    saga.tag(customer=request.customer, merchant=request.merchant)
     await saga.step(payments.validate, request)
-    await saga.step(payments.check_balance, request)
-    await saga.step(payments.hold, request)
+    async with saga.lock("wallet", request.customer):  # no other payment comes between the look and the hold
+        await saga.step(payments.check_balance, request)
+        await saga.step(payments.hold, request)
     charge = await saga.step(payments.charge, request.bill)
     settled = await saga.step(payments.finalise, request)  # the pivot: from here only forward
     told = await asyncio.gather(

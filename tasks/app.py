@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery, signals
+from celery.schedules import crontab
 
 from orchestrator import Orchestrator
 from tasks.database import create_tables, ledger_engine
@@ -30,10 +31,15 @@ app = Celery(
         "sagas.onboarding",
         "sagas.order",
         "sagas.payment",
+        "sagas.reconciliation",
+        "sagas.sync",
         "sagas.training",
         "sagas.transfer",
     ],
 )
+app.conf.beat_schedule = {
+    "reconcile the ledger": {"task": "sagas.reconciliation.reconciliation", "schedule": crontab(hour=2, minute=30)}
+}
 orchestrator = Orchestrator(app)
 started: list[Process] = []  # ends with the worker that keeps it
 

@@ -1,7 +1,8 @@
 """Owns the nightly look at the ledger: accounts in batches, findings as rows, and a report that compliance gets.
 
-It changes nothing in the ledger. A finding is keyed by day, subject (an account or a posting) and what is wrong
-with it, so that it is there once however often, and from however many accounts, it is found.
+It changes nothing in the ledger. A finding is keyed by its subject (an account or a posting) and by what is wrong with
+it, so that it is there once, however often and from however many accounts it is found; it knows when it was first and
+last seen. Which findings belong to a night is decided by the database's clock, as saga time is.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-from datetime import date, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Column, Connection, Date, Integer, Table, Text, func, select, text
+from sqlalchemy import Boolean, Column, Connection, DateTime, Integer, Select, Table, Text, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 
 from orchestrator import Effect, RetryPolicy, step
@@ -22,24 +24,27 @@ from tasks.database import ledger_engine, metadata
 from tasks.outside import client
 
 RETRY = RetryPolicy(initial_interval=timedelta(milliseconds=200), maximum_attempts=5)
-BATCH = 100
+BATCH = 100  # accounts
+PAGE = 50 * BATCH  # accounts that are listed at once
 
 findings = Table(
     "findings",
     metadata,
-    Column("day", Date, primary_key=True),
     Column("subject", Text, primary_key=True),
     Column("what", Text, primary_key=True),
     Column("detail", Text, nullable=False),
+    Column("first_seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("last_seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     schema="reconciliation",
 )
 reports = Table(
     "reports",
     metadata,
-    Column("day", Date, primary_key=True),
+    Column("night", Text, primary_key=True),
     Column("accounts", Integer, nullable=False),
     Column("findings", Integer, nullable=False),
     Column("unchecked", Integer, nullable=False),
+    Column("complete", Boolean, nullable=False),
     Column("file", Text, nullable=False),
     schema="reconciliation",
 )
@@ -52,18 +57,18 @@ CHECK = text("""
         select b.id, b.currency, b.balance, coalesce(sum(e.amount), 0) as entries
         from batch b left join ledger.entries e on e.account_id = b.id group by 1, 2, 3
     )
-    insert into reconciliation.findings (day, subject, what, detail)
-    select cast(:day as date), id, 'balance', 'carries ' || balance || ', its entries say ' || entries
+    insert into reconciliation.findings (subject, what, detail)
+    select id, 'balance', 'carries ' || balance || ', its entries say ' || entries
     from booked where balance <> entries
     union
-    select :day, 'posting ' || p.id, 'sum', 'its entries sum to ' || sum(e.amount)
+    select 'posting ' || p.id, 'sum', 'its entries sum to ' || sum(e.amount)
     from ledger.postings p join ledger.entries e on e.posting_id = p.id
     where p.id in (select posting_id from ledger.entries where account_id in (select id from batch))
     group by p.id having sum(e.amount) <> 0
     union
-    select :day, 'posting ' || e.posting_id, 'currency', 'has ' || e.currency || ' on an account in ' || b.currency
+    select 'posting ' || e.posting_id, 'currency', 'has ' || e.currency || ' on an account in ' || b.currency
     from batch b join ledger.entries e on e.account_id = b.id where e.currency <> b.currency
-    on conflict do nothing
+    on conflict (subject, what) do update set detail = excluded.detail, last_seen_at = now()
 """)
 
 
@@ -72,74 +77,88 @@ class Batch(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    day: date
     first: str
     last: str
 
 
-class Report(BaseModel):
-    """Say what came of a day: how many accounts there were, and how many of them could not be looked at."""
+class Night(BaseModel):
+    """Name a reconciliation, and say when it began and whether nearly all could be looked at."""
 
     model_config = ConfigDict(frozen=True)
 
-    day: date
+    id: str
+    began_at: datetime
+    complete: bool = True
+
+
+class Report(BaseModel):
+    """Say what came of a night: how many accounts there were, and how many batches could not be looked at."""
+
+    model_config = ConfigDict(frozen=True)
+
+    night: str
     accounts: int
     findings: int
     unchecked: int
+    complete: bool
     file: str
     sha256: str
 
 
-def batches(day: date, after: str, limit: int) -> list[Batch]:
-    """Return the next batches of active accounts, in order of their ids."""
-    account = ledger.accounts.c
-    active = select(account.id).where(account.status == "open", account.kind == "customer", account.id > after)
+@step(effect=Effect.NONE, retry=RETRY)
+def batches(after: str | None) -> tuple[list[Batch], str | None]:
+    """Return the next batches of active accounts in order of their ids, and the last id, or None at the end."""
     with ledger_engine().connect() as conn:
-        ids = list(conn.scalars(active.order_by(account.id).limit(limit * BATCH)))
+        ids = list(conn.scalars(_active(ledger.accounts.c.id).where(ledger.accounts.c.id > (after or "")).limit(PAGE)))
     parts = [ids[start : start + BATCH] for start in range(0, len(ids), BATCH)]
-    return [Batch(day=day, first=part[0], last=part[-1]) for part in parts]
+    return [Batch(first=part[0], last=part[-1]) for part in parts], ids[-1] if len(ids) == PAGE else None
+
+
+def _active(column: Any) -> Select[Any]:
+    account = ledger.accounts.c
+    return select(column).where(account.status == "open", account.kind == "customer").order_by(account.id)
 
 
 @step(transactional=True, effect=Effect.NONE, retry=RETRY)
-def check(conn: Connection, batch: Batch) -> int:
-    """Look at a batch, write down what is wrong, and return how much was found now."""
-    return conn.execute(CHECK, batch.model_dump()).rowcount
+def check(conn: Connection, batch: Batch) -> None:
+    """Look at a batch, and write down what is wrong."""
+    conn.execute(CHECK, batch.model_dump())
 
 
 @step(effect=Effect.NONE, retry=RETRY)
-def report(day: date, unchecked: int) -> Report:
-    """Write the day's report, as a file and as a row; written again it is the same."""
+def report(night: Night, unchecked: list[str]) -> Report:
+    """Write the night's report, as a file and as a row; written again it is the same."""
     with ledger_engine().begin() as conn:
-        mine = select(findings).where(findings.c.day == day).order_by(findings.c.subject, findings.c.what)
-        found = conn.execute(mine).all()
-        active = select(func.count()).where(ledger.accounts.c.status == "open", ledger.accounts.c.kind == "customer")
-        accounts = int(conn.scalar(active) or 0)
-        file = _write(day, [tuple(row) for row in found])
+        seen = select(findings).where(findings.c.last_seen_at >= night.began_at)
+        found = conn.execute(seen.order_by(findings.c.subject, findings.c.what)).all()
+        lines = [(row.subject, row.what, row.detail) for row in found]
+        file = _write(night, [*lines, *(("not looked at", "", each) for each in unchecked)])
         told = Report(
-            day=day,
-            accounts=accounts,
+            night=night.id,
+            accounts=len(conn.execute(_active(ledger.accounts.c.id)).all()),
             findings=len(found),
-            unchecked=unchecked,
+            unchecked=len(unchecked),
+            complete=night.complete,
             file=str(file),
             sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         )
         row = told.model_dump(exclude={"sha256"})
-        conn.execute(insert(reports).values(row).on_conflict_do_update(index_elements=["day"], set_=row))
+        conn.execute(insert(reports).values(row).on_conflict_do_update(index_elements=["night"], set_=row))
     return told
 
 
-def _write(day: date, rows: list[tuple[object, ...]]) -> Path:
+def _write(night: Night, rows: list[tuple[str, str, str]]) -> Path:
     """Write the file so that it is whole or not there."""
-    file = Path(os.environ.get("REPORTS_DIR", ".dev/reports")) / f"{day}.csv"
+    file = Path(os.environ.get("REPORTS_DIR", ".dev/reports")) / f"{night.began_at:%Y-%m-%d}-{night.id}.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
     with part.open("w", newline="") as output:
-        csv.writer(output).writerows([("day", "subject", "what", "detail"), *rows])
+        csv.writer(output).writerows([("subject", "what", "detail"), *rows])
     return part.replace(file)
 
 
 @step(effect=Effect.NONE, retry=RETRY, start_to_close_timeout=timedelta(seconds=10))
 def send_to_compliance(told: Report) -> str:
-    """Send the report, once for each day, and return the receipt. Raises: httpx.HTTPError."""
+    """Send the report, once for each night, and return the receipt. Raises: httpx.HTTPError."""
     body = told.model_dump(mode="json", exclude={"file"})
-    return str(client.do("reports", str(told.day), body)["receipt"])
+    return str(client.do("reports", told.night, body)["receipt"])

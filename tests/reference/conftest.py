@@ -14,6 +14,7 @@ import pytest
 from psycopg import sql
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
 
+from orchestrator.store import testbed
 from tasks import banking, customers, inventory, ledger, models, notifications, payments, transfers
 from tasks.database import create_tables, ledger_engine, metadata
 from tasks.ledger import House
@@ -74,6 +75,14 @@ def outside(server: Server) -> Outside:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps wait a third of a second for an answer, and no longer."""
     monkeypatch.setenv("OUTSIDE_TIMEOUT_SECONDS", "0.3")
+
+
+@pytest.fixture(scope="session")
+def saga_database(_postgres_url: str) -> Iterator[str]:
+    """A database next to those of the other tests, in the place of the plugin's."""
+    url = testbed.create(_postgres_url)
+    yield url
+    testbed.drop(url, _postgres_url)
 
 
 @pytest.fixture(scope="session")

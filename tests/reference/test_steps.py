@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
-from sqlalchemy import Connection, Engine, func, select, update
+from sqlalchemy import Connection, Engine, func, insert, select, update
 
 from tasks import banking, customers, inventory, ledger, notifications, payments, reconciliation, transfers
 from tasks.customers import Decision, EmailTaken, Signup
@@ -19,7 +19,7 @@ from tasks.notifications import Mail
 from tasks.outside.client import Refused
 from tasks.outside.rules import FORGED, SOLD_OUT
 from tasks.payments import Bill, InvalidPayment, Payment
-from tasks.reconciliation import Batch
+from tasks.reconciliation import Batch, Night
 from tasks.transfers import Transfer
 from tests.reference.conftest import Outside
 
@@ -299,7 +299,7 @@ def test_a_merchant_is_read_from_the_text() -> None:
 
 # Reconciliation
 
-DAY = date(2026, 1, 2)
+NIGHT = Night(id="n1", began_at=datetime(2026, 1, 2, tzinfo=UTC))
 
 
 def plant_errors(engine: Engine) -> set[tuple[str, str]]:
@@ -326,41 +326,52 @@ def found(engine: Engine) -> set[tuple[str, str]]:
     return {(subject, what) for subject, what in rows}
 
 
+def check(engine: Engine, first: str, last: str) -> None:
+    """Look at a batch, in a transaction as a worker does."""
+    with engine.begin() as conn:
+        reconciliation.check(conn, Batch(first=first, last=last))
+
+
 def test_each_planted_error_is_found_once_though_two_batches_see_it(engine: Engine) -> None:
     planted = plant_errors(engine)
-    counts = []
     for first, last in (("ann", "ann"), ("bob", "cy"), ("ann", "cy")):
-        with engine.begin() as conn:
-            counts.append(reconciliation.check(conn, Batch(day=DAY, first=first, last=last)))
-    assert (sum(counts), counts[-1]) == (3, 0)
+        check(engine, first, last)
     assert found(engine) == planted
 
 
 def test_a_ledger_in_order_has_no_findings(engine: Engine) -> None:
-    (batch,) = reconciliation.batches(DAY, "", 10)
-    assert (batch.first, batch.last) == ("ann", "bob")
-    with engine.begin() as conn:
-        assert reconciliation.check(conn, batch) == 0
+    (batch,), more = reconciliation.batches(None)
+    assert (batch.first, batch.last, more) == ("ann", "bob", None)
+    check(engine, "ann", "bob")
+    assert found(engine) == set()
 
 
-def test_batches_follow_one_another_over_the_active_accounts(engine: Engine) -> None:
+def test_batches_follow_one_another_over_the_active_accounts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconciliation, "PAGE", 200)
     with engine.begin() as conn:
-        for number in range(250):
-            ledger.open_account(conn, f"c{number:03}", "customer", "EUR")
+        rows = [{"id": f"c{n:03}", "kind": "customer", "currency": "EUR", "balance": 0} for n in range(250)]
+        conn.execute(insert(ledger.accounts), rows)
         conn.execute(update(ledger.accounts).values(status="closed").where(ledger.accounts.c.id == "c001"))
-    first, second = reconciliation.batches(DAY, "", 2)
-    (third,) = reconciliation.batches(DAY, second.last, 2)
-    assert reconciliation.batches(DAY, third.last, 2) == []
-    assert (first.first, first.last, second.first) == ("ann", "c098", "c099")
+    (first, second), more = reconciliation.batches(None)
+    (third,), end = reconciliation.batches(more)
+    assert (first.first, first.last, second.first, more, end) == ("ann", "c098", "c099", second.last, None)
+    assert third.last == "c249"
 
 
 def test_a_report_is_a_file_and_a_row_and_reaches_compliance_once(engine: Engine, outside: Outside) -> None:
     plant_errors(engine)
-    with engine.begin() as conn:
-        reconciliation.check(conn, Batch(day=DAY, first="ann", last="cy"))
-    told = reconciliation.report(DAY, 0)
-    assert reconciliation.report(DAY, 0) == told
-    assert (told.accounts, told.findings) == (3, 3)
-    assert len(Path(told.file).read_text().splitlines()) == 4
+    check(engine, "ann", "cy")
+    told = reconciliation.report(NIGHT, ["batch 7: gone"])
+    assert reconciliation.report(NIGHT, ["batch 7: gone"]) == told
+    assert (told.accounts, told.findings, told.unchecked) == (3, 3, 1)
+    assert Path(told.file).read_text().splitlines()[-1] == "not looked at,,batch 7: gone"
     assert reconciliation.send_to_compliance(told) == reconciliation.send_to_compliance(told) == told.sha256[:12]
-    assert outside.records("reports") == {"2026-01-02": "done"}
+    assert outside.records("reports") == {"n1": "done"}
+
+
+def test_what_was_mended_is_not_in_the_next_report(engine: Engine) -> None:
+    plant_errors(engine)
+    check(engine, "ann", "cy")
+    with engine.begin() as conn:
+        tomorrow = conn.execute(select(func.now() + timedelta(days=1))).scalar_one()
+    assert reconciliation.report(Night(id="n2", began_at=tomorrow), []).findings == 0

@@ -487,3 +487,23 @@ def test_step_failures_can_be_caught_by_the_saga() -> None:
         return "charged"
 
     assert testing.run(forgiving, ORDER, stubs={charge: Rejected("no")}).output == "rejected Rejected"
+
+
+def test_a_lock_is_free_where_there_is_no_other_run() -> None:
+    @saga.define(name="locking")
+    async def locking(n: int) -> int:
+        async with saga.lock("account", n):
+            await saga.step(look, n)
+        async with saga.lock("account", n):
+            return await saga.step(look, n + 1)
+
+    assert testing.run(locking, 1).state == "completed"
+
+
+def test_a_child_is_refused_with_what_to_use_instead() -> None:
+    @saga.define(name="parent")
+    async def parent() -> None:
+        await saga.child(looking, 1)
+
+    with pytest.raises(UsageError, match="saga_environment"):
+        testing.run(parent)
