@@ -7,7 +7,7 @@ runs and was not claimed before.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -140,6 +140,15 @@ def look(connection: Connection, targets: Collection[str], reservation: timedelt
     row = connection.execute(_LOOK, {"targets": list(targets), "reservation": reservation}).fetchone()
     assert row is not None
     return Look(*row)
+
+
+def runs(connection: Connection, states: Sequence[str] = ()) -> list[tuple[str, str, int]]:
+    """Return the runs in one of these states (default: any) as (id, saga, version), in the order of their start."""
+    return connection.execute(
+        "SELECT id, saga, version FROM orchestrator.runs WHERE state = ANY (%(states)s) OR %(states)s = '{}' "
+        "ORDER BY started_at, id",
+        {"states": list(states)},
+    ).fetchall()
 
 
 def _told(connection: Connection, statement: str) -> Any:

@@ -20,7 +20,7 @@ from orchestrator.saga import Saga
 from orchestrator.saga import registry as sagas
 from orchestrator.saga.declare import Starter
 from orchestrator.settings import Settings
-from orchestrator.store import runs, testbed, turns
+from orchestrator.store import testbed, turns
 from orchestrator.store.connection import open_connection
 from orchestrator.store.transaction import Transactions
 from orchestrator.testing.faults import EVERY, Fault, Kind
@@ -101,8 +101,7 @@ class Environment:
 
     def runs_in(self, *states: str) -> list[EnvironmentRun]:
         """Return the runs in one of these states, in the order of their start."""
-        rows = runs.listed(self._connection, runs.listing(states=states, limit=10_000))
-        return [self._handle_of(row["id"], row["saga"], row["version"]) for row in reversed(rows)]
+        return [self._handle_of(*row) for row in testbed.runs(self._connection, states)]
 
     def _handle_of(self, run_id: str, name: str, version: int) -> EnvironmentRun:
         saga = sagas.sagas.get((name, version)) or sagas.latest(name)
