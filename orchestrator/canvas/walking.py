@@ -39,7 +39,7 @@ def ask(signature: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> asyncio.
     canvas = read(signature)
     what = f"the arguments of {signature['task']}"
     given: Any = (encode_any(list(args), what), encode_any(kwargs, what))
-    return asyncio.get_running_loop().create_task(_decoded(canvas, *given))
+    return code_of("step").run_beside(_decoded(canvas, *given))
 
 
 async def _decoded(canvas: Canvas, args: Args, kwargs: Kwargs) -> Any:

@@ -113,6 +113,7 @@ class SagaCode:
         self._recorder: Recorder | None = None
         self._closed = False
         self.asking: tuple[str, Request] | None = None  # the last request, for whoever explains a drift
+        self._beside: list[asyncio.Task[Any]] = []
         self.drift: DriftError | None = None
         self.published: dict[str, Json] = {}
         self.tags: dict[str, Json] = {}
@@ -164,8 +165,11 @@ class SagaCode:
 
     @property
     def ended(self) -> bool:
-        """Whether the saga function returned or raised."""
-        return self._task is not None and self._task.done()
+        """Whether the saga function returned, and what it left beside it is done, or whether it raised."""
+        if self._task is None or not self._task.done():
+            return False
+        failed = self._task.cancelled() or self._task.exception() is not None
+        return failed or all(task.done() for task in self._beside)
 
     def asked(self) -> list[Asked]:
         """Return what was asked for so far, as this code would record it."""
@@ -185,7 +189,8 @@ class SagaCode:
                 error = future.exception()
                 if error is not None:
                     return error
-        return None
+        unseen = (task for task in self._beside if not task.cancelled() and task._log_traceback)
+        return next((task.exception() for task in unseen), None)
 
     def cancel_branches(self) -> None:
         """Cancel what still runs beside a main coroutine that has ended."""
@@ -245,6 +250,13 @@ class SagaCode:
         future.key, future._code = key, self
         self._requests[key], self._futures[key] = request, future
         return future
+
+    def run_beside(self, main: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run a branch that counts as a request does: the run waits for it, and a failure nobody saw is the run's."""
+        self._refuse_if_closed()
+        task: asyncio.Task[Any] = self.loop.create_task(main)
+        self._beside.append(task)
+        return task
 
     def version(self, change: str, minimum: int, maximum: int) -> int:
         """Answer a version gate: the recorded number, the old one while replaying, else the new one."""

@@ -203,6 +203,52 @@ async def with_canvas(order: Order, fails: bool) -> Any:
         return failure.error_type
 
 
+@saga.define(name="canvas.unawaited")
+async def unawaited(how: str) -> str:
+    canvas = chain(take.s(Order(id="7", cents=1)), same.s().set(countdown=60), fail.s() if how == "fails" else say.s())
+    running = saga.step(canvas)
+    await saga.step(same.s("first"))
+    if how == "given up":
+        running.cancel()
+    if how == "raises":
+        raise RuntimeError("by itself")
+    return "done"
+
+
+def test_a_canvas_that_nobody_awaits_is_awaited_by_the_engine(said: list[Any]) -> None:
+    assert testing.run(unawaited, "succeeds").result() == "done"
+    assert said == ["take 7", {"id": "7", "cents": 1}]
+
+
+def test_a_failure_of_a_canvas_that_nobody_saw_is_that_of_the_run(said: list[Any]) -> None:
+    run = testing.run(unawaited, "fails")
+    assert run.state == "compensated" and "boom" in run.error["message"]  # type: ignore[index]
+    assert said == ["take 7", "put back 7, 1 cents"]
+
+
+@pytest.mark.parametrize(("how", "state"), [("given up", "completed"), ("raises", "compensated")])
+def test_a_canvas_that_is_given_up_stops_and_is_undone(said: list[Any], how: str, state: str) -> None:
+    run = testing.run(unawaited, how)
+    assert run.state == state and run.duration == timedelta(0)
+    assert said == ["take 7", "put back 7, 1 cents"]
+
+
+@saga.define(name="canvas.in_scope")
+async def in_scope() -> str:
+    await saga.step(take, Order(id="before", cents=1))
+    try:
+        async with saga.scope():
+            await saga.step(chain(take.s(Order(id="within", cents=1)), refuse.s()))
+    except StepFailed as failure:
+        return failure.error_type
+    return "not reached"
+
+
+def test_a_canvas_that_fails_in_a_scope_is_undone_and_what_was_before_stays(said: list[Any]) -> None:
+    assert testing.run(in_scope).result() == "Rejected"
+    assert said == ["take before", "take within", "put back within, 1 cents"]
+
+
 def test_a_canvas_is_a_step_of_a_saga() -> None:
     order = Order(id="7", cents=1)
     assert testing.run(with_canvas, order, False).result() == [{"id": "7", "cents": 1}, 2]
