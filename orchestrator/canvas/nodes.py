@@ -36,7 +36,14 @@ def _named(name: str) -> str:
     return name
 
 
+def _task(name: str) -> str:
+    if name.startswith(("celery.", "orchestrator.")):
+        raise ValueError("is a task of Celery's or of this package, and no link")
+    return _named(name)
+
+
 Name: TypeAlias = Annotated[str, AfterValidator(_named)]
+TaskName: TypeAlias = Annotated[str, AfterValidator(_task)]
 
 
 class Node(BaseModel):
@@ -86,7 +93,7 @@ class Node(BaseModel):
 class Link(Node):
     """One task."""
 
-    task: Name
+    task: TaskName
     queue: Name | None = None
     priority: Annotated[int, Field(ge=0, le=9)] | None = None
 

@@ -6,18 +6,19 @@ Owns the built-in saga that runs a canvas, and the handle that starts it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.canvas.nodes import Canvas, Node
 from orchestrator.canvas.reading import read, read_all
 from orchestrator.canvas.walking import walk
-from orchestrator.codec import encode_any
+from orchestrator.codec import Json, encode_any
 from orchestrator.errors import UsageError
 from orchestrator.machine.loop import inside_saga
 from orchestrator.machine.policy import RetryPolicy
 from orchestrator.saga.declare import define
-from orchestrator.step import OnUnknown, StepOptions
+from orchestrator.step import StepOptions
 
+WhenUsedUp = Literal["compensate", "park"]
 _OPTIONS = frozenset({
     "task_id", "countdown", "eta", "priority", "queue", "deadline", "tags", "transaction", "link", "link_error",
 })  # fmt: skip
@@ -25,7 +26,7 @@ _IT_HAS = ", ".join(sorted(_OPTIONS))
 
 
 @define(name="orchestrator.canvas")
-async def run_canvas(canvas: Canvas, retry: list[Any] | None = None, on_unknown: OnUnknown | None = None) -> Any:
+async def run_canvas(canvas: Canvas, retry: list[Any] | None = None, on_unknown: WhenUsedUp | None = None) -> Any:
     """Run a canvas; `retry` (in its journal form) and `on_unknown` are those of links that are no declared steps."""
     plain = StepOptions(retry=RetryPolicy.decode(retry) if retry else None, on_unknown=on_unknown)
     return await walk(canvas, [], {}, plain)
@@ -72,6 +73,11 @@ class Durable:
         """Return a handle to a run by its id; asks nothing of the database yet."""
         return run_canvas.AsyncResult(task_id)
 
+    @property
+    def form(self) -> Json:
+        """The stored form of the canvas: the argument with which a message or beat starts `orchestrator.canvas`."""
+        return run_canvas.codec.encode_call((self.canvas,), {})["canvas"]
+
     def with_callbacks(self, link: Any = None, link_error: Any = None) -> Durable:
         """Return it with one more callback or handler, or several, of the canvas as a whole."""
         told = {"link": read_all(link), "link_error": read_all(link_error)}
@@ -99,7 +105,7 @@ class Durable:
         return called
 
 
-def durable(signature: Any, *, retry: RetryPolicy | None = None, on_unknown: OnUnknown | None = None) -> Durable:
+def durable(signature: Any, *, retry: RetryPolicy | None = None, on_unknown: WhenUsedUp | None = None) -> Durable:
     """Make any Celery signature, such as a chain, group or chord, durable: ``durable(chain(a.s(1), b.s())).delay()``.
 
     `retry` and `on_unknown` are for links that are plain Celery tasks; a declared step has its own.  With

@@ -58,8 +58,8 @@ async def walk(canvas: Canvas, args: Args, kwargs: Kwargs, plain: StepOptions | 
     async with asyncio.TaskGroup() as aside:
         try:
             value = await _Walk(plain or StepOptions(), aside).run(canvas, args, kwargs)
-        except FAILURES as error:
-            failure = error  # not before the callbacks have ended
+        except Exception as error:
+            failure = error  # not before the callbacks have ended, and as it is, not in a group
     if failure is not None:
         raise failure
     return value

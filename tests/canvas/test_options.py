@@ -83,6 +83,7 @@ MALFORMED: dict[str, Any] = {
     "a name too long": {"task": "x" * 501},
     "an unknown type": {"task": "x", "subtask_type": "barrier"},
     "a task of Celery's own": {"task": "celery.accumulate"},
+    "a task of this package": {"task": "orchestrator.drain"},
     "an empty chain": {"task": "celery.chain", "subtask_type": "chain", "kwargs": {"tasks": []}},
     "a chain without tasks": {"task": "celery.chain", "subtask_type": "chain"},
     "a chain of text": {"task": "celery.chain", "subtask_type": "chain", "kwargs": {"tasks": "abc"}},
@@ -147,7 +148,18 @@ def test_many_groups_in_a_row_are_not_deep() -> None:
 # -- where it is started -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("start", [run_canvas.delay, lambda form: testing.run(run_canvas, form)])
 @pytest.mark.parametrize(
-    "form", [1, {}, {"chain": 1}, {"task": 7}, {"chain": [{}]}, {"task": "x", "other": 1}, {"task": "a\0b"}]
+    "form",
+    [
+        1,
+        {},
+        {"chain": 1},
+        {"task": 7},
+        {"chain": [{}]},
+        {"task": "x", "other": 1},
+        {"task": "a\0b"},
+        {"task": "orchestrator.drain"},
+        {"task": "celery.backend_cleanup"},
+    ],
 )
 def test_a_stored_form_that_makes_no_sense_starts_nothing(start: Any, form: Any) -> None:
     with pytest.raises(PayloadError):
@@ -157,7 +169,7 @@ def test_a_stored_form_that_makes_no_sense_starts_nothing(start: Any, form: Any)
 def test_a_canvas_is_started_from_its_stored_form_by_a_message_of_any_language() -> None:
     form = json.loads('{"chain": [{"task": "canvas.add", "args": [1, 2]}, {"task": "canvas.same"}]}')
     encoded = run_canvas.codec.encode_call((form,), {}, from_json=True)
-    assert encoded == run_canvas.codec.encode_call((durable(chain(add.s(1, 2), same.s())).canvas,), {})
+    assert encoded == {"canvas": durable(chain(add.s(1, 2), same.s())).form}
 
 
 @saga.define(name="canvas.starts")
