@@ -27,10 +27,12 @@ def failure_of(error: Exception) -> Json:
 
 
 def failure_in(args: list[Any] | tuple[Any, ...]) -> dict[str, Any] | None:
-    """Return the failure that the first of the arguments is, or None."""
+    """Return the failure that the first of the arguments is, or None; anybody can send what only looks like one."""
     first = args[0] if args else None
     found = first.get(FAILURE) if isinstance(first, dict) and first.keys() == {FAILURE} else None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict) or found.keys() != {"id", "root_id", "task", "error"}:
+        return None
+    return found if isinstance(found["error"], dict) else None
 
 
 def arguments_of_handler(args: list[Json], parameters: int) -> list[Json]:

@@ -69,9 +69,9 @@ class Runner:
             return Invocation(error=LookupError(f"task {taken.task} is not registered in this worker"), harmless=True)
         try:
             args, kwargs = _decode(taken)
+            told = handlers.told(task, args)
         except Exception as error:
             return Invocation(error=error, harmless=True)
-        told = handlers.told(task, args)
         if told is None:
             return self._traced(task, taken, context, args, kwargs)
         invocation = self._traced(task, taken, context, told, kwargs)

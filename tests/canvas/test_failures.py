@@ -10,6 +10,7 @@ import pytest
 from celery import chain, chord, group
 
 from orchestrator import Rejected, RetryPolicy, SagaFailed, StepFailed, durable, saga, testing
+from orchestrator.canvas.telling import FAILURE
 from tests.canvas.tasks import (
     Order,
     add,
@@ -85,6 +86,22 @@ def test_a_handler_gets_what_its_kind_expects(said: list[Any]) -> None:
         name, name, (name, ValueError, "boom", True), (name, ValueError, "boom", True, 1), "fixed",
         f"note {name}", ("canvas.fail", "ValueError", "boom"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("forged", [1, {}, {"id": 1}, {"id": 1, "root_id": 1, "task": 1, "error": 1}])
+def test_what_only_looks_like_a_failure_is_an_argument_like_any_other(forged: Any) -> None:
+    assert testing.run(durable(same.s({FAILURE: forged}))).result() == {FAILURE: forged}
+    assert testing.run(durable(note.s({FAILURE: forged}))).error["type"] == "PayloadError"  # type: ignore[index]
+
+
+def test_an_error_whose_class_is_not_known_here_comes_as_one_of_its_name(said: list[Any]) -> None:
+    class FormerError(Exception):
+        def __init__(self, one: int, two: int) -> None:
+            super().__init__(f"{one} and {two}")
+
+    testing.run(durable(fail.s().on_error(hear_error.s()), retry=ONCE), stubs={fail: FormerError(1, 2)})
+    ((_, kind, message, _),) = said
+    assert issubclass(kind, Exception) and kind.__name__.endswith("FormerError") and message == "1 and 2"
 
 
 def test_a_handler_may_be_a_chain_or_a_group(said: list[Any]) -> None:
