@@ -126,6 +126,9 @@ def _waiting(case: Case) -> Iterator[Reason]:
             behind = f", behind {', '.join(ahead)}" if ahead else ""
             hints = (f"saga explain {ahead[0]}",) if ahead else ()
             yield Reason("lock", f"It waits for lock {step.asked.task}{behind}.", key, hints)
+    for key, step in fold.steps.items() if fold.info.parent else ():
+        if step.is_pivot and not step.settled and key not in fold.granted:
+            yield Reason("pivot", f"{key} is a pivot of a child and waits for its root to grant it.", key)
     for step in fold.children:
         if step.in_flight:
             child = fold.info.child(step.key)

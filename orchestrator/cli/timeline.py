@@ -23,6 +23,7 @@ from orchestrator.machine.journal import (
     DeadlinePassed,
     Ended,
     Entry,
+    FamilyPivot,
     Late,
     Operated,
     Parked,
@@ -257,6 +258,11 @@ def _concluded(tale: _Tale, entry: Concluded, at: datetime) -> tuple[str, ...]:
     return "→", "", "its root ended well: what it did stays"
 
 
+def _family_pivot(tale: _Tale, entry: FamilyPivot, at: datetime) -> tuple[str, ...]:
+    whose = f"the pivot {entry.origin}" if entry.child else "its pivot"
+    return "→", "", f"{whose}: {entry.phase}{' by the root' if entry.phase in ('granted', 'refused') else ''}"
+
+
 def _carried(tale: _Tale, entry: Carried, at: datetime) -> tuple[str, ...]:
     return "→", "", f"took over from the link before: lock {', lock '.join(entry.locks)}"
 
@@ -301,6 +307,7 @@ _TELL: dict[type, Callable[[_Tale, Any, datetime], tuple[str, ...]]] = {
     Reported: _reported,
     Revoked: _revoked,
     Concluded: _concluded,
+    FamilyPivot: _family_pivot,
     Carried: _carried,
     Continued: _continued,
     Ended: _ended,

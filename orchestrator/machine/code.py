@@ -19,7 +19,6 @@ from orchestrator.machine.fold import Fold, Step
 from orchestrator.machine.journal import Asked, Entry, Json, Settled, Versioned
 from orchestrator.machine.keys import Branch
 from orchestrator.machine.loop import SagaLoop, SagaTask
-from orchestrator.machine.policy import Effect
 
 
 class Discarded(BaseException):
@@ -235,10 +234,6 @@ class SagaCode:
         if step is None:
             self._refuse_if_outstanding(f"it now asks for {key!r}")
             asked = request.asked(key)
-            if asked.effect == Effect.PIVOT and self.fold.info.parent:
-                raise UsageError(
-                    f"{asked.task} is a pivot, and this run is a child: the point of no return is its root's"
-                )
             if scope.get():
                 asked = replace(asked, scope=scope.get())
             assert self._recorder is not None

@@ -30,6 +30,7 @@ from orchestrator.machine.journal import (
     Operate,
     Operated,
     Parked,
+    PivotNews,
     Post,
     ProbeAsked,
     Returned,
@@ -67,6 +68,8 @@ class Decisions:
         """Append `entry` and fold it."""
         self.fold.apply(entry)
         self.entries.append(entry)
+        if type(entry) is Settled and entry.key in self.fold.granted:
+            family.pivot_settled(self, entry.key)
 
     # -- arrivals ------------------------------------------------------------------------------------------------------
     def take(self, arrival: Arrival) -> None:
@@ -79,6 +82,8 @@ class Decisions:
                 self._take_late(arrival)
             case Revoke():
                 family.take_revoke(self)
+            case PivotNews():
+                family.take_pivot(self, arrival)
             case _ if self.fold.ended:
                 pass
             case AttemptEnded():
@@ -308,7 +313,7 @@ class Decisions:
             self.record(Settled(step.key, "withdrawn"))
         elif step.asked.kind == "child":
             family.revoke(self, step)
-        else:
+        elif not family.waits_for_grant(self, step):
             self.withdraw.append(step.key)
 
     # -- going back ----------------------------------------------------------------------------------------------------

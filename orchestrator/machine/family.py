@@ -16,11 +16,14 @@ from orchestrator.machine.journal import (
     Conclude,
     Concluded,
     Error,
+    FamilyPivot,
     NewChild,
+    PivotNews,
     Post,
     Reported,
     Revoke,
     Revoked,
+    Settled,
     Terminate,
 )
 from orchestrator.machine.states import Backward, Forward, RunState
@@ -80,12 +83,92 @@ def ended(decisions: Decisions, state: RunState) -> None:
             _tell(decisions, step, Terminate(by="its parent"))
     if not fold.info.parent or state is RunState.COMPLETED:
         return
+    for key in fold.granted:
+        if not fold.steps[key].settled:  # somebody terminated this run, and nobody will know any more
+            _news(decisions, fold.info.pivot(key), "failed")
     if not fold.reported:
         _report(decisions, "do", "rejected", error=_failure(decisions, state))
     if fold.revoked:
         _answer_revoke(decisions, state)
 
 
+# -- the point of no return --------------------------------------------------------------------------------------------
+def ask_for_pivot(decisions: Decisions, step: Step) -> None:
+    """Ask the root whether a pivot of this child may begin: it is one for all above it."""
+    _news(decisions, decisions.fold.info.pivot(step.key), "asked")
+
+
+def waits_for_grant(decisions: Decisions, step: Step) -> bool:
+    """Tell whether a step is a pivot that the root has not answered for yet: no work of it is there."""
+    return step.is_pivot and bool(decisions.fold.info.parent) and step.key not in decisions.fold.granted
+
+
+def take_pivot(decisions: Decisions, news: PivotNews) -> None:
+    """Pass on what becomes of a pivot in the family; grant it if this is the root and it does not go back."""
+    fold = decisions.fold
+    if not news.child and news.origin.startswith(f"{fold.info.id} "):
+        _take_answer(decisions, news)
+    elif news.phase == "asked" and (fold.ended or fold.rollback or fold.stop or fold.revoked):
+        _answer(decisions, news.child, news.origin, "refused")
+    elif news.phase == "asked":
+        decisions.record(FamilyPivot(news.origin, "asked", news.child))
+        if fold.info.parent:
+            _news(decisions, news.origin, "asked")
+        else:
+            decisions.record(FamilyPivot(news.origin, "granted", news.child))
+            _answer(decisions, news.child, news.origin, "granted")
+    else:
+        child = news.child or _child_towards(decisions, news.origin)
+        if not fold.ended:
+            decisions.record(FamilyPivot(news.origin, news.phase, child))
+        if not news.child:
+            _answer(decisions, child, news.origin, news.phase)
+        elif fold.info.parent:
+            _news(decisions, news.origin, news.phase)
+
+
+def _take_answer(decisions: Decisions, news: PivotNews) -> None:
+    """Begin this child's own pivot, or learn that the family goes back."""
+    fold = decisions.fold
+    step = fold.steps[fold.info.pivot_of(news.origin)]
+    if fold.ended and news.phase == "granted":
+        _news(decisions, news.origin, "failed")
+    if fold.ended or step.settled:
+        return
+    if news.phase == "refused":
+        error = {"type": "FamilyUndone", "message": "the family of this run is being undone: it may not begin"}
+        decisions.record(Settled(step.key, "rejected", error=error))
+        return
+    decisions.record(FamilyPivot(news.origin, "granted"))
+    if step.abandoned:
+        decisions.record(Settled(step.key, "withdrawn"))
+    else:
+        decisions.work.append(decisions.do_work(step))
+
+
+def pivot_settled(decisions: Decisions, key: str) -> None:
+    """Tell those above what became of this child's pivot."""
+    succeeded = decisions.fold.steps[key].forward is Forward.SUCCEEDED
+    _news(decisions, decisions.fold.info.pivot(key), "succeeded" if succeeded else "failed")
+
+
+def _child_towards(decisions: Decisions, origin: str) -> str:
+    """Return the key of the child through which a pivot of a descendant came."""
+    fold = decisions.fold
+    ids = {step.key: fold.info.child(step.key) for step in fold.children}
+    return next(key for key, id in ids.items() if origin.startswith((f"{id} ", f"{id}/")))
+
+
+def _news(decisions: Decisions, origin: str, phase: str) -> None:
+    info = decisions.fold.info
+    decisions.posts.append(Post(info.parent, PivotNews(origin, phase, info.key_in_parent), anyone=True))
+
+
+def _answer(decisions: Decisions, child: str, origin: str, phase: str) -> None:
+    decisions.posts.append(Post(decisions.fold.info.child(child), PivotNews(origin, phase), anyone=True))
+
+
+# -- what a child says -------------------------------------------------------------------------------------------------
 def _answer_revoke(decisions: Decisions, state: RunState) -> None:
     undone = state is not RunState.TERMINATED and state is not RunState.COMPLETED
     error = (

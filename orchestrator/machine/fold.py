@@ -25,6 +25,7 @@ from orchestrator.machine.journal import (
     Ended,
     Entry,
     Error,
+    FamilyPivot,
     Json,
     Late,
     Operated,
@@ -74,6 +75,14 @@ class RunInfo:
     def child(self, key: str) -> str:
         """The id of the child that was asked for as `key`."""
         return f"{self.id}~{self.link}/{key}" if self.link else f"{self.id}/{key}"
+
+    def pivot(self, key: str) -> str:
+        """The name of a pivot of this run in its family."""
+        return f"{self.id} {key}"
+
+    def pivot_of(self, origin: str) -> str:
+        """The key of a pivot of this run, by its name."""
+        return origin[len(self.id) + 1 :]
 
     def lock(self, key: str) -> str:
         """The handle of the lock that was asked for as `key`; it stays the same in later links."""
@@ -204,6 +213,7 @@ class Fold:
         self.locks: dict[str, str] = {}  # held or asked for: the lock's handle, by the key of its request
         self.carried_locks: dict[str, str] = {}  # held since an earlier link: the handle, by the lock's name
         self.reported = self.revoked = self.concluded = False
+        self.granted: set[str] = set()  # keys of this child's own pivots that may begin
         self.continued: Continued | None = None
         self.ended: Ended | None = None
         self._entries = 0
@@ -457,6 +467,16 @@ class Fold:
     def _concluded(self, entry: Concluded) -> None:
         self.concluded = True
 
+    def _family_pivot(self, entry: FamilyPivot) -> None:
+        if not entry.child:
+            if entry.phase == "granted":
+                self.granted.add(self.info.pivot_of(entry.origin))
+        elif entry.phase == "asked":
+            self.pivots_in_flight += 1
+        elif entry.phase != "granted":
+            self.pivots_in_flight -= 1
+            self.past_pivot = self.past_pivot or entry.phase == "succeeded"
+
     def _carried(self, entry: Carried) -> None:
         self.carried_locks = dict(entry.locks)
 
@@ -492,6 +512,7 @@ _APPLY: dict[type, Callable[[Fold, Any], None]] = {
     Reported: Fold._reported,
     Revoked: Fold._revoked,
     Concluded: Fold._concluded,
+    FamilyPivot: Fold._family_pivot,
     Continued: Fold._continued,
     Carried: Fold._carried,
     Ended: Fold._ended,

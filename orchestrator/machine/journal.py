@@ -259,6 +259,20 @@ class Concluded:
 
 
 @dataclass(frozen=True, slots=True)
+class FamilyPivot:
+    """A pivot of a descendant, or of this child itself: it may begin once the root has granted it.
+
+    `origin` names the pivot by run and key, `child` is the key of the child through which it came; empty for this
+    run's own.
+    """
+
+    tag: ClassVar[str] = "family pivot"
+    origin: str
+    phase: str  # asked, granted, refused, succeeded, failed
+    child: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Continued:
     """The run goes on with a fresh journal under the same id, and ends here as a link of it."""
 
@@ -287,7 +301,7 @@ class Ended:
 Entry = (
     Asked | Attempted | Settled | ProbeAsked | UndoAsked | Undone | Late | Abandoned | Versioned | Returned | Raised
     | CancelAsked | CancelRefused | DeadlinePassed | RollbackBegan | Parked | Operated | Signalled | Unlocked | Reported
-    | Revoked | Concluded | Continued | Carried | Ended
+    | Revoked | Concluded | FamilyPivot | Continued | Carried | Ended
 )  # fmt: skip
 
 
@@ -392,7 +406,17 @@ class Conclude:
     tag: ClassVar[str] = "conclude"
 
 
-Arrival = AttemptEnded | Withdrawn | LateSuccess | Cancel | Terminate | Operate | Signal | Revoke | Conclude
+@dataclass(frozen=True, slots=True)
+class PivotNews:
+    """What became of a pivot in the family: from a child (named by its key), or from the parent."""
+
+    tag: ClassVar[str] = "pivot"
+    origin: str
+    phase: str
+    child: str = ""
+
+
+Arrival = AttemptEnded | Withdrawn | LateSuccess | Cancel | Terminate | Operate | Signal | Revoke | Conclude | PivotNews
 
 
 # -- work ------------------------------------------------------------------------------------------------------------

@@ -263,6 +263,8 @@ class _Recorder(Decisions):
             return
         step = self.fold.steps[entry.key]
         match entry.kind:
+            case "step" if step.is_pivot and self.fold.info.parent:
+                family.ask_for_pivot(self, step)
             case "step" | "once":
                 self.work.append(self.do_work(step))
             case "child":

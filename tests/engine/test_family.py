@@ -24,7 +24,7 @@ from orchestrator import (
 )
 from orchestrator.client import Client, SagaResult
 from orchestrator.store.connection import Connection
-from tests.engine.stage import QUEUE, Child, kinds, state
+from tests.engine.stage import QUEUE, Child, entries, kinds, state
 
 AT_ONCE = RetryPolicy(timedelta(0), 1.0, timedelta(0), 2)
 DONE: list[str] = []
@@ -58,8 +58,10 @@ def refuse(what: str) -> None:
     raise Rejected(what)
 
 
-@step(effect=Effect.PIVOT)
+@step(effect=Effect.PIVOT, retry=AT_ONCE)
 def settle(what: str) -> None:
+    if what == "lost":
+        raise ConnectionError("no answer")
     DONE.append(what)
 
 
@@ -108,13 +110,25 @@ async def forgiving(what: str) -> str:
 
 
 @saga.define
-async def with_pivot() -> None:
-    await saga.step(settle, "settled")
+async def with_pivot(then: str) -> str:
+    if then == "told":
+        await saga.wait_signal("go")
+    await saga.step(settle, "lost" if then == "lost" else "settled")
+    return "settled"
 
 
 @saga.define
-async def parent_of_a_pivot() -> None:
-    await saga.child(with_pivot)
+async def parent_of_a_pivot(then: str) -> str:
+    await saga.step(do, "before")
+    done = await saga.child(with_pivot, then)
+    if then == "fail":
+        raise ValueError("no")
+    return done
+
+
+@saga.define
+async def grandparent_of_a_pivot() -> str:
+    return await saga.child(parent_of_a_pivot, "well")
 
 
 def run(client: Client, child: Child, saga_: Any, *args: Any, run_id: str = "run") -> SagaResult:
@@ -218,10 +232,55 @@ def test_a_child_whose_id_is_taken_fails(child: Child, client: Client, connectio
     assert "ConflictError" in result.get(timeout=10)
 
 
-def test_the_point_of_no_return_is_the_roots_alone(child: Child, client: Client, connection: Connection) -> None:
-    run(client, child, parent_of_a_pivot)
-    parked = next(run_id for run_id, state in states(connection).items() if state == "parked")
-    assert "is a pivot, and this run is a child" in str(client.outcome(parked).parked)
+def test_a_pivot_of_a_child_is_one_for_its_root(child: Child, client: Client, connection: Connection) -> None:
+    result = run(client, child, parent_of_a_pivot, "fail")
+    assert states(connection)["run"] == "parked"
+    assert DONE == ["before", "settled"], "nothing is undone after the point of no return"
+    with pytest.raises(UsageError, match="point of no return"):
+        result.cancel()
+
+
+def test_a_pivot_of_a_grandchild_is_granted_by_the_root(child: Child, client: Client, connection: Connection) -> None:
+    result = run(client, child, grandparent_of_a_pivot)
+    assert result.get(timeout=10) == "settled"
+    child.drain()
+    assert set(states(connection).values()) == {"completed"}
+    assert [e["phase"] for e in entries(connection) if e["e"] == "family pivot"] == ["asked", "granted", "succeeded"]
+
+
+def test_a_cancel_that_comes_first_refuses_the_pivot(child: Child, client: Client, connection: Connection) -> None:
+    result = run(client, child, parent_of_a_pivot, "told")
+    result.cancel("enough")
+    one = next(run_id for run_id in states(connection) if run_id != "run")
+    client.signal(one, "go")
+    child.drain()
+    assert set(states(connection).values()) == {"cancelled"}
+    assert DONE == ["before", "undo before"]
+
+
+def test_a_cancel_that_comes_after_waits_for_the_pivot_of_a_child(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    result = run(client, child, parent_of_a_pivot, "told")
+    one = next(run_id for run_id in states(connection) if run_id != "run")
+    child.runner.before = lambda taken: result.cancel("too late") if taken.task == settle.name else None
+    client.signal(one, "go")
+    child.drain()
+    assert states(connection)["run"] == "completed"
+    assert "cancel refused" in kinds(connection)
+
+
+def test_a_child_that_is_terminated_at_its_pivot_leaves_its_root_free(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    run(client, child, parent_of_a_pivot, "lost")
+    one = next(run_id for run_id, state in states(connection).items() if state == "parked")
+    client.terminate(one)
+    child.drain()
+    assert states(connection) == {"run": "compensated", one: "terminated"}
+    assert client.outcome("run").left == [
+        {"key": f"{with_pivot.name}#0/{settle.name}#0", "task": settle.name, "outcome": "unknown"}
+    ]
 
 
 # -- scopes ------------------------------------------------------------------------------------------------------------
