@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from celery import Celery
 
 from orchestrator import failpoints, store
+from tests.acceptance.running import ROOT
 from tests.beat.conftest import REPORT, Hall
 from tests.crash.points import BEAT
 from tests.engine.proxy import Proxy
@@ -188,4 +188,4 @@ def test_the_leader_of_another_app_is_no_matter(hall: Hall) -> None:
         )
     hall.start()
     hall.until_more("saga", 1)
-    assert os.path.exists(hall.folder) and not list(Path.cwd().glob("celerybeat-schedule*")), "no file is written"
+    assert not list(ROOT.glob("celerybeat-schedule*")), "no file is written"

@@ -60,7 +60,7 @@ def _walk(zone: str, begin: datetime, end: datetime) -> dict[int, list[tuple[dat
     return walked
 
 
-def _expected(text: str, zone: str, begin: datetime, end: datetime) -> list[datetime]:
+def expected_slots(text: str, zone: str, begin: datetime, end: datetime) -> list[datetime]:
     minutes, hours, days, months, weekdays = (
         _numbers(field, low, high)
         for field, low, high in zip(text.split(), (0, 0, 1, 1, 0), (59, 23, 31, 12, 6), strict=True)
@@ -84,14 +84,14 @@ def _slots(text: str, zone: str, begin: datetime, end: datetime) -> list[datetim
 @pytest.mark.parametrize("zone", ZONES)
 def test_the_slots_of_a_year_are_those_of_a_walk_over_its_minutes(zone: str) -> None:
     for text in CRONTABS:
-        found, expected = _slots(text, zone, *YEAR), _expected(text, zone, *YEAR)
+        found, expected = _slots(text, zone, *YEAR), expected_slots(text, zone, *YEAR)
         assert found == expected, (text, set(found) ^ set(expected))
         assert len(found) == len(set(found))
 
 
 def test_a_day_that_a_zone_never_had_loses_no_slot_and_doubles_none() -> None:
     for text in [*CRONTABS, "* * * * *"]:
-        assert _slots(text, "Pacific/Apia", *SAMOA) == _expected(text, "Pacific/Apia", *SAMOA), text
+        assert _slots(text, "Pacific/Apia", *SAMOA) == expected_slots(text, "Pacific/Apia", *SAMOA), text
     noon = _slots("0 12 * * *", "Pacific/Apia", *SAMOA)
     assert all(later - earlier == timedelta(days=1) for earlier, later in itertools.pairwise(noon))
 

@@ -108,6 +108,7 @@ def test_the_stack_comes_up_works_and_goes_and_keeps_its_data(dev: _Dev) -> None
     assert dev.stop() == 0
     assert "Stopped. The data is kept in .dev/" in dev.said
     assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert list((dev.folder / ".dev").glob("beat*")) == [], "beat's memory is in Postgres"
 
     dev.start()
     assert dev.start_run().stdout.splitlines() == ["one", "completed: 42"]
