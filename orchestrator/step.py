@@ -36,6 +36,7 @@ class BoundTask(Protocol):
     def delay(self, *args: Any, **kwargs: Any) -> Any: ...
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any: ...
     def s(self, *args: Any, **kwargs: Any) -> Any: ...
+    def si(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +137,10 @@ class Step(Generic[P, R]):
     def s(self, *args: Any, **kwargs: Any) -> Any:
         """Return a signature: Celery's, or before an app is bound a mapping of the same shape."""
         return self.bound.s(*args, **kwargs) if self.bound else {"task": self.name, "args": args, "kwargs": kwargs}
+
+    def si(self, *args: Any, **kwargs: Any) -> Any:
+        """Return an immutable signature, which takes no result of a link before it; see `s`."""
+        return self.bound.si(*args, **kwargs) if self.bound else {**self.s(*args, **kwargs), "immutable": True}
 
     # -- what the machine is told --------------------------------------------------------------------------------------
     @property

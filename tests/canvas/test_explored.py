@@ -1,0 +1,34 @@
+"""A canvas on a real Postgres, with a failure and a crash at every link and boundary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import chain, chord
+
+from orchestrator import durable, testing
+from orchestrator.canvas.starting import run_canvas
+from orchestrator.machine.journal import Asked, Raised
+from orchestrator.testing import Environment
+from tests.canvas.tasks import Order, note, price, put_back, take
+
+
+def said_by(run: Any) -> list[Asked]:
+    return [entry for entry in run.entries if isinstance(entry, Asked) and entry.task == note.name]
+
+
+def handled_once(run: Any) -> bool:
+    """Its handler was asked for once if a link failed, and never if none did."""
+    failed = any(isinstance(entry, Raised) for entry in run.entries)
+    return len(said_by(run)) == failed or run.state == "cancelled"
+
+
+def test_wherever_a_canvas_fails_or_crashes_it_ends_and_its_handler_fires_once(database_url: str) -> None:
+    orders = [Order(id=str(number), cents=number) for number in range(2)]
+    canvas = chord([chain(take.s(orders[0]), price.s()), take.s(orders[1])], price.si(orders[0]))
+    with Environment(database_url) as environment:
+        found = testing.explore(
+            run_canvas, (durable(chain([canvas]).on_error(note.s())).canvas,),
+            invariant=handled_once, may_leave=[price, note, put_back], pairs=5, environment=environment,
+        )  # fmt: skip
+    assert found.tried > 60
