@@ -17,9 +17,9 @@ from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Arrival, Cancel, Operate, Terminate, encode
 from orchestrator.machine.states import RunState
-from orchestrator.store import runs, turns
+from orchestrator.store import filters, turns
 from orchestrator.store.connection import Connection
-from orchestrator.store.runs import Found
+from orchestrator.store.filters import Found
 
 Action = Literal["cancel", "terminate", "pause", "resume", "retry", "skip"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
@@ -162,11 +162,11 @@ def _pages(connection: Connection, chosen: Filter) -> Iterator[list[Found]]:
     left, last = chosen.limit, None
     while left is None or left > 0:
         size = _PAGE if left is None else min(_PAGE, left)
-        query = runs.unfinished(
+        query = filters.unfinished(
             saga=chosen.saga, states=chosen.states, started_after=chosen.started_after, tags=chosen.texts(),
             started_before=chosen.started_before, parked=bool(chosen.step), after=last, limit=_PAGE,
         )  # fmt: skip
-        rows = runs.found(connection, query)
+        rows = filters.found(connection, query)
         if not rows:
             return
         last = rows[-1]

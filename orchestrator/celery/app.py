@@ -6,6 +6,7 @@ Owns what is registered with Celery: a real task for every step, one for every s
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import threading
 import time
@@ -239,6 +240,7 @@ class Orchestrator:
             return self._step_events
 
     def _new_drainer(self) -> Drainer:
+        gc.freeze()  # what was imported until now stays: no collection need look at it again
         bond = worker.Bond()
         targets = {name for name in self.app.tasks if not name.startswith("celery.")}
         targets |= {saga.target for saga in sagas.registry.sagas.values()}

@@ -18,7 +18,7 @@ from rich.text import Text
 from orchestrator.cli.command import Command, as_json, console, orchestrator_of, print_json, reading, saga_named
 from orchestrator.errors import DriftError, OrchestratorError, UnknownSagaError
 from orchestrator.machine.states import RunState
-from orchestrator.store import runs
+from orchestrator.store import filters
 from orchestrator.store.connection import Connection
 from orchestrator.store.recorded import recorded
 from orchestrator.testing.history import History
@@ -115,7 +115,9 @@ def _of_database(
 ) -> Iterator[History]:
     if not run_ids:
         name = saga_named(saga_name).name if saga_name else ""
-        run_ids = [row["id"] for row in runs.listed(connection, runs.listing(states=states, saga=name, limit=limit))]
+        run_ids = [
+            row["id"] for row in filters.listed(connection, filters.listing(states=states, saga=name, limit=limit))
+        ]
     yield from [recorded(connection, run_id) for run_id in run_ids]
 
 

@@ -32,8 +32,8 @@ from orchestrator.client import SagaResult
 from orchestrator.errors import PayloadError, SagaFailed
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.saga import Saga
+from orchestrator.store import filters, runs
 from orchestrator.store import migrate as migrate_schema
-from orchestrator.store import runs
 from orchestrator.store.gates import LINE
 from orchestrator.store.runs import Outstanding
 
@@ -147,7 +147,7 @@ def list_(
 ) -> None:  # fmt: skip
     """List runs, the newest first."""
     with reading(ctx) as connection:
-        found = runs.listed(connection, _listing(states, saga_name, tags, limit))
+        found = filters.listed(connection, _listing(states, saga_name, tags, limit))
         now = runs.inbox(connection, "").now
     more, found = len(found) > limit, found[:limit]
     if json_:
@@ -164,7 +164,7 @@ def list_(
 
 
 def _listing(states: tuple[str, ...], saga_name: str, tags: tuple[tuple[str, str], ...], limit: int) -> Any:
-    return runs.listing(states=states, saga=full_name(saga_name), tags=dict(tags), limit=limit + 1)
+    return filters.listing(states=states, saga=full_name(saga_name), tags=dict(tags), limit=limit + 1)
 
 
 def _print_list(ctx: click.Context, found: list[dict[str, Any]], now: datetime) -> None:

@@ -7,16 +7,12 @@ they never commit.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, func, select, tuple_
-from sqlalchemy.dialects import postgresql
-
 from orchestrator.codec import Json, dumps
-from orchestrator.store import tables
 from orchestrator.store.connection import Connection
 from orchestrator.store.gates import LINE
 from orchestrator.store.turns import CLOCK
@@ -136,89 +132,12 @@ def rings_needed(connection: Connection, queue: str, rows: int) -> int:
     return int(found[0])
 
 
-def listing(
-    *,
-    states: Sequence[str] = (),
-    saga: str = "",
-    parent: str = "",
-    tags: Mapping[str, str] | None = None,
-    limit: int = 50,
-    before: datetime | None = None,
-) -> Select[Any]:
-    """Return the query of ``saga list``: the newest runs first (index runs_by_start)."""
-    runs = tables.runs
-    query = select(runs).order_by(runs.c.started_at.desc(), runs.c.id).limit(limit)
-    if states:
-        query = query.where(runs.c.state.in_(states))
-    if saga:
-        query = query.where(runs.c.saga == saga)
-    if parent:
-        query = query.where(runs.c.parent_id == parent)
-    if before is not None:
-        query = query.where(runs.c.started_at < before)
-    return _tagged(query, tags or {})
-
-
-def _tagged(query: Select[Any], tags: Mapping[str, str]) -> Select[Any]:
-    """Only runs with these tags, each as the text of its value."""
-    for name, value in tags.items():
-        query = query.where(tables.runs.c.tags[name].astext == value)
-    return query
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A run as far as an order for many needs to know it."""
-
-    id: str
-    saga: str
-    state: str
-    past_pivot: bool
-    parked: list[dict[str, Json]]
-    started_at: datetime
-
-
-def unfinished(
-    *,
-    saga: str = "",
-    states: Sequence[str] = (),
-    started_after: datetime | None = None,
-    started_before: datetime | None = None,
-    tags: Mapping[str, str] | None = None,
-    parked: bool = False,
-    after: Found | None = None,
-    limit: int = 500,
-) -> Select[Any]:
-    """Return the query of a page of the runs that have not ended, the oldest first (index runs_by_start)."""
-    runs = tables.runs
-    query = select(*(runs.c[name] for name in Found.__slots__)).where(runs.c.finished_at.is_(None))
-    query = query.order_by(runs.c.started_at, runs.c.id).limit(limit)
-    if saga:
-        query = query.where(runs.c.saga == saga)
-    if states:
-        query = query.where(runs.c.state.in_(states))
-    if started_after is not None:
-        query = query.where(runs.c.started_at >= started_after)
-    if started_before is not None:
-        query = query.where(runs.c.started_at < started_before)
-    if parked:
-        query = query.where(func.jsonb_array_length(runs.c.parked) > 0)
-    if after is not None:
-        query = query.where(tuple_(runs.c.started_at, runs.c.id) > (after.started_at, after.id))
-    return _tagged(query, tags or {})
-
-
-def found(connection: Connection, query: Select[Any]) -> list[Found]:
-    """Return the rows of `unfinished`."""
-    return [Found(**row) for row in listed(connection, query)]
-
-
 _RUN = """
 SELECT id, saga, version, state, input, output, error, left_effects, parked, published, tags, parent_id, root_id, queue,
     priority, position, past_pivot, link, since, started_at, deadline_at, finished_at
 FROM orchestrator.runs WHERE id = %(id)s
 """
-RUN_COLUMNS = tuple(column.name for column in tables.runs.columns)
+RUN_COLUMNS = tuple(_RUN.replace("SELECT", "").partition("FROM")[0].replace(",", " ").split())
 
 
 def run(connection: Connection, run_id: str) -> dict[str, Any] | None:
@@ -280,17 +199,6 @@ def outstanding(connection: Connection, run_id: str, now: datetime | None = None
     """Return what is due of a run (primary key of work), for ``explain``."""
     rows = connection.execute(_OUTSTANDING, {"id": run_id, "now": now, "line": LINE}).fetchall()
     return [Outstanding(*row) for row in rows]
-
-
-_DIALECT = postgresql.psycopg.dialect()  # type: ignore[no-untyped-call]
-
-
-def listed(connection: Connection, query: Select[Any]) -> list[dict[str, Any]]:
-    """Return the rows of a query over tables of this schema, such as `listing`."""
-    compiled = query.compile(dialect=_DIALECT, compile_kwargs={"render_postcompile": True})
-    cursor = connection.execute(str(compiled), compiled.params)
-    names = [column.name for column in cursor.description or ()]
-    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
 _INBOX = f"SELECT count(*), min(at), {CLOCK} FROM orchestrator.arrivals WHERE run_id = %(id)s"

@@ -18,7 +18,7 @@ from psycopg import sql
 from orchestrator.errors import UsageError
 from orchestrator.settings import Settings
 from orchestrator.store.connection import Connection, open_connection
-from orchestrator.store.schema import migrate
+from orchestrator.store.migration import migrate
 
 # The clock goes on by itself, ahead of the real one by what was skipped.  A sequence, so that everybody sees a move at
 # once, whatever snapshot they have.  Losing the last commits in a crash of the server is nothing to a test.

@@ -21,7 +21,7 @@ from orchestrator import Effect, UnknownRunError, UsageError, saga, step, store
 from orchestrator.client import Client
 from orchestrator.saga import Saga, registry
 from orchestrator.settings import Settings
-from orchestrator.store import liveness, runs, turns
+from orchestrator.store import filters, liveness, runs, turns
 from orchestrator.store.connection import Connection, open_connection
 from tests.engine.stage import QUEUE, Child, entries
 from tests.security.conftest import count
@@ -77,10 +77,12 @@ def test_runs_and_steps_are_named_by_any_text(
         keys = {entry["key"] for entry in entries(connection, text) if "key" in entry}
         assert any(text in key for key in keys), keys
         assert (
-            runs.listed(connection, runs.listing(saga=text)) == runs.listed(connection, runs.listing(parent=text)) == []
+            filters.listed(connection, filters.listing(saga=text))
+            == filters.listed(connection, filters.listing(parent=text))
+            == []
         )
         assert runs.outcomes(connection, [f"{text}x"]) == {}
-    assert len(runs.listed(connection, runs.listing(saga=named.name))) == len(TEXTS) == count(connection)
+    assert len(filters.listed(connection, filters.listing(saga=named.name))) == len(TEXTS) == count(connection)
 
 
 def test_sagas_are_named_by_any_text(
@@ -92,7 +94,7 @@ def test_sagas_are_named_by_any_text(
         new_child().drain()
         assert [result.get(timeout=20) for result in results] == ["done"] * len(TEXTS)
     for text in TEXTS:
-        assert [row["saga"] for row in runs.listed(connection, runs.listing(saga=text))] == [text]
+        assert [row["saga"] for row in filters.listed(connection, filters.listing(saga=text))] == [text]
 
 
 def test_queues_nodes_and_tasks_are_named_by_any_text(

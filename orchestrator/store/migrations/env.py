@@ -1,4 +1,4 @@
-"""Alembic's environment: runs on the connection that `orchestrator.store.schema` hands over."""
+"""Alembic's environment: runs on the connection that `orchestrator.store.migration` hands over."""
 
 from __future__ import annotations
 
