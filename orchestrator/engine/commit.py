@@ -112,10 +112,13 @@ def _link(execution: Execution, turn: Turn, continued: Continued) -> dict[str, J
 
 
 def begin_next(scope: Scope, info: RunInfo, turn: Turn, now: datetime, is_short: IsShort | None = None) -> Begun | None:
-    """Choose the work that this child goes on with: the first that is due, has no gate to pass and can run here."""
+    """Choose the work that this child goes on with: the first that is due, has no gate to pass and can run here.
+
+    Of several the one with the highest priority.
+    """
     if turn.state in TERMINAL or not scope.may_begin():
         return None
-    for work in turn.work:
+    for work in sorted(turn.work, key=lambda work: -(work.priority or info.priority)):
         target, queue = target_of(info, work), work.queue or info.queue
         here = queue in scope.queues and target in scope.targets and not gate_of(work.call)
         if here and (work.due is None or work.due <= now) and (is_short is None or is_short(work.task)):

@@ -235,17 +235,6 @@ def test_a_run_goes_on_where_a_gate_is_full_of_others(new_child: Any, connection
     assert state(connection, "same key") == "completed"
 
 
-def test_the_line_and_its_head_are_found_by_their_index(connection: Any) -> None:
-    stand(connection, "g", 2000, every=1.0)
-    connection.execute("ANALYZE orchestrator.work")
-    plan = "\n".join(
-        row[0] for row in connection.execute(
-            "EXPLAIN " + gates._LINES % {"after": "''", "far": "interval '1 day'", "limit": 10}
-        ).fetchall()
-    )  # fmt: skip
-    assert "work_gate" in plan and "Seq Scan on work" not in plan
-
-
 @pytest.fixture
 def connect(database_url: str) -> Any:
     from orchestrator.store.connection import open_connection

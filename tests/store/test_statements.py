@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from orchestrator.store import liveness, runs, turns
+from orchestrator.store import gates, liveness, pauses, runs, turns
 from orchestrator.store.connection import Connection
 from orchestrator.store.turns import Commit, Committed, Taken
 
@@ -527,6 +527,23 @@ def plans(connection: Connection, request: pytest.FixtureRequest) -> Iterator[li
     yield seen
 
 
+LINE = """
+INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, call, gate)
+SELECT 'r' || n, 'g', 'do', 't', 'q', now() + interval '8766000 hours', '{"g": {"gate": "g", "every": 1, "most": 9}}',
+    'g' || n / 100 FROM generate_series(1, 2000) n;
+INSERT INTO orchestrator.gates (name) SELECT 'g' || n FROM generate_series(1, 20) n;
+ANALYZE orchestrator.work;
+"""
+
+
+def in_line(connection: Connection) -> None:
+    connection.execute(LINE)
+
+
+def pause(connection: Connection) -> None:
+    assert pauses.pause(connection, "saga", "s", "ann", "")
+
+
 HOT: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
     "start": (lambda c: start(c), set()),
     "identity": (lambda c: runs.identity(c, "r7"), {"runs_pkey"}),
@@ -562,6 +579,16 @@ HOT: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
     "give_back_child": (lambda c: liveness.give_back_child(c, 1, 1), {"work_begun"}),
     "give_back_expired": (lambda c: liveness.give_back_expired(c), {"work_begun"}),
     "due": (lambda c: liveness.due(c, RESERVATION), {"work_due"}),
+    "leave_arrivals": (lambda c: turns.leave_arrivals(c, [("r7", {}), ("r8", {})]), {"runs_pkey"}),
+    "admit": (lambda c: (in_line(c), gates.admit(c, "g7")), {"work_gate", "work_pkey"}),
+    "lines": (lambda c: (in_line(c), gates.lines(c)), {"work_gate"}),
+    "sweep_gates": (lambda c: (in_line(c), gates.sweep(c)), {"work_gate"}),
+    "put_aside": (lambda c: (pause(c), pauses.put_aside(c, ["r7"], ["s"], 1, 1)), {"runs_pkey", "work_pkey"}),
+    "hold": (lambda c: (pause(c), pauses.tell(c, "s")), {"runs_pkey", "work_pkey"}),
+    "let go": (
+        lambda c: (pause(c), pauses.tell(c, "s"), pauses.lift(c, "saga", "s", "ann", ""), pauses.tell(c, "s")),
+        {"runs_pkey", "work_pkey", "paused_runs_pkey"},
+    ),
     "neglects": (lambda c: liveness.neglects(c, 1, ["q"], ["t"], RESERVATION), {"work_due"}),
 }
 LARGE = re.compile(r"Seq Scan on (runs|journal|work|arrivals)\b")
