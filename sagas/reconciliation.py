@@ -25,15 +25,14 @@ class Reconciled(BaseModel):
 @saga.define(version=1)
 async def reconciliation() -> Reconciled:
     """Look at all active accounts in batches of a hundred, report, and send the report; started by beat."""
-    began = saga.now()
+    night = await saga.step(steps.begin, saga.info().run_id)
     try:
         summary = await saga.map(steps.check, steps.batches, concurrency=AT_ONCE, rate=RATE, tolerate=TOLERATED)
         complete = True
     except MapFailed as failed:  # there is nothing to undo, and a report of a bad night is worth more than none
         summary, complete = failed.summary, False
     unchecked = [f"batch {failure['index']}: {failure['message']}" for failure in summary.failures]
-    night = steps.Night(id=saga.info().run_id, began_at=began, complete=complete)
-    report = await saga.step(steps.report, night, unchecked)
+    report = await saga.step(steps.report, night, unchecked, complete)
     return Reconciled(
         accounts=report.accounts,
         findings=report.findings,

@@ -38,7 +38,11 @@ app = Celery(
     ],
 )
 app.conf.beat_schedule = {
-    "reconcile the ledger": {"task": "sagas.reconciliation.reconciliation", "schedule": crontab(hour=2, minute=30)}
+    "reconcile": {
+        "task": "sagas.reconciliation.reconciliation",
+        "schedule": crontab(hour=2, minute=30),
+        "options": {"overlap": "skip"},
+    }
 }
 orchestrator = Orchestrator(app)
 started: list[Process] = []  # ends with the worker that keeps it

@@ -2,7 +2,7 @@
 
 It changes nothing in the ledger. A finding is keyed by its subject (an account or a posting) and by what is wrong with
 it, so that it is there once, however often and from however many accounts it is found; it knows when it was first and
-last seen. Which findings belong to a night is decided by the database's clock, as saga time is.
+last seen, by the clock of the database that it lies in.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Boolean, Column, Connection, DateTime, Integer, Select, Table, Text, func, select, text
@@ -82,13 +83,12 @@ class Batch(BaseModel):
 
 
 class Night(BaseModel):
-    """Name a reconciliation, and say when it began and whether nearly all could be looked at."""
+    """Name a reconciliation, and say when it began by the clock that stamps findings."""
 
     model_config = ConfigDict(frozen=True)
 
     id: str
     began_at: datetime
-    complete: bool = True
 
 
 class Report(BaseModel):
@@ -103,6 +103,13 @@ class Report(BaseModel):
     complete: bool
     file: str
     sha256: str
+
+
+@step(effect=Effect.NONE, retry=RETRY)
+def begin(night_id: str) -> Night:
+    """Begin a night: what is found from now on belongs to it."""
+    with ledger_engine().connect() as conn:
+        return Night(id=night_id, began_at=conn.execute(select(func.now())).scalar_one())
 
 
 @step(effect=Effect.NONE, retry=RETRY)
@@ -126,7 +133,7 @@ def check(conn: Connection, batch: Batch) -> None:
 
 
 @step(effect=Effect.NONE, retry=RETRY)
-def report(night: Night, unchecked: list[str]) -> Report:
+def report(night: Night, unchecked: list[str], complete: bool) -> Report:
     """Write the night's report, as a file and as a row; written again it is the same."""
     with ledger_engine().begin() as conn:
         seen = select(findings).where(findings.c.last_seen_at >= night.began_at)
@@ -138,7 +145,7 @@ def report(night: Night, unchecked: list[str]) -> Report:
             accounts=len(conn.execute(_active(ledger.accounts.c.id)).all()),
             findings=len(found),
             unchecked=len(unchecked),
-            complete=night.complete,
+            complete=complete,
             file=str(file),
             sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
         )
@@ -149,7 +156,7 @@ def report(night: Night, unchecked: list[str]) -> Report:
 
 def _write(night: Night, rows: list[tuple[str, str, str]]) -> Path:
     """Write the file so that it is whole or not there."""
-    file = Path(os.environ.get("REPORTS_DIR", ".dev/reports")) / f"{night.began_at:%Y-%m-%d}-{night.id}.csv"
+    file = Path(os.environ.get("REPORTS_DIR", ".dev/reports")) / f"{quote(night.id, safe='')}.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
     with part.open("w", newline="") as output:

@@ -361,8 +361,8 @@ def test_batches_follow_one_another_over_the_active_accounts(engine: Engine, mon
 def test_a_report_is_a_file_and_a_row_and_reaches_compliance_once(engine: Engine, outside: Outside) -> None:
     plant_errors(engine)
     check(engine, "ann", "cy")
-    told = reconciliation.report(NIGHT, ["batch 7: gone"])
-    assert reconciliation.report(NIGHT, ["batch 7: gone"]) == told
+    told = reconciliation.report(NIGHT, ["batch 7: gone"], True)
+    assert reconciliation.report(NIGHT, ["batch 7: gone"], True) == told
     assert (told.accounts, told.findings, told.unchecked) == (3, 3, 1)
     assert Path(told.file).read_text().splitlines()[-1] == "not looked at,,batch 7: gone"
     assert reconciliation.send_to_compliance(told) == reconciliation.send_to_compliance(told) == told.sha256[:12]
@@ -374,4 +374,4 @@ def test_what_was_mended_is_not_in_the_next_report(engine: Engine) -> None:
     check(engine, "ann", "cy")
     with engine.begin() as conn:
         tomorrow = conn.execute(select(func.now() + timedelta(days=1))).scalar_one()
-    assert reconciliation.report(Night(id="n2", began_at=tomorrow), []).findings == 0
+    assert reconciliation.report(Night(id="n2", began_at=tomorrow), [], True).findings == 0
