@@ -32,7 +32,7 @@ class Feed(threading.Thread):
                 for number, job in enumerate(self._jobs):
                     time.sleep(max(0.0, began + number / self._per_second - time.monotonic()))
                     for _ in range(1 if number % RETRIED else 2):
-                        job.act.saga.apply_async((job.request,), task_id=job.id)
+                        job.act.saga.apply_async(job.arguments, task_id=job.id)
                     promises.note(conn, job)
                     self.started += 1
         except Exception as error:

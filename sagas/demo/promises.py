@@ -83,7 +83,8 @@ OF_MONEY = (
            union all select currency from ledger.entries group by currency having sum(amount) <> 0
            union all
            select a.id from ledger.accounts a left join ledger.entries e on e.account_id = a.id
-           where a.kind = 'customer' group by a.id having a.balance <> coalesce(sum(e.amount), 0)""",
+           where a.kind = 'customer' and a.id not like 'planted:%'
+           group by a.id having a.balance <> coalesce(sum(e.amount), 0)""",
         "select count(*) from ledger.postings",
     ),
     Promise(
@@ -126,7 +127,7 @@ def note(conn: Connection, job: Job) -> None:
         "ends": job.story.ends,
         "currency": money.currency if money else None,
         "amount": money.amount if money else None,
-        "source": getattr(request, "source", getattr(request, "customer", None)),
+        "source": getattr(request, "source", getattr(request, "customer", getattr(request, "account", None))),
         "target": getattr(request, "target", getattr(request, "merchant", None)),
         "pieces": getattr(request, "quantity", None),
     }

@@ -26,6 +26,7 @@ POSITIONS = {
     "in transit": "house:transit:%",
     "pending": "house:pending:%",
     "at other banks": "house:nostro:%",
+    "spent elsewhere": "mirror:%",
     "house equity": "house:equity:%",
 }
 SHOWN_COUNTEREXAMPLES = 3
@@ -34,11 +35,11 @@ LATENCIES = """
     select count(*) as runs, max(finished_at) - min(started_at) as took,
            percentile_cont(0.5) within group (order by finished_at - started_at) as p50,
            percentile_cont(0.95) within group (order by finished_at - started_at) as p95
-    from orchestrator.runs
-    where finished_at < coalesce(cast(:before as timestamptz), 'infinity')
+    from orchestrator.runs where id in (select id from demo.jobs) and
+    finished_at < coalesce(cast(:before as timestamptz), 'infinity')
 """
 BUSIEST = """
-    select count(*) from orchestrator.runs where finished_at is not null
+    select count(*) from orchestrator.runs where finished_at is not null and id in (select id from demo.jobs)
     group by date_trunc('second', finished_at) order by 1 desc limit 1
 """
 

@@ -141,13 +141,15 @@ def _start_servers(data_dir: Path) -> embedded.Servers:
     data_dir.mkdir(parents=True, exist_ok=True)
     for left in ("worker.log", "outside.jsonl"):
         (data_dir / left).unlink(missing_ok=True)
-    shutil.rmtree(data_dir / "models", ignore_errors=True)
+    for left in ("models", "reports"):
+        shutil.rmtree(data_dir / left, ignore_errors=True)
     servers = embedded.start(data_dir, fresh=True)
     os.environ |= {
         "ORCHESTRATOR_DATABASE_URL": servers.database_url,
         "LEDGER_DATABASE_URL": servers.database_url,
         "CELERY_BROKER_URL": servers.broker_url,
         "MODELS_DIR": str(data_dir.resolve() / "models"),
+        "REPORTS_DIR": str(data_dir.resolve() / "reports"),
     }
     return servers
 

@@ -68,6 +68,11 @@ class Job:
     story: Story
 
     @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Return what the saga is started with."""
+        return () if self.request is None else (self.request,)
+
+    @property
     def money(self) -> Money | None:
         """Return the amount at stake, if there is one."""
         found: Money | None = getattr(self.request, "money", getattr(self.request, "total", None))

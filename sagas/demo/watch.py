@@ -31,6 +31,7 @@ COLOURS = {
     "under way": "dim",
 }
 PLAIN_EVERY_SECONDS = 1.0
+COUNT = "select r.saga, r.state, count(*) from orchestrator.runs r join demo.jobs j on j.id = r.id group by 1, 2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Tally:
     def read(cls, engine: Engine) -> Tally:
         """Count now."""
         with engine.connect() as conn:
-            rows = conn.execute(text("select saga, state, count(*) from orchestrator.runs group by 1, 2"))
+            rows = conn.execute(text(COUNT))
             return cls(Counter({(saga.rpartition(".")[2], state): count for saga, state, count in rows}))
 
     @property
@@ -137,7 +138,7 @@ class Watch:
 
     def _table(self) -> Table:
         table = Table(box=None, padding=(0, 1), pad_edge=True)
-        table.add_column("saga", justify="left", style="bold", min_width=11)
+        table.add_column("saga", justify="left", style="bold", min_width=14)
         for column in COLUMNS:
             table.add_column(column, justify="right", style=COLOURS[column], min_width=11)
         for saga in self._sagas:

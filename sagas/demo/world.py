@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import httpx
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection, insert, update
 
 from tasks import ledger
 from tasks.ledger import House
@@ -16,6 +16,7 @@ from tasks.money import MINOR_DIGITS, Currency, Money
 OPENING: dict[Currency, Decimal] = {"EUR": Decimal(2000), "USD": Decimal(2200), "JPY": Decimal(300_000)}
 NAMES = ("ada", "bo", "chloe", "dario", "emre", "fatima", "goran", "hana", "ines", "jonas", "kofi", "lena")
 SHOPS = ("bakery", "books", "bikes")
+CROWD, PLANTED = 3000, 3  # accounts that only the reconciliation looks at, and some that are wrong
 GOODS = ("SKU-LAMP", "SKU-CHAIR", "SKU-KETTLE")
 
 # What a request must have in it to meet trouble outside.
@@ -52,6 +53,9 @@ def open_books(conn: Connection) -> None:
             ledger.open_account(conn, account, "customer", currency)
             opening = Money(currency=currency, amount=OPENING[currency])
             ledger.post(conn, "opening", account, House.EQUITY.account(currency), account, opening)
+    crowd = [{"id": f"crowd:{number:04}", "balance": 0} for number in range(CROWD)]
+    planted = [{"id": f"planted:{number}", "balance": 5} for number in range(PLANTED)]  # and no entry says so
+    conn.execute(insert(ledger.accounts).values(kind="customer", currency="EUR"), crowd + planted)
     for status in ("closed", "frozen"):
         named = ledger.accounts.c.id.like(f"%:{status}:%")
         conn.execute(update(ledger.accounts).values(status=status).where(named))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from sagas.demo.acts import onboarding, order, payment, training, transfer
+from sagas.demo.acts import onboarding, order, payment, reconciliation, sync, training, transfer
 from sagas.demo.story import Act, Job
 
-ACTS: dict[str, Act] = {act.name: act for act in (transfer.ACT, order.ACT, payment.ACT, onboarding.ACT, training.ACT)}
+_TOLD = (transfer, order, payment, onboarding, training, sync, reconciliation)
+ACTS: dict[str, Act] = {act.ACT.name: act.ACT for act in _TOLD}
 
 
 def jobs_of(acts: Sequence[Act], seed: int) -> list[Job]:
