@@ -116,10 +116,10 @@ def _chord(form: Form, kwargs: Form, inherited: dict[str, Any]) -> Canvas:
     if _is_nothing(body):
         raise UsageError("the body of a chord is an empty chain; give it a task")
     given = encode_any(dict(kwargs.get("kwargs") or {}), "the kwargs of the header of a chord")
-    # The handlers of its body hear of a header that failed, too.
-    handlers = [*common.pop("link_error", []), *_handlers(body)]
-    common |= {"link_error": _distinct(handlers)} if handlers else {}
-    return _whole([group, *_spliced(body)], {**common, **({"kwargs": given} if given else {})})
+    # What cannot begin because its header failed has failed, too.
+    handlers = _distinct([*group.link_error, *_handlers(body)])
+    header = group.model_copy(update={"kwargs": given or group.kwargs, "link_error": handlers})
+    return _whole([header, *_spliced(body)], common)
 
 
 def _map(form: Form, kwargs: Form, inherited: dict[str, Any]) -> Canvas:

@@ -49,12 +49,27 @@ def heard(world: World, run: Any) -> list[str]:
         (lambda: chain(add.s(1, 1), group(add.s(1), add.s(2)), total.s(), add.s(10)), 17),
         (lambda: chain(add.s(1, 1), chord([add.s(1), chain(add.s(2), add.s(3))], total.s()), add.s(1)), 11),
         (lambda: group(group(add.s(1), add.s(2)), add.s(3)), [1, 2, 3]),
+        (lambda: group(add.s(1, 2) | group(add.s(1), add.s(2))), [4, 5]),
+        (lambda: chord([add.s(2, 5)], total.s()), 7),
+        (lambda: chord([group(add.s(1), add.s(2)), add.s(3)], total.s()), 6),
         (lambda: add.starmap([(1, 2), (3, 4)]), [3, 7]),
     ],
-    ids=["chain", "group", "chord", "group in chain", "chord in chain", "group in group", "starmap"],
+    ids=[
+        "chain",
+        "group",
+        "chord",
+        "group in chain",
+        "chord in chain",
+        "group in group",
+        "group of one chain",
+        "header of one",
+        "group in header",
+        "starmap",
+    ],
 )
 def test_a_canvas_gives_what_celery_gives(worker: Worker, make: Callable[[], Any], expected: Any) -> None:
-    assert durable(make()).delay().get(timeout=30) == expected
+    assert durable(make()).delay().get(timeout=60) == expected
+    assert make().apply_async().get(timeout=60) == expected, "by Celery itself, on the same worker"
 
 
 def test_a_group_of_a_thousand_tasks(worker: Worker) -> None:
@@ -158,12 +173,16 @@ def test_the_handler_of_a_canvas_fires_once_wherever_a_link_fails(
 
 
 def test_a_handler_of_the_new_style_gets_request_error_and_traceback(worker: Worker, world: World) -> None:
-    result = durable(chain(act.si(1, "bad", ["error"]), add.s(1)).on_error(hear_error.s()), retry=ONCE).delay()
+    canvas = chain(act.si(1, "bad", ["error"]), add.s(1)).on_error(hear_error.s())
+    result = durable(canvas, retry=ONCE).delay()
     with pytest.raises(SagaFailed):
         result.get(timeout=30)
     (effect,) = [effect for effect in world.effects(result) if effect.what == "heard"]
     assert effect.name == f"{result}:links.act#0"
     assert effect.told == ["RuntimeError", "do of bad failed", "links.act", "Traceback"]
+    failed = canvas.apply_async().parent.id  # by Celery itself, on the same worker
+    heard_there = until(lambda: [each for each in world.effects() if each.name == failed], "Celery's own call")
+    assert heard_there[0].told == effect.told
 
 
 def test_a_callback_runs_beside_the_chain(worker: Worker, world: World) -> None:

@@ -122,6 +122,11 @@ def test_a_handler_of_a_body_hears_once_of_a_header_that_failed_in_many_places(s
     assert len(said) == 1
 
 
+def test_a_handler_of_a_body_does_not_hear_of_what_comes_after_it(said: list[Any]) -> None:
+    testing.run(durable(chord([same.s(1)], same.s().on_error(hear.s())) | fail.s(), retry=ONCE))
+    assert said == []
+
+
 def test_a_handler_that_is_on_header_and_body_fires_once(said: list[Any]) -> None:
     header = fail.s().on_error(say.si("x"))
     testing.run(durable(chord([header, same.s(1)], same.s().on_error(say.s("x"))), retry=ONCE))
