@@ -44,7 +44,8 @@ class Site:
             "CELERY_BROKER_URL": self.broker.url if proxied else self.broker_url,
             "ACCEPTANCE_WORLD": str(self.folder),
             "ACCEPTANCE_RESULTS": self.broker_url,
-            "ORCHESTRATOR_PUMP_INTERVAL": "0.1",  # so that a retry that is due does not wait for a second
+            # So that a retry that is due does not wait for a second; who has one slot is not to be rung without end.
+            "ORCHESTRATOR_PUMP_INTERVAL": "0.5" if POOL == "solo" else "0.1",
         }
 
     def new_worker(self, *options: str, queue: str = "", proxied: bool = False, **environment: str) -> Worker:
@@ -121,11 +122,17 @@ def bound(site: Site) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def worker(site: Site) -> Iterator[Worker]:
-    """The worker of the default queue; nobody kills it, and it lives to the end."""
-    running = site.new_worker(queue="celery").start()
-    yield running
-    assert running.is_alive, running.said
-    running.stop()
+    """The worker of the default queue; nobody kills it, and it lives to the end.
+
+    One whose pool has one slot is not alone: a run can be told something while a step of it runs.
+    """
+    running = [site.new_worker(queue="celery").start()]
+    if POOL == "solo":
+        running.append(site.new_worker("-n", "other@acceptance", queue="celery").start())
+    yield running[0]
+    for each in running:
+        assert each.is_alive, each.said
+        each.stop()
 
 
 @pytest.fixture

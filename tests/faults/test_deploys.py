@@ -82,17 +82,14 @@ def test_a_beat_that_is_killed_goes_on_when_it_is_started_again(scene: Scene, tm
 
 
 @pytest.mark.debian
-def test_a_beat_whose_clock_jumps_starts_neither_nothing_nor_everything(scene: Scene, tmp_path: Path) -> None:
-    """An hour ahead: what was missed is started once, not eighteen thousand times.  A second back costs a second.
-
-    (By how much a clock is put back, for so long Celery's own beat holds that nothing is due.)
-    """
+def test_a_beat_whose_wall_clock_jumps_starts_neither_nothing_nor_everything(scene: Scene, tmp_path: Path) -> None:
+    """By hours, there and back: it goes by the clock of Postgres."""
     scene.start_workers(1)
     clock = WallClock(tmp_path)
     beat = _beat(scene, tmp_path, **clock.environment)
     started = "SELECT count(*) FROM orchestrator.runs"
     try:
-        for seconds in (0, 3600, 3599, 7200):
+        for seconds in (0, 3600, -3600, 7200):
             before = scene.sql(started)[0][0]
             clock.set(seconds)
             scene.fault("clock jumped")
@@ -102,7 +99,5 @@ def test_a_beat_whose_clock_jumps_starts_neither_nothing_nor_everything(scene: S
         beat.wait(10.0)
     scene.start("by hand", Stop(name="a"))
     scene.judge(BARE)
-    (took,) = scene.sql("SELECT extract(epoch FROM max(started_at) - min(started_at))::float8 FROM orchestrator.runs")[
-        0
-    ]
-    assert scene.sql(started)[0][0] < 10 + took / 0.2
+    took = "SELECT extract(epoch FROM max(started_at) - min(started_at))::float8 FROM orchestrator.runs"
+    assert scene.sql(started)[0][0] < 10 + scene.sql(took)[0][0] / 0.2

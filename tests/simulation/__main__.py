@@ -32,7 +32,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--verbose", action="store_true", help="print the schedule")
     parser.add_argument("--fault", choices=[fault.__name__ for fault, *_ in KEPT], help="put a mended fault back")
-    parser.add_argument("--focus", default="", help="let only statements that contain this be in danger")
+    parser.add_argument(
+        "--focus", default="", help="let only statements that say this, or that, be in danger: this|that"
+    )
     parser.add_argument("--keep-going", action="store_true", help="do not end at the first seed that fails")
     arguments = parser.parse_args()
     seeds = range(arguments.first, arguments.first + arguments.count)

@@ -37,7 +37,7 @@ _CRUCIAL = ("COMMIT", "commit_turn", "take_1", "arrivals", "SET fence")
 class Faults:
     """Decides about round trips and about whole processes, as long as there is something left to go wrong.
 
-    With a `focus`, only round trips that say this are in danger, and those are in much.
+    With a `focus`, only round trips that say this, or one of what it has bars between, are in danger, and in much.
     """
 
     def __init__(self, simulation: Simulation, random: Random, focus: str) -> None:
@@ -67,9 +67,9 @@ class Faults:
     # -- round trips ---------------------------------------------------------------------------------------------------
     def fate(self, line: Line, saying: str) -> Fate:
         """Decide what becomes of a round trip."""
-        if self._focus not in saying:
+        if self._focus and not any(words in saying for words in self._focus.split("|")):
             return Fate.ARRIVES
-        if "commit_turn" in saying and not self.over and self._random.random() < self._rate_of_stalls:
+        if (self._focus or "commit_turn" in saying) and not self.over and self._random.random() < self._rate_of_stalls:
             self._count(f"line {Fate.STALLED.value}")
             return Fate.STALLED
         rate = self._rate_of_fates * (3 if any(word in saying for word in _CRUCIAL) else 0.5)

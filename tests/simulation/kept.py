@@ -9,10 +9,14 @@ mended fault down is beside the code that was mended.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from orchestrator.engine.advance import Advancer
+from orchestrator.store import turns
+from orchestrator.store.connection import Connection
+from orchestrator.store.transaction import TransactionFailed, Transactions
 from orchestrator.store.turns import Taken
 
 PutBack = Callable[[pytest.MonkeyPatch], None]
@@ -27,6 +31,35 @@ def kept(seed: int, focus: str = "") -> Callable[[PutBack], PutBack]:
         return fault
 
     return register
+
+
+@kept(13, "set_config")
+def a_connection_that_breaks_in_a_transaction_ends_the_drain(patch: pytest.MonkeyPatch) -> None:
+    """And puts all that was begun with it in doubt."""
+    begun = Transactions._begun
+
+    def unforeseen(self: Transactions, *args: Any) -> Any:
+        try:
+            return begun(self, *args)
+        except TransactionFailed as failed:
+            raise failed.reason from None
+
+    patch.setattr(Transactions, "_begun", unforeseen)
+
+
+@kept(91, "SELECT coalesce")
+def arrivals_are_read_before_the_position(patch: pytest.MonkeyPatch) -> None:
+    """One that another turn takes in between is taken twice."""
+    load = turns.load
+
+    def the_other_way_round(connection: Connection, known: Any, now: Any = None) -> Any:
+        early = connection.execute(turns._LOAD_ARRIVALS, {"ids": list(known)}).fetchall()
+        found = load(connection, known, now)
+        for run_id, loaded in found.items():
+            loaded.arrivals[:] = [(id, arrival) for its_run, id, arrival in early if its_run == run_id]
+        return found
+
+    patch.setattr(turns, "load", the_other_way_round)
 
 
 @kept(12)

@@ -47,13 +47,13 @@ class Line(psycopg.Connection[Any]):
     kind = ""
     answered = True
 
-    def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
-        self.saying, reads_clock = _heard(str(query))
+    def hear(self, query: str, parameters: Any) -> None:
+        """Note what is about to be asked."""
+        self.saying, reads_clock = _heard(query)
         self.reads_clock = self.reads_clock or reads_clock  # since the last round trip: a pipeline has several
         if "commit_turns_1" in self.saying:
-            self.network.happened["turns that shared a statement"] += args[0][0].count('"run":') > 1
+            self.network.happened["turns that shared a statement"] += parameters[0].count('"run":') > 1
         self.network.happened["fence taken anew"] += "SET fence" in self.saying
-        return super().execute(query, *args, **kwargs)
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         """Drive one round trip; psycopg has no other way to speak to the server."""
@@ -66,6 +66,15 @@ class Line(psycopg.Connection[Any]):
     def close(self) -> None:
         if not self.closed:
             self.network.hang_up(self)
+
+
+class _Cursor(psycopg.Cursor[Any]):
+    """Every statement goes through one, SQLAlchemy's too."""
+
+    def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
+        if isinstance(self.connection, Line):
+            self.connection.hear(str(query), params)
+        return super().execute(query, params, **options)
 
 
 class Sessions(dict[str, list[Line]]):
@@ -105,7 +114,7 @@ class Network:
         if self.scheduler.monotonic < self.down_until:
             raise psycopg.OperationalError("connection refused")
         line = self._opened(args, kwargs)
-        line.network, line.process = self, actor.process
+        line.network, line.process, line.cursor_factory = self, actor.process, _Cursor
         self._lines.append(line)
         if actor.process not in self._watched:
             self._watched.add(actor.process)
@@ -123,7 +132,7 @@ class Network:
             line._autocommit = bool(kwargs.get("autocommit"))
             line.prepare_threshold = kwargs.get("prepare_threshold", 5)
             line._prepared = before._prepared
-            line._adapters, line.cursor_factory = before._adapters, before.cursor_factory
+            line._adapters = before._adapters
         line.kind = kind
         return line
 
