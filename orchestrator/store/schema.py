@@ -20,7 +20,7 @@ from orchestrator.settings import Settings
 from orchestrator.store.connection import Connection as Psycopg
 from orchestrator.store.tables import SCHEMA
 
-HEAD = "0002"
+HEAD = "0003"
 _LOCK = 7091237  # any constant: one migration at a time
 
 
