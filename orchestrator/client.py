@@ -38,6 +38,7 @@ from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Arrival, Cancel, Operate, Signal, Terminate, encode
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.poller import Poller, unknown_run
+from orchestrator.retention import Chosen, Pruned, prune
 from orchestrator.saga import Saga
 from orchestrator.saga import registry as sagas
 from orchestrator.saga.face import is_tag
@@ -192,8 +193,13 @@ class Client:
     def _compare(self, saga: Saga[Any, Any], new: runs.Start, known: tuple[Any, ...] | None) -> None:
         if known is None:
             raise ConflictError(f"run {new.id} was being started by somebody else and is gone again; try once more")
-        name, _, recorded = known
+        name, version, recorded, state = known
         given: Any = new.input
+        if version is None:
+            raise ConflictError(
+                f"run id {new.id} belonged to a run of {name} that ended {state} and was pruned; an id is never free "
+                "again, so this starts nothing. Use a new id."
+            )
         if name != new.saga:
             raise ConflictError(f"run id {new.id} belongs to a run of {name}; choose another id for {new.saga}")
         if canonical_text(recorded) != canonical_text(given) and saga.codec.canonical(recorded) != saga.codec.canonical(
@@ -365,6 +371,25 @@ class Client:
         with self.pool.connection() as connection, _schema_named():
             ring = functools.partial(self.ring_for, connection)
             return give(connection, order, wanted, dry_run=dry_run, everything=everything, ring=ring)
+
+    def prune(
+        self,
+        older_than: timedelta,
+        *,
+        states: Iterable[str] = (),
+        saga: Any = "",
+        limit: int | None = None,
+        dry_run: bool = False,
+        archive: str | os.PathLike[str] | None = None,
+    ) -> Pruned:
+        """Delete runs that ended longer ago than `older_than`, each with all that belongs to it; their ids stay taken.
+
+        With `archive`, a folder, they are first written there as JSON Lines.  Commits, a few hundred runs at a time.
+        Raises: UsageError, StoreUnavailableError; what was pruned before stays so.
+        """
+        chosen = Chosen(older_than, tuple(states), getattr(saga, "name", saga), limit)
+        with self.pool.connection() as connection, _schema_named():
+            return prune(connection, chosen, dry_run=dry_run, archive=archive)
 
     def _tell(self, connection: Connection, kind: pauses.Kind, name: str) -> None:
         more = kind == "saga"

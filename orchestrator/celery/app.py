@@ -21,7 +21,7 @@ from celery.exceptions import Ignore, Reject
 
 from orchestrator import saga as sagas
 from orchestrator.bulk import Effects
-from orchestrator.celery import events, guard, runner, worker
+from orchestrator.celery import events, guard, nightly, runner, worker
 from orchestrator.celery.doorbell import DRAIN, Bell, connection_options
 from orchestrator.client import Client, SagaResult
 from orchestrator.codec import set_limit
@@ -31,6 +31,7 @@ from orchestrator.engine.schedules import OPTIONS
 from orchestrator.errors import DefinitionError, OrchestratorError, Rejected, StoreUnavailableError, UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.turn import Script
+from orchestrator.retention import Pruned
 from orchestrator.saga import Saga
 from orchestrator.settings import Settings
 from orchestrator.step import Step, set_router
@@ -159,6 +160,10 @@ class Orchestrator:
         """Give one order to all runs that a filter finds; see `Client.bulk`."""
         return self.client.bulk(action, **options)
 
+    def prune(self, older_than: timedelta, **options: Any) -> Pruned:
+        """Delete runs that ended longer ago; see `Client.prune`."""
+        return self.client.prune(older_than, **options)
+
     def _refuse_eager(self, saga: Saga[Any, Any]) -> None:
         if self.app.conf.task_always_eager:
             raise UsageError(
@@ -210,6 +215,9 @@ class Orchestrator:
     def _register_drain(self) -> None:
         base = type("DrainTask", (_DrainTask, self.app.Task), {"__module__": __name__})
         self._register(base, {"name": DRAIN, "orchestrator": self})
+        for task in nightly.TASKS:
+            base = type(task.__name__, (task, self.app.Task), {"__module__": __name__})
+            self._register(base, {"name": task.name, "orchestrator": self})
 
     def _register(self, base: type[Task], attributes: dict[str, Any]) -> Any:
         task = type(base.__name__, (base,), {"app": self.app, **attributes})()

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, func, or_, select, tuple_
+from sqlalchemy import Select, Text, cast, func, literal, or_, select, tuple_
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import JSONB
 
-from orchestrator.codec import Json
+from orchestrator.codec import Json, dumps
 from orchestrator.store import tables
 from orchestrator.store.connection import Connection
 
@@ -55,7 +56,8 @@ def listing(
 def _tagged(query: Select[Any], tags: Mapping[str, str]) -> Select[Any]:
     """Only runs with these tags, each as the text of its value."""
     for name, value in tags.items():
-        query = query.where(or_(*(tables.runs.c.tags.contains({name: given}) for given in _readings(value))))
+        wanted = [cast(literal(dumps({name: given}), Text), JSONB) for given in _readings(value)]
+        query = query.where(or_(*(tables.runs.c.tags.contains(one) for one in wanted)))
     return query
 
 

@@ -79,15 +79,18 @@ def start_and_look(
     return set(row[0] or ()), int(row[1])
 
 
-# What a run was started with: of one that was continued as new, its first link knows.
+# What a run was started with: of one that was continued as new, its first link knows.  Of one that was pruned nothing
+# is known but its saga and the state in which it ended.
 IDENTITY = """
-SELECT saga, version, input FROM orchestrator.runs WHERE id IN (%(id)s, CAST(%(id)s AS text) || '~1')
-ORDER BY length(id) DESC LIMIT 1
+SELECT saga, version, input, state FROM (
+    SELECT id, saga, version, input, state FROM orchestrator.runs WHERE id IN (%(id)s, CAST(%(id)s AS text) || '~1')
+    UNION ALL SELECT '', saga, NULL, NULL, state FROM orchestrator.pruned WHERE id = %(id)s
+) AS known ORDER BY length(id) DESC LIMIT 1
 """
 
 
-def identity(connection: Connection, run_id: str) -> tuple[str, int, Json] | None:
-    """Return saga, version and input of a run."""
+def identity(connection: Connection, run_id: str) -> tuple[str, int | None, Json, str] | None:
+    """Return saga, version, input and state of a run; no version if it was pruned."""
     return connection.execute(IDENTITY, {"id": run_id}).fetchone()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from orchestrator.errors import SchemaError
 from orchestrator.store.connection import Connection
 
-HEAD = "0002"
+HEAD = "0003"
 
 
 def check(connection: Connection) -> None:

@@ -54,6 +54,7 @@ runs = Table(
     Column("deadline_at", _instant),
     Column("finished_at", _instant),
     Index("runs_by_start", "started_at"),
+    Index("runs_by_parent", "parent_id", postgresql_where=text("parent_id IS NOT NULL")),
     Index("runs_by_tag", "tags", postgresql_using="gin", postgresql_where=text("tags <> '{}'")),
 )
 
@@ -213,4 +214,39 @@ slots = Table(
         "slot",
         postgresql_where=text("state IN ('waiting', 'running', 'sending')"),
     ),
+)
+
+pruned = Table(
+    "pruned",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("saga", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("pruned_at", _instant, nullable=False),
+)
+
+reports = Table(
+    "reports",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("wanted", Text, nullable=False),
+    Column("started_at", _instant, nullable=False),
+    Column("finished_at", _instant),
+    Column("given_up", Boolean, nullable=False),
+    Index("reports_open", "wanted", unique=True, postgresql_where=text("finished_at IS NULL")),
+)
+
+report_checks = Table(
+    "report_checks",
+    metadata,
+    Column("report_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("name", Text, primary_key=True),
+    Column("pages", Integer, nullable=False),
+    Column("cursor", Text, nullable=False),
+    Column("looked_at", BigInteger, nullable=False),
+    Column("breaks", BigInteger, nullable=False),
+    Column("sums", JSONB, nullable=False),
+    Column("examples", JSONB, nullable=False),
+    Column("error", Text),
+    Column("done", Boolean, nullable=False),
 )

@@ -11,7 +11,8 @@ from orchestrator.cli import saga
 from tests.cli.conftest import Terminal
 
 COMMANDS = ["dev", "migrate", "start", "list", "show", "history", "explain", "signal", "cancel", "terminate", "pause",
-            "resume", "retry", "skip", "resolve", "diagram", "lint", "replay"]  # fmt: skip
+            "resume", "retry", "skip", "resolve", "bulk", "schedules", "doctor", "prune", "diagram",
+            "lint", "replay"]  # fmt: skip
 
 
 def test_these_are_the_commands() -> None:

@@ -1,0 +1,113 @@
+"""Which runs may go, and how they go: a run with all that belongs to it, and its id stays taken.
+
+Statements here never commit.  Must never delete what has not ended, nor a part of a family whose other part stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from orchestrator.store.connection import Connection
+from orchestrator.store.turns import CLOCK
+
+
+def clock(connection: Connection, now: datetime | None = None) -> datetime:
+    """Return the database's time."""
+    row = connection.execute(f"SELECT {CLOCK}", {"now": now}).fetchone()
+    assert row is not None
+    found: datetime = row[0]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A run that was looked at; `fits` if it heads a family, and it fits what was asked for."""
+
+    started_at: datetime
+    id: str
+    fits: bool
+
+
+# Index runs_by_start.  What ended before an instant began before it.
+_PAGE = """
+SELECT started_at, id, parent_id IS NULL AND finished_at < %(before)s
+    AND (%(states)s::text[] = '{}' OR state = ANY (%(states)s)) AND %(saga)s IN ('', saga)
+FROM orchestrator.runs WHERE started_at < %(before)s AND (started_at, id) > (%(at)s, %(id)s)
+ORDER BY started_at, id LIMIT %(limit)s
+"""
+
+
+def page(
+    connection: Connection, before: datetime, after: Seen | None, *, states: Sequence[str], saga: str, limit: int
+) -> list[Seen]:
+    """Return the next runs that began before an instant, the oldest first; those that fit ended before it."""
+    values = {
+        "before": before, "states": list(states), "saga": saga, "limit": limit,
+        "at": after.started_at if after else before - timedelta(days=365_000), "id": after.id if after else "",
+    }  # fmt: skip
+    return [Seen(*row) for row in connection.execute(_PAGE, values).fetchall()]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A run of a family: its children, its ended links, the runs that corrected late effects of it."""
+
+    head: str
+    id: str
+    saga: str
+    state: str
+    position: int
+    rows: int
+    free: bool  # it has ended, and nothing of it is outstanding
+
+
+# Indexes runs_by_parent and runs_pkey; those of work, arrivals and locks by their run.  Heads come last.
+_FAMILIES = """
+WITH RECURSIVE family (head, id, depth) AS (
+    SELECT id, id, 0 FROM unnest(%s::text[]) AS id
+    UNION ALL SELECT f.head, r.id, f.depth + 1 FROM family f JOIN orchestrator.runs r ON r.parent_id = f.id
+)
+SELECT f.head, r.id, r.saga, r.state, r.position, r.position - r.since, r.finished_at IS NOT NULL
+    AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.run_id = r.id)
+    AND NOT EXISTS (SELECT FROM orchestrator.arrivals a WHERE a.run_id = r.id)
+    AND NOT EXISTS (SELECT FROM orchestrator.locks l WHERE l.run_id = r.id)
+FROM family f JOIN orchestrator.runs r ON r.id = f.id ORDER BY f.head, f.depth DESC, r.id
+"""
+
+
+def families(connection: Connection, heads: Sequence[str]) -> list[Member]:
+    """Return these runs with all that belong to them, family by family, a head after its members."""
+    return [Member(*row) for row in connection.execute(_FAMILIES, (list(heads),)).fetchall()]
+
+
+# Ended links cannot be started by anybody: their ids are the engine's.
+_BURY = f"""
+INSERT INTO orchestrator.pruned (id, saga, state, pruned_at)
+SELECT id, saga, state, {CLOCK} FROM orchestrator.runs WHERE id = ANY (%(ids)s) AND state <> 'continued'
+ON CONFLICT (id) DO NOTHING
+"""
+
+
+def bury(connection: Connection, ids: Sequence[str], now: datetime | None = None) -> None:
+    """Take ids for ever.  To be committed before the runs go: a start that waits for a row to go sees it then."""
+    connection.execute(_BURY, {"ids": list(ids), "now": now})
+
+
+_DELETE = """
+WITH gone AS (
+    DELETE FROM orchestrator.runs r USING unnest(%s::text[], %s::integer[]) AS g (id, position)
+    WHERE r.id = g.id AND r.position = g.position AND r.finished_at IS NOT NULL RETURNING r.id
+), rows AS (
+    DELETE FROM orchestrator.journal j USING gone WHERE j.run_id = gone.id
+)
+SELECT count(*) FROM gone
+"""
+
+
+def delete(connection: Connection, members: Sequence[Member]) -> bool:
+    """Delete runs with their journals; False if one of them has moved since, and then the caller rolls back."""
+    values = ([each.id for each in members], [each.position for each in members])
+    row = connection.execute(_DELETE, values).fetchone()
+    return row is not None and row[0] == len(members)

@@ -1,0 +1,34 @@
+"""prune, as people and beat call it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.cli.conftest import Terminal
+
+
+def ended(terminal: Terminal, run_id: str) -> None:
+    terminal.start("checkout", run_id, "--id", run_id)
+    terminal.ok("terminate", run_id, "--reason", "test")
+
+
+def test_prune_says_what_goes_and_beat_has_it_as_a_task(worked: Terminal, tmp_path: Path) -> None:
+    for run_id in ("prune-1", "prune-2", "prune-3"):
+        ended(worked, run_id)
+        worked.until(run_id, "completed", "terminated")
+    would = worked.json("prune", "--older-than", "0s", "--saga", "checkout", "--limit", "1", "--dry-run")
+    assert (would["total"], would["dry_run"]) == (1, True)
+    told = worked.json("prune", "--older-than", "0s", "--limit", "1", "--archive", str(tmp_path))
+    assert told["total"] >= 1 and Path(told["archive"]).read_text().count("\n") == told["total"]
+    assert "runs are gone." in worked.ok("prune", "--older-than", "0s", "--limit", "1")
+    assert "0 runs would go." in worked.ok("prune", "--older-than", "900d", "--dry-run")
+    assert worked.shop.app.tasks["orchestrator.prune"]("0s")["total"] >= 1
+    again = worked.run("start", "checkout", json.dumps([{"id": "x"}]), "--id", "prune-1")
+    assert again.exit_code == 1 and "was pruned" in again.output
+
+
+def test_prune_says_what_is_wrong_with_its_arguments(terminal: Terminal) -> None:
+    for arguments, word in ((["--older-than", "soon"], "is no age"), ([], "--older-than")):
+        result = terminal.run("prune", *arguments)
+        assert result.exit_code == 2 and word in result.output
