@@ -21,7 +21,7 @@ from orchestrator.engine.doctor import EXIT_CODE, Facts, Finding, Level, judge, 
 from orchestrator.errors import OrchestratorError
 from orchestrator.saga import registry as sagas
 from orchestrator.step import registry as steps
-from orchestrator.store import check, runs
+from orchestrator.store import check, pauses, runs
 from orchestrator.store import doctor as store
 from orchestrator.store import schedules as schedules_store
 from orchestrator.store.connection import Connection
@@ -73,7 +73,7 @@ def _facts(orchestrator: Any, connection: Connection) -> Facts:
         server=server, host_clock=host_clock, waiting=waiting, living=living, stuck=store.stuck(connection),
         oldest=store.oldest_transaction(connection), sizes=store.sizes(connection),
         broker=ask_broker(app, sorted(named | {each.queue for each in waiting})), named_queues=frozenset(named),
-        schedules=[(row["name"], row["problem"]) for row in known],
+        pauses=pauses.listed(connection), schedules=[(row["name"], row["problem"]) for row in known],
         leader_unseen=max(schedules_store.clock(connection) - leader[1], timedelta(0)) if leader else None,
     )  # fmt: skip
 

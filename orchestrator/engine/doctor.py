@@ -13,6 +13,7 @@ from enum import StrEnum
 from itertools import chain
 
 from orchestrator.store.doctor import Living, Old, Server, Size, Stuck, Waiting
+from orchestrator.store.pauses import Pause
 
 _OLDEST_TESTED, _NEWEST_TESTED = 14, 18
 _WAITS = timedelta(seconds=10)  # a pump rings every second
@@ -79,6 +80,7 @@ class Facts:
     sizes: Sequence[Size] = ()
     broker: Broker
     named_queues: frozenset[str] = frozenset()
+    pauses: Sequence[Pause] = ()
     schedules: Sequence[tuple[str, str | None]] = ()
     leader_unseen: timedelta | None = None
 
@@ -87,7 +89,7 @@ def judge(facts: Facts) -> list[Finding]:
     """Return what is to be told, the worst first."""
     found = list(chain(
         _of_server(facts.server), _of_clocks(facts), _of_transactions(facts), _of_sizes(facts), _of_workers(facts),
-        _of_work(facts), _of_runs(facts.stuck), _of_broker(facts.broker), _of_schedules(facts),
+        _of_work(facts), _of_runs(facts.stuck), _of_pauses(facts), _of_broker(facts.broker), _of_schedules(facts),
     ))  # fmt: skip
     return sorted(found, key=lambda finding: -EXIT_CODE[finding.level])
 
@@ -300,6 +302,18 @@ def _of_runs(stuck: Stuck) -> Iterator[Finding]:
             f"{stuck.unsent} messages of schedules are not sent for more than a minute",
             "no beat leads, or the broker is away from it",
             "start a beat, or see its log",
+        )
+
+
+def _of_pauses(facts: Facts) -> Iterator[Finding]:
+    for pause in facts.pauses:
+        reason = f" ({pause.reason})" if pause.reason else ""
+        yield Finding(
+            f"paused-{pause.kind}",
+            Level.ADVICE,
+            f"{pause.kind} {pause.name} is paused by {pause.by}{reason} since {_words(facts.server.clock - pause.at)}",
+            "nothing is taken from it" if pause.kind == "queue" else "its runs ask for nothing new, and none begins",
+            f"saga resume --{pause.kind} {pause.name}, when it may go on",
         )
 
 

@@ -61,13 +61,14 @@ SELECT w.queue, w.target, count(*)::integer, max({CLOCK} - w.due_at),
     EXISTS (SELECT FROM orchestrator.incarnations i WHERE i.dead_at IS NULL AND w.queue = ANY (i.queues)
             AND (w.target = '*' OR w.target = ANY (i.targets)))
 FROM (SELECT queue, target, due_at FROM orchestrator.work
-      WHERE fence IS NULL AND due_at <= {CLOCK} LIMIT {_SAMPLE}) AS w
+      WHERE fence IS NULL AND due_at <= {CLOCK}
+        AND NOT queue = ANY (ARRAY(SELECT name FROM orchestrator.pauses WHERE kind = 'queue')) LIMIT {_SAMPLE}) AS w
 GROUP BY w.queue, w.target ORDER BY w.queue, w.target
 """
 
 
 def waiting(connection: Connection, now: datetime | None = None) -> list[Waiting]:
-    """Return due work that nobody has begun, by queue and target."""
+    """Return due work that nobody has begun, by queue and target; on queues that are paused it is not looked at."""
     return [Waiting(*row) for row in connection.execute(_WAITING, {"now": now}).fetchall()]
 
 

@@ -81,6 +81,22 @@ def test_a_queue_is_paused_and_resumed(terminal: Terminal) -> None:
     assert "is not paused" in terminal.ok("resume", "--queue", "celery")
 
 
+def test_a_worker_holds_a_saga_that_is_paused_and_lets_it_go(worked: Terminal, asleep: str) -> None:
+    worked.ok("pause", "--saga", "nap", "--by", "ann")
+    try:
+        worked.until(asleep, "paused")
+        new = worked.start("nap", "2")
+        eventually(lambda: worked.json("show", new)["outstanding"][0]["due_at"] > "3000")
+        assert worked.until(new, "pending")
+        refused = worked.run("resume", asleep)
+        assert refused.exit_code == 1 and "paused with all runs of tests.cli.shop.nap, by ann" in refused.stderr
+        assert [found["code"] for found in worked.json("doctor")["findings"] if found["code"] == "paused-saga"]
+    finally:
+        worked.ok("resume", "--saga", "nap")
+    worked.until(asleep, "running")
+    worked.until(new, "running")
+
+
 @pytest.mark.parametrize("named", [[], ["run", "--saga", "x"], ["--saga", "x", "--queue", "q"]])
 def test_what_is_paused_is_one_thing(terminal: Terminal, named: list[str]) -> None:
     assert terminal.run("pause", *named).exit_code == terminal.run("resume", *named).exit_code == 2

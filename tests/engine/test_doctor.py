@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.engine.doctor import EXIT_CODE, Broker, Facts, Level, Queue, judge, lost_doorbells
 from orchestrator.store.doctor import Living, Old, Server, Size, Stuck, Waiting
+from orchestrator.store.pauses import Pause
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SECOND, HOUR = timedelta(seconds=1), timedelta(hours=1)
@@ -74,6 +75,8 @@ def test_nothing_is_found_where_all_is_well() -> None:
         ("unread", Level.WARNING, stuck(0, 2, 0, None, 0, 0)),
         ("parked", Level.WARNING, stuck(0, 0, 2, HOUR, 0, 0)),
         ("paused", Level.ADVICE, stuck(0, 0, 0, None, 2, 0)),
+        ("paused-saga", Level.ADVICE, but(pauses=[Pause("saga", "checkout", "ann", "a bad deploy", NOW, False)])),
+        ("paused-queue", Level.ADVICE, but(pauses=[Pause("queue", "q", "ann", "", NOW, False)])),
         ("unsent", Level.WARNING, stuck(0, 0, 0, None, 0, 2)),
         ("broker", Level.BROKEN, broker(error="refused")),
         ("eviction", Level.WARNING, broker(evicts="allkeys-lru")),

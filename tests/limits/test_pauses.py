@@ -15,7 +15,7 @@ from orchestrator.client import Client
 from orchestrator.engine.drain import Drainer
 from orchestrator.engine.pump import Pump
 from orchestrator.errors import PayloadError, UsageError
-from orchestrator.store import liveness, pauses, turns
+from orchestrator.store import doctor, liveness, pauses, turns
 from tests.acceptance.running import until
 from tests.engine.stage import QUEUE, Child, entries, start, state, work
 
@@ -224,8 +224,10 @@ def test_nothing_is_taken_from_a_paused_queue_nobody_rings_for_it_and_no_worker_
     assert state(connection) == "pending"
     assert pump.run_once(connection).rung == {}
     assert not _neglects(connection, child)
+    assert doctor.waiting(connection) == []
     client.resume(queue=QUEUE)
     assert _neglects(connection, child)
+    assert [each.queue for each in doctor.waiting(connection)] == [QUEUE]
     assert pump.run_once(connection).rung == {QUEUE: 1}
     child.drain()
     assert state(connection) == "completed"
