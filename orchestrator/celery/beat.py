@@ -57,12 +57,11 @@ class Scheduler(celery.beat.Scheduler):
 
     # -- what Celery's beat service asks for ---------------------------------------------------------------------------
     def setup_schedule(self) -> None:
-        """Add Celery's own entry, the clean-up of results, if the backend needs it."""
-        self.install_default_entries(self.app.conf.beat_schedule)
+        """Do nothing: entries are read at each turn, so that a change of them is noticed."""
 
     def update_from_dict(self, dict_: Mapping[str, Any]) -> None:
         """Add entries."""
-        self._book.added.update(dict_)
+        self._book.update_from_dict(dict_)
 
     def add(self, **kwargs: Any) -> None:
         """Add an entry while beat runs."""

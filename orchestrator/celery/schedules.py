@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any
 
+import celery.beat
 from celery import Celery
 from kombu.connection import Connection as BrokerConnection
 from kombu.exceptions import OperationalError as BrokerError
@@ -44,16 +45,22 @@ class Book:
     """The entries of an app, read anew whenever its beat_schedule has changed."""
 
     def __init__(self, app: Celery) -> None:
-        self._app = app
+        self.app = app
         self._raw: dict[str, Any] = {}
         self.added: dict[str, Any] = {}
         self.schedules: dict[str, Schedule] = {}
         self.entries: dict[str, Entry] = {}
         self.problems: dict[str, str] = {}
 
+    def update_from_dict(self, more: Mapping[str, Any]) -> None:
+        """Add entries to those of the configuration."""
+        self.added.update(more)
+
     def refresh(self, now: datetime) -> bool:
         """Read the entries; False if they are what they were."""
-        configured = self._app.conf.beat_schedule
+        configured = self.app.conf.beat_schedule
+        if not self._raw:  # Celery's own entry, the clean-up of results, if the backend needs it
+            celery.beat.Scheduler.install_default_entries(self, configured)
         raw = {**self.added, **(configured if isinstance(configured, Mapping) else {})}
         if raw == self._raw:
             return False
@@ -65,8 +72,8 @@ class Book:
 
     def _read(self, name: str, raw: Any, now: datetime) -> None:
         try:
-            prepare = self._app.orchestrator.client.prepare
-            self.schedules[name], self.entries[name] = entries.read(self._app, prepare, name, raw, now)
+            prepare = self.app.orchestrator.client.prepare
+            self.schedules[name], self.entries[name] = entries.read(self.app, prepare, name, raw, now)
             problem = self.schedules[name].problem
         except Exception as error:  # whatever is wrong with one entry, the others go on
             problem = f"it cannot be used: {error or type(error).__name__}"

@@ -156,6 +156,7 @@ def test_what_is_wrong_with_an_entry_is_said(app: Celery, client: Client, entry:
 
 def test_a_bad_entry_is_named_and_harms_no_other(app: Celery, client: Client) -> None:
     app.orchestrator = type("Stand", (), {"client": client})
+    app.conf.result_expires = None  # else Celery adds an entry of its own
     app.conf.beat_schedule = {
         "good": {"task": "plain", "schedule": 60}, "bad": {"task": "plain"}, "worse": 7,
         "worst": {"task": tally.name, "schedule": 1},
