@@ -35,6 +35,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    text,
     update,
 )
 
@@ -82,6 +83,19 @@ entries = Table(
     Index("entries_by_account", "account_id"),
     schema="ledger",
 )
+
+
+POST_MANY = text("""
+    with given as (
+        select * from unnest(cast(:references as text[]), cast(:amounts as numeric[])) as given (reference, amount)
+    ), posted as (
+        insert into ledger.postings (kind, reference) select :kind, reference from given returning id, reference
+    )
+    insert into ledger.entries (posting_id, account_id, currency, amount)
+    select posted.id, side.account_id, :currency, side.sign * given.amount
+    from posted join given on given.reference = posted.reference
+    cross join (values (cast(:source as text), -1), (cast(:target as text), 1)) as side (account_id, sign)
+""")
 
 
 class House(StrEnum):
@@ -143,16 +157,8 @@ def post_many(
     conn: Connection, kind: str, source: str, target: str, currency: Currency, amounts: Mapping[str, Decimal]
 ) -> None:
     """Post one movement for each reference, between accounts that carry no balance; do not commit."""
-    if not amounts:
-        return
-    headers = [{"kind": kind, "reference": reference} for reference in amounts]
-    made = conn.execute(insert(postings).returning(postings.c.id, postings.c.reference), headers)
-    lines = [
-        {"posting_id": row.id, "account_id": account, "currency": currency, "amount": sign * amounts[row.reference]}
-        for row in made
-        for account, sign in ((source, -1), (target, 1))
-    ]
-    conn.execute(insert(entries), lines)
+    names = {"kind": kind, "source": source, "target": target, "currency": currency}
+    conn.execute(POST_MANY, {**names, "references": list(amounts), "amounts": list(amounts.values())})
 
 
 def reverse(conn: Connection, kind: str, reference: str) -> Posting | None:

@@ -1,7 +1,8 @@
-"""The reference application for workers that die: a pool child ends as SIGKILL ends it, where an order says so.
+"""The reference application for workers that die, and for a beat whose nights are short.
 
-An order is a file ``<run> <task>``: the child that runs this task for this run dies when the task's code is through and
-before its outcome is committed, the moment that hurts most. An order is obeyed once.
+A pool child ends as SIGKILL ends it, where an order says so. An order is a file ``<run> <task>``: the child that runs
+this task for this run dies when the task's code is through and before its outcome is committed, the moment that hurts
+most. An order is obeyed once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from orchestrator import step
 from tasks.app import app, orchestrator
 
 __all__ = ["app", "orchestrator"]
+
+app.conf.beat_schedule["reconcile"]["schedule"] = 1.0  # a night a second
 
 
 @task_postrun.connect

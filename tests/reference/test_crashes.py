@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ from tasks.outside.process import Process
 from tasks.outside.rules import FORGED, SOLD_OUT
 from tasks.payments import Payment
 from tasks.transfers import Transfer
-from tests.acceptance.running import Worker, until
+from tests.acceptance.running import ROOT, Worker, until
 
 pytestmark = [pytest.mark.own_process, pytest.mark.timeout(300)]
 
@@ -71,6 +73,10 @@ class Site:
         """Return what was done or undone outside more than once."""
         counted = Counter(f"{line['event']} {line['kind']} {line['key']}" for line in self._log())
         return [effect for effect, times in counted.items() if times > 1]
+
+    def reported(self) -> list[str]:
+        """Return the nights of which compliance has heard."""
+        return [line["key"] for line in self._log() if line["kind"] == "reports"]
 
     def _log(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "outside.jsonl").read_text().splitlines()]
@@ -248,6 +254,7 @@ def site(
             "ORCHESTRATOR_PUMP_INTERVAL": "0.1",
             "OUTSIDE_URL": outside.url,
             "MODELS_DIR": str(folder / "models"),
+            "REPORTS_DIR": str(folder / "reports"),
             "REFERENCE_ORDERS": str(folder / "orders"),
         }
         for variable, value in environment.items():
@@ -310,6 +317,18 @@ def test_a_child_that_is_killed_changes_nothing(site: Site, runs: dict[str, Any]
     assert not (site.folder / "orders" / f"{name} {case.dies_at}").exists(), "nobody died"
     assert result.status == case.state
     assert case.holds(site, name), (site.outside(name), site.moved(name))
+    assert site.happened_twice() == []
+
+
+def test_beat_has_every_night_reconciled_and_compliance_told(site: Site) -> None:
+    command = [sys.executable, "-m", "celery", "-A", "tests.reference.app", "beat", "--pidfile", ""]
+    with (site.folder / "beat.log").open("wb") as log:
+        beat = subprocess.Popen([*command, "-l", "INFO"], stdout=log, stderr=log, cwd=ROOT)
+    try:
+        until(lambda: len(site.reported()) >= 2, "two nights are reported", 120)
+    finally:
+        beat.terminate()
+        beat.wait(30)
     assert site.happened_twice() == []
 
 

@@ -79,6 +79,21 @@ def test_the_history_of_a_sync_does_not_grow(env: Environment, books: Engine) ->
     assert max(link.n for link in links) <= 2 * 5 * 4, "steps of a link, with a few entries each"
 
 
+def test_a_hundred_thousand_transactions_make_no_longer_history_than_a_few(
+    env: Environment, books: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sync_module, "PAGES_PER_LINK", 10)
+    run = env.run(sync, SyncRequest(account="checking-100000", page_size=2000), task_id="huge")
+
+    assert run.output == Synced(account="checking-100000", transactions=100_000, odd=200)
+    assert postings(books) == 100_000
+    with books.connect() as conn:
+        size = text("SELECT run_id, sum(pg_column_size(entries)) AS bytes FROM orchestrator.journal GROUP BY 1")
+        links = conn.execute(size).all()
+    assert len(links) == 5
+    assert max(link.bytes for link in links) < 200_000
+
+
 def test_a_sync_shows_how_far_it_is(env: Environment) -> None:
     run = env.run(sync, SYNC)
 
