@@ -18,6 +18,7 @@ from psycopg import sql
 from orchestrator.errors import UsageError
 from orchestrator.settings import Settings
 from orchestrator.store.connection import Connection, open_connection
+from orchestrator.store.gates import LINE
 from orchestrator.store.migration import migrate
 
 # The clock goes on by itself, ahead of the real one by what was skipped.  A sequence, so that everybody sees a move at
@@ -101,7 +102,8 @@ def now(connection: Connection) -> datetime:
     return at
 
 
-# What may be taken, and when: a reservation holds for a while, an arrival that no turn took is woken after a second.
+# What may be taken, and when: a reservation holds for a while, an arrival that no turn took is woken after a second,
+# and who stands in line at a gate is let in by a pump.
 _LOOK = """
 WITH waiting AS (
     SELECT w.run_id, w.key, w.attempt, w.due_at, r.state,
@@ -112,10 +114,14 @@ WITH waiting AS (
 SELECT (SELECT coalesce(array_agg(DISTINCT queue), '{}') FROM orchestrator.work),
     (SELECT coalesce(array_agg(concat_ws(' ', run_id, key, attempt, due_at) ORDER BY due_at, run_id, key), '{}')
      FROM waiting WHERE moment <= orchestrator.now()),
-    least((SELECT min(moment) FROM waiting WHERE moment > orchestrator.now() AND state IS DISTINCT FROM 'parked'),
+    least((SELECT min(moment) FROM waiting WHERE moment > orchestrator.now() AND state IS DISTINCT FROM 'parked'
+           AND due_at < orchestrator.now() + %(far)s),
+          (SELECT min(next_at) FROM orchestrator.gates g WHERE next_at > orchestrator.now() AND EXISTS (
+              SELECT FROM orchestrator.work w WHERE w.gate = g.name AND w.due_at > orchestrator.now() + %(far)s)),
           (SELECT min(at) + interval '1.001 seconds' FROM orchestrator.arrivals
            WHERE at > orchestrator.now() - interval '1.001 seconds')) - orchestrator.now(),
     EXISTS (SELECT FROM orchestrator.arrivals) OR EXISTS (SELECT FROM orchestrator.work WHERE fence IS NOT NULL),
+    EXISTS (SELECT FROM orchestrator.work WHERE due_at > orchestrator.now() + %(far)s),
     EXISTS (SELECT FROM orchestrator.runs WHERE finished_at IS NULL AND state <> 'parked')
 """
 
@@ -125,19 +131,21 @@ class Look:
     """Which queues have work, what of it is due, in how long the next is; and whether anything strays.
 
     What is due later of parked runs is not waited for.  Arrivals and begun attempts are `stray` while nobody is about
-    them; `open` are runs that have not ended and are not parked.
+    them, work is `lined` up while it waits at a gate, `open` are runs that have not ended and are not parked.
     """
 
     queues: list[str]
     due: list[str]
     next: timedelta | None
     stray: bool
+    lined: bool
     open: bool
 
 
 def look(connection: Connection, targets: Collection[str], reservation: timedelta) -> Look:
     """Return what there is to do for who has these targets."""
-    row = connection.execute(_LOOK, {"targets": list(targets), "reservation": reservation}).fetchone()
+    values = {"targets": list(targets), "reservation": reservation, "far": LINE / 2}
+    row = connection.execute(_LOOK, values).fetchone()
     assert row is not None
     return Look(*row)
 

@@ -17,7 +17,7 @@ def call(function: Callable[..., Any] | None, **known: Any) -> Any:
     try:
         wanted = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
     except ValueError:  # a builtin that does not tell
-        wanted = ["?"]
+        wanted = []
     if len(wanted) == 1 and wanted[0] not in known:
         return function(next(iter(known.values())))
     return function(**{name: known[name] for name in wanted if name in known})

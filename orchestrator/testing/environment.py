@@ -184,25 +184,27 @@ class Environment:
     def _drive_with(self, child: Child, limit: timedelta) -> None:
         patience = iter(_PATIENCE)
         for _ in range(_MOVES):
-            looked = self._do_what_is_due(child)
-            pause = looked.next
-            may_help = looked.stray or (pause is None and looked.open)
-            if may_help and self._pump.run_once(self._connection).given_back:
-                continue
-            if pause is None and looked.due:  # and held back, say by a rate limit
-                pause = next(patience, None)
+            looked, moved = self._do_what_is_due(child)
+            if looked.stray or looked.lined or (looked.next is None and looked.open):
+                self._pump.run_once(self._connection)
+                looked, again = self._do_what_is_due(child)
+                moved = moved or again
+            patience = iter(_PATIENCE) if moved else patience
+            held_back = looked.due or looked.lined  # by a pause, by a limit
+            pause = next(patience, None) if looked.next is None and held_back else looked.next
             if pause is None or pause > limit:
                 return
             limit -= pause
             self.skip(pause)
         raise UsageError(f"after {_MOVES:,} moves of the clock there is still something to do; does a saga loop?")
 
-    def _do_what_is_due(self, child: Child) -> testbed.Look:
+    def _do_what_is_due(self, child: Child) -> tuple[testbed.Look, bool]:
+        """Drain until nothing more can be taken; tells what is left, and whether anything was done."""
         before: list[str] = []
-        for _ in range(_MOVES):
+        for drains in range(_MOVES):
             looked = testbed.look(self._connection, [*child.targets, turns.ANYONE], self.settings.reservation)
             if not looked.due or looked.due == before:
-                return looked
+                return looked, drains > bool(looked.due)
             before = looked.due
             if not child.drain(frozenset(looked.queues)):
                 self.skip(_NOTICED)

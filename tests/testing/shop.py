@@ -112,6 +112,28 @@ async def fickle(order: str) -> None:
 fickle_runs: list[str] = []
 
 
+@step(effect=Effect.NONE, rate_limit="1/m")
+def ask(order: str) -> None: ...
+
+
+@saga.define(name="kit.limited")
+async def limited(order: str) -> None:
+    await saga.step(ask, order)
+
+
+@saga.define(name="kit.parcel")
+async def parcel(order: str) -> str:
+    async with saga.lock("order", "any"):
+        await saga.step(charge, order)
+        await saga.sleep(timedelta(hours=1))
+    return order
+
+
+@saga.define(name="kit.family")
+async def family(order: str) -> list[str]:
+    return [await saga.child(parcel, f"{order}-{n}") for n in range(2)]
+
+
 # -- as it should not be -----------------------------------------------------------------------------------------------
 @step
 def pay(order: str) -> None:

@@ -20,9 +20,12 @@ from tests.testing.shop import (
     booking,
     charge,
     checkout,
+    family,
     fickle,
+    limited,
     mail,
     names,
+    parcel,
     parent,
     refund,
     world,
@@ -259,6 +262,31 @@ def test_runs_wait_side_by_side(env: Environment) -> None:
     env.finish()
     assert {run.state for run in runs} == {"completed"}
     assert len({run.duration.days for run in runs}) == 1
+
+
+def test_a_rate_limit_is_waited_for(env: Environment) -> None:
+    runs = [env.start(limited, f"o{n}") for n in range(4)]
+    assert [run.state for run in runs].count("completed") == 1
+    env.finish()
+    assert {run.state for run in runs} == {"completed"}
+    assert timedelta(minutes=2.9) < max(run.duration for run in runs) < timedelta(minutes=4)
+
+
+def test_a_lock_is_waited_for(env: Environment) -> None:
+    runs = [env.start(parcel, f"o{n}") for n in range(3)]
+    assert len(world.charges) == 1
+    env.finish()
+    assert {run.state for run in runs} == {"completed"}
+    assert timedelta(hours=3) <= max(run.duration for run in runs) < timedelta(hours=3, minutes=5)
+
+
+def test_children_are_runs_of_the_environment_and_undone_with_their_parent(env: Environment) -> None:
+    run = env.start(family, "o1")
+    env.advance(timedelta(hours=1.5))
+    run.cancel()
+    env.finish()
+    assert [each.state for each in env.runs] == ["cancelled", "compensated", "compensated"]
+    assert world.money["ann"] == 100
 
 
 def test_code_that_breaks_the_one_rule_is_parked_as_drift(env: Environment) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
 
 from orchestrator import testing
 from orchestrator.testing import Environment, EnvironmentRun, Exploration, InvariantBroken
-from orchestrator.testing.faults import Kind
+from orchestrator.testing.explorer import _Explorer
+from orchestrator.testing.faults import Fault, Kind
+from orchestrator.testing.report import Schedule
 from tests.testing.shop import (
     approval,
     charge,
     checkout,
     debit,
+    family,
     fickle,
     forgetful,
     generous,
@@ -22,6 +26,8 @@ from tests.testing.shop import (
     racy,
     world,
 )
+
+pytestmark = pytest.mark.timeout(600)  # many schedules, on a machine that may be busy
 
 
 def explore(env: Environment, saga: Any, args: Any = "o1", **options: Any) -> Exploration:
@@ -38,6 +44,10 @@ def kept_or_given_back(run: EnvironmentRun) -> bool:
     return world.money["ann"] == (40 if run.state == "completed" else 100)
 
 
+def nothing_or_both(run: EnvironmentRun) -> bool:
+    return world.money["ann"] == (80 if run.state == "completed" else 100)
+
+
 def report_of(found: Exploration) -> str:
     """Return a report, with its lines joined."""
     assert not found.ok
@@ -51,17 +61,16 @@ def test_a_sound_saga_passes_every_schedule(saga_environment: Environment) -> No
     assert found.tried > 30 and not found.exhausted
     assert set(found.kinds) == {str(kind) for kind in Kind if kind not in (Kind.MEANWHILE, Kind.LATE)}
     assert {"completed", "compensated", "cancelled", "failed"} <= found.ends.keys()
-
-
-def test_every_boundary_is_visited(saga_environment: Environment) -> None:
-    found = explore(saga_environment, checkout, pairs=0)
     points = {(key.rpartition(".")[2], role) for _, key, role in found.points}
     assert points == {("charge#0", "do"), ("mail#0", "do"), ("charge#0", "undo")}
 
 
-def test_the_same_seed_draws_the_same_pairs(saga_environment: Environment) -> None:
-    first, again = (explore(saga_environment, checkout, pairs=10, seed=3) for _ in range(2))
-    assert (first.kinds, first.ends) == (again.kinds, again.ends)
+def test_the_same_seed_draws_the_same_pairs() -> None:
+    singles = [Schedule((Fault(Kind.REJECTED, "task", 1, key),)) for key in "abcdef"]
+    first, again, other = (_Explorer._pairs(singles, 5, Random(seed)) for seed in (3, 3, 4))
+    assert first == again != other
+    assert len(set(map(str, first))) == 5
+    assert all(len({fault.key for fault in pair.faults}) == 2 for pair in first)
 
 
 def test_no_more_schedules_are_tried_than_are_asked_for(saga_environment: Environment) -> None:
@@ -79,6 +88,12 @@ def test_an_undo_that_remembers_itself_refuses_what_comes_late(saga_environment:
     found = explore(saga_environment, checkout, pairs=0, late=True)
     assert found.ok, str(found)
     assert found.kinds[Kind.LATE] == 1
+
+
+def test_children_are_explored_with_their_parent(saga_environment: Environment) -> None:
+    found = explore(saga_environment, family, invariant=nothing_or_both, pairs=0, max_schedules=30)
+    assert found.ok, str(found)
+    assert {run.rpartition("/")[2] for run, _, _ in found.points} >= {"kit.parcel#0", "kit.parcel#1"}
 
 
 # -- wrong sagas -------------------------------------------------------------------------------------------------------
