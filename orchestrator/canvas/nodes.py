@@ -22,7 +22,6 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    SerializerFunctionWrapHandler,
     Tag,
     model_serializer,
 )
@@ -60,11 +59,21 @@ class Node(BaseModel):
     link: list[Canvas] = []
     link_error: list[Canvas] = []
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        given: dict[str, Any] = handler(self)
+    @model_serializer(mode="plain")
+    def _form(self) -> dict[str, Any]:
+        return self.form()
+
+    def form(self) -> dict[str, Any]:
+        """Return the stored form, which leaves out what is so by default.
+
+        By hand, because pydantic tries each kind of node at every level when one nests too deep to be written.
+        """
         kept = (self.parts_in, "priority")  # an empty list and a zero that say something
-        return {name: value for name, value in given.items() if value or (name in kept and value is not None)}
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        form = {name: value for name, value in given.items() if value or (name in kept and value is not None)}
+        for name in form.keys() & {"link", "link_error", self.parts_in}:
+            form[name] = [node.form() for node in form[name]]
+        return {**form, "eta": self.eta.isoformat()} if self.eta else form
 
     @property
     def parts(self) -> list[Canvas]:

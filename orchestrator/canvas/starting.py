@@ -76,7 +76,7 @@ class Durable:
     @property
     def form(self) -> Json:
         """The stored form of the canvas: the argument with which a message or beat starts `orchestrator.canvas`."""
-        return run_canvas.codec.encode_call((self.canvas,), {})["canvas"]
+        return self.canvas.form()
 
     def with_callbacks(self, link: Any = None, link_error: Any = None) -> Durable:
         """Return it with one more callback or handler, or several, of the canvas as a whole."""

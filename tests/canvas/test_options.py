@@ -138,6 +138,17 @@ def test_a_canvas_that_is_too_deep_or_too_large_is_refused() -> None:
         testing.run(durable(group(same.s("x" * 1000) for _ in range(300))))
 
 
+@pytest.mark.timeout(30)  # it was exponential once
+@pytest.mark.parametrize("depth", [55, 1000])
+@pytest.mark.parametrize("kind", ["chain", "group", "each", "link", "link_error"])
+def test_a_stored_form_that_is_too_deep_is_refused_at_once(kind: str, depth: int) -> None:
+    form: dict[str, Any] = {"task": "x"}
+    for _ in range(depth):
+        form = {kind: [form]} if kind in ("chain", "group", "each") else {"task": "x", kind: [form]}
+    with pytest.raises(PayloadError):
+        run_canvas.codec.encode_call((form,), {}, from_json=True)
+
+
 def test_many_groups_in_a_row_are_not_deep() -> None:
     canvas = same.s(1)
     for _ in range(20):  # Celery makes them 20 chords in each other, about 140 levels of JSON
