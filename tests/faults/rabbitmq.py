@@ -87,6 +87,11 @@ class RabbitMQ:
         """The broker and its port mapper, each the leader of a group."""
         return [process.pid for process in (self._process, self._mapper) if process is not None]
 
+    @property
+    def said(self) -> str:
+        """What it has logged, in all its lives."""
+        return (self._folder / "log").read_text(errors="replace")
+
     def start(self) -> None:
         """Start it and wait until it answers."""
         environment = self._environment()
@@ -105,8 +110,7 @@ class RabbitMQ:
         give_up_at = time.monotonic() + 120.0
         while not self.answers():
             if self._process.poll() is not None or time.monotonic() > give_up_at:
-                said = (self._folder / "log").read_text(errors="replace")[-3000:]
-                raise AssertionError(f"RabbitMQ did not start:\n{said}")
+                raise AssertionError(f"RabbitMQ did not start:\n{self.said[-3000:]}")
             time.sleep(0.05)
 
     def _watch(self) -> None:

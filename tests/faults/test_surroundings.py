@@ -145,6 +145,10 @@ def test_disks_that_are_full_lose_no_run(tmp_path: Path, times: int) -> None:
             servers.stop()
 
 
+def _is_alarmed(broker: RabbitMQ) -> bool:
+    return broker.said.rfind("disk resource limit alarm set") > broker.said.rfind("disk resource limit alarm cleared")
+
+
 @pytest.mark.long
 @pytest.mark.debian
 def test_a_rabbitmq_on_a_full_disk_loses_no_run(new_scene: Callable[..., Scene], tmp_path: Path) -> None:
@@ -162,6 +166,8 @@ def test_a_rabbitmq_on_a_full_disk_loses_no_run(new_scene: Callable[..., Scene],
                 load.until_ended(10 + 20 * number, within_s=180.0)
                 filler = _fill(disk, leave=room)
                 scene.fault("disk full")
+                if room:  # it looks every few seconds, and then takes no message from anybody
+                    until(lambda: _is_alarmed(broker), "it has seen it", 60.0)
                 load.until_ended(20 + 20 * number, within_s=180.0)
                 filler.unlink()
                 if not broker.answers():
