@@ -19,10 +19,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from orchestrator.bulk import Effects, Filter, Order, give
 from orchestrator.codec import Json, ValueCodec, canonical_text, check, encode_any, first_line, is_name
+from orchestrator.engine.reconcile import Report, reconcile
 from orchestrator.errors import (
     ConflictError,
     OrchestratorError,
@@ -390,6 +392,14 @@ class Client:
         chosen = Chosen(older_than, tuple(states), getattr(saga, "name", saga), limit)
         with self.pool.connection() as connection, _schema_named():
             return prune(connection, chosen, dry_run=dry_run, archive=archive)
+
+    def reconcile(self, checks: Iterable[str] = (), *, directory: str | os.PathLike[str] | None = None) -> Report:
+        """Run the checks of these names, or all, those of the engine as well; report into a directory, if one is given.
+
+        Reports and never mends.  Commits how far it has come.  Raises: UsageError, StoreUnavailableError.
+        """
+        with self.pool.connection() as connection, _schema_named():
+            return reconcile(connection, list(checks), None if directory is None else Path(directory))
 
     def _tell(self, connection: Connection, kind: pauses.Kind, name: str) -> None:
         more = kind == "saga"

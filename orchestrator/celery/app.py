@@ -27,6 +27,7 @@ from orchestrator.client import Client, SagaResult
 from orchestrator.codec import set_limit
 from orchestrator.engine.commit import Scope
 from orchestrator.engine.drain import Drainer, Worker
+from orchestrator.engine.reconcile import Report
 from orchestrator.engine.schedules import OPTIONS
 from orchestrator.errors import DefinitionError, OrchestratorError, Rejected, StoreUnavailableError, UsageError
 from orchestrator.failpoints import failpoint
@@ -163,6 +164,10 @@ class Orchestrator:
     def prune(self, older_than: timedelta, **options: Any) -> Pruned:
         """Delete runs that ended longer ago; see `Client.prune`."""
         return self.client.prune(older_than, **options)
+
+    def reconcile(self, checks: Iterable[str] = (), *, directory: str | Path | None = None) -> Report:
+        """Run checks and report; see `Client.reconcile`."""
+        return self.client.reconcile(checks, directory=directory)
 
     def _refuse_eager(self, saga: Saga[Any, Any]) -> None:
         if self.app.conf.task_always_eager:

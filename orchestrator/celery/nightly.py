@@ -1,4 +1,4 @@
-"""What beat may do at night, as Celery tasks: ``orchestrator.prune``.
+"""What beat may do at night, as Celery tasks: ``orchestrator.prune`` and ``orchestrator.reconcile``.
 
 Owns their names and arguments, which are text and numbers, as an entry of beat's holds them.
 """
@@ -34,4 +34,17 @@ class Prune:
         return told.as_json()
 
 
-TASKS = (Prune,)
+class Reconcile:
+    """Run checks, or all of them, and write the report into a directory."""
+
+    name = "orchestrator.reconcile"
+    orchestrator: Orchestrator
+    ignore_result = True
+
+    def run(self, checks: Sequence[str] = (), directory: str | None = "reports") -> dict[str, Any]:
+        """Reconcile; returns what the report came to."""
+        report = self.orchestrator.reconcile(checks, directory=directory)
+        return {"report": report.id, "breaks": report.breaks, "exit_code": report.exit_code}
+
+
+TASKS = (Prune, Reconcile)

@@ -18,6 +18,7 @@ from orchestrator.cli.history import history
 from orchestrator.cli.lint import lint
 from orchestrator.cli.orders import cancel, pause, resolve, resume, retry, signal, skip, terminate
 from orchestrator.cli.prune import prune
+from orchestrator.cli.reconcile import reconcile
 from orchestrator.cli.replay import replay
 from orchestrator.cli.runs import list_, migrate, show, start
 from orchestrator.cli.schedules import schedules
@@ -39,6 +40,6 @@ def saga() -> None:
 
 for _command in (
     dev, migrate, start, list_, show, history, explain, signal, cancel, terminate, pause, resume, retry, skip, resolve,
-    bulk, schedules, doctor, prune, diagram, lint, replay,
+    bulk, schedules, doctor, reconcile, prune, diagram, lint, replay,
 ):  # fmt: skip
     saga.add_command(_command)

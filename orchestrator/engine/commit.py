@@ -167,22 +167,25 @@ def summary_of(execution: Execution, turn: Turn) -> dict[str, Any] | None:
     """Return the columns that change seldom, if one of them changed."""
     if turn.was_ended:
         return None
-    fold = execution.fold
-    parked: list[Any] = [{"key": key, "role": entry.role, "why": entry.why} for key, entry in fold.parked_keys.items()]
-    if fold.parked is not None:
-        parked.insert(0, {"key": "", "role": fold.parked.role, "why": fold.parked.why})
     changed = signature(execution)
     if turn.state not in TERMINAL and changed == execution.committed_summary:
         return None
     execution.committed_summary = changed
+    shown = {"published": execution.published or None, "tags": execution.tags or None}
+    return {**columns_of(execution.fold), **shown}
+
+
+def columns_of(fold: Fold) -> dict[str, Any]:
+    """Return the columns that a journal decides."""
+    parked: list[Any] = [{"key": key, "role": entry.role, "why": entry.why} for key, entry in fold.parked_keys.items()]
+    if fold.parked is not None:
+        parked.insert(0, {"key": "", "role": fold.parked.role, "why": fold.parked.why})
     return {
         "output": fold.returned.output if fold.returned and fold.ended and fold.ended.state == "completed" else None,
         "error": _error(fold),
         "left_effects": list(fold.ended.left) if fold.ended else [],
         "parked": parked,
         "past_pivot": fold.past_pivot,
-        "published": execution.published or None,
-        "tags": execution.tags or None,
     }
 
 

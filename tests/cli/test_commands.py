@@ -11,7 +11,7 @@ from orchestrator.cli import saga
 from tests.cli.conftest import Terminal
 
 COMMANDS = ["dev", "migrate", "start", "list", "show", "history", "explain", "signal", "cancel", "terminate", "pause",
-            "resume", "retry", "skip", "resolve", "bulk", "schedules", "doctor", "prune", "diagram",
+            "resume", "retry", "skip", "resolve", "bulk", "schedules", "doctor", "reconcile", "prune", "diagram",
             "lint", "replay"]  # fmt: skip
 
 

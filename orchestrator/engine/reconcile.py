@@ -1,0 +1,211 @@
+"""A reconciliation: every check page by page, each page in a short transaction that may only read.
+
+Owns how checks are run and what becomes of one that fails: it is an error of that check, and the rest goes on.  Must
+never mend anything.  Who was interrupted goes on where it was; two at once share a report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from orchestrator.engine.audits import AUDITS
+from orchestrator.engine.report_page import write
+from orchestrator.errors import UsageError
+from orchestrator.reconcile import Check, Looked, Statement, checks
+from orchestrator.store import reports, runs
+from orchestrator.store.connection import UNAVAILABLE, Connection
+from orchestrator.store.reports import Earlier, Progress
+
+PAGE = 200  # things that are looked at in one transaction
+EXAMPLES = 1000  # breaks of a check that are kept; all are counted
+_TIMEOUT = "SET LOCAL statement_timeout = '60s'"
+_LONGEST = 500
+
+
+@dataclass(slots=True)
+class Report:
+    """What a reconciliation came to; `problems` are those of the report itself: files that could not be written."""
+
+    id: int
+    started_at: datetime
+    checks: list[Progress]
+    earlier: list[Earlier]
+    files: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def breaks(self) -> int:
+        """How many breaks were found."""
+        return sum(each.breaks for each in self.checks)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all is well, 1 if there are breaks, 2 if something could not be checked or reported."""
+        if self.problems or any(each.error for each in self.checks):
+            return 2
+        return 1 if self.breaks else 0
+
+
+def reconcile(
+    connection: Connection, names: Sequence[str] = (), directory: Path | None = None, now: datetime | None = None
+) -> Report:
+    """Run these checks, or all; write the report into a directory, if one is given.
+
+    Commits; the connection must be in autocommit mode.  Raises: UsageError for a check that there is not.
+    """
+    known: dict[str, Check | Statement] = {**AUDITS, **checks}
+    if unknown := sorted(set(names) - known.keys()):
+        raise UsageError(f"there is no check {', '.join(map(repr, unknown))}; there are {', '.join(sorted(known))}")
+    wanted = sorted(set(names) or known)
+    report_id, started_at = reports.open_report(connection, wanted, now)
+    while todo := [each for each in reports.progress(connection, report_id) if not each.done]:
+        for each in todo:
+            _run(connection, report_id, known[each.name], each)
+    reports.finish(connection, report_id, now)
+    report = Report(
+        report_id, started_at, reports.progress(connection, report_id), reports.trend(connection, report_id)
+    )
+    if directory is not None:
+        write(report, directory)
+    return report
+
+
+def _run(connection: Connection, report_id: int, check: Check | Statement, at: Progress) -> None:
+    """Run a check to its end, or until somebody else who does has overtaken."""
+    while not at.done:
+        try:
+            _page(connection, check, at)
+        except UNAVAILABLE:
+            raise
+        except Exception as error:  # whatever a check does wrong, the others go on
+            at.error, at.done = _text(f"{type(error).__name__}: {error}"), True
+        if not reports.advance(connection, report_id, at):
+            return
+        at.pages += 1
+
+
+def _page(connection: Connection, check: Check | Statement, at: Progress) -> None:
+    if isinstance(check, Statement):
+        for looked in _compared(connection, check):
+            _count(at, looked)
+        at.done = True
+        return
+    found = _checked(_asked(connection, check, at.cursor), at.cursor)
+    for looked in found:
+        _count(at, looked)
+    at.done = len(found) < PAGE
+    at.cursor = found[-1].key if found else at.cursor
+
+
+def _asked(connection: Connection, check: Check, after: str) -> list[Looked]:
+    with runs.snapshot(connection):
+        connection.execute(_TIMEOUT)
+        if check.function is not None:
+            return list(islice(check.function(connection, after, PAGE), PAGE + 1))
+        return _rows(connection, check.sql, after)
+
+
+def _rows(connection: Connection, sql: str, after: str) -> list[Looked]:
+    cursor = connection.execute(sql, {"after": after, "limit": PAGE})
+    names = [column.name for column in cursor.description or ()]
+    if not {"key"} <= set(names) <= {"key", "problem", "amount", "currency"}:
+        raise UsageError(f"its SQL returns {', '.join(names)}; a check returns key, problem, amount, currency")
+    return [Looked(**dict(zip(names, row, strict=True))) for row in cursor.fetchmany(PAGE + 1)]
+
+
+def _checked(found: Iterable[Any], after: str) -> list[Looked]:
+    """Return what a check found.  Raises: UsageError if that is not what a check returns."""
+    rows = list(found)
+    for each in rows:
+        if not _is_looked(each):
+            raise UsageError(f"it returned {each!r:.200}; a check yields Looked: key and problem text, amount Decimal")
+    keys = [each.key for each in rows]
+    if len(rows) > PAGE or len(set(keys)) < len(keys) or after in keys:
+        raise UsageError(f"it does not page: it must return at most `limit` keys, each once, beyond {after!r:.80}")
+    return rows
+
+
+def _is_looked(each: Any) -> bool:
+    if not isinstance(each, Looked):
+        return False
+    key, problem, amount, currency = (getattr(each, name) for name in ("key", "problem", "amount", "currency"))
+    texts = isinstance(key, str) and isinstance(problem, str | None) and isinstance(currency, str | None)
+    return texts and bool(key) and (amount is None or (isinstance(amount, Decimal) and amount.is_finite()))
+
+
+def _count(at: Progress, looked: Looked) -> None:
+    at.looked_at += 1
+    if looked.amount is not None:
+        currency = _text(looked.currency or "")
+        at.sums[currency] = str(Decimal(at.sums.get(currency, "0")) + looked.amount)
+    if looked.problem is None:
+        return
+    at.breaks += 1
+    if len(at.examples) < EXAMPLES:
+        money = {} if looked.amount is None else {"amount": str(looked.amount), "currency": looked.currency}
+        at.examples.append({"key": _text(looked.key), "problem": _text(looked.problem), **money})
+
+
+def _text(given: str) -> str:
+    """Return a text as it can be stored and shown."""
+    return given.replace("\0", "").encode(errors="replace").decode()[:_LONGEST]
+
+
+# -- against a file ----------------------------------------------------------------------------------------------------
+_THEIRS = "CREATE TABLE theirs (key TEXT PRIMARY KEY, line INTEGER, amount TEXT, currency TEXT, met INTEGER DEFAULT 0)"
+_LOAD = "INSERT OR IGNORE INTO theirs (key, line, amount, currency, met) VALUES (?, ?, ?, ?, ?)"
+_UNMET = "SELECT key, line, amount, currency FROM theirs WHERE met = 0"
+_UNREADABLE = 2
+
+
+def _compared(connection: Connection, check: Statement) -> Iterator[Looked]:
+    """Compare a file with ours, in both directions; what the file holds lies in a temporary one, not in memory."""
+    with contextlib.closing(sqlite3.connect("")) as theirs:
+        theirs.execute(_THEIRS)
+        yield from _loaded(theirs, check)
+        yield from _ours(connection, theirs, check)
+        for key, line, amount, currency in theirs.execute(_UNMET):
+            yield Looked(key, f"line {line} of the file has it, and we do not", amount and Decimal(amount), currency)
+
+
+def _loaded(theirs: sqlite3.Connection, check: Statement) -> Iterator[Looked]:
+    """Yield what is wrong with the file itself."""
+    for line, each in check.lines():
+        amount = None if each.amount is None else str(each.amount)
+        row = (each.key, line, amount, each.currency, _UNREADABLE if each.problem else 0)
+        new = theirs.execute(_LOAD, row).rowcount if each.key else 0
+        if each.problem is not None:
+            yield Looked(each.key or f"line {line}", f"line {line}: {each.problem}")
+        elif not new:
+            yield Looked(each.key, f"line {line} of the file has it a second time")
+
+
+def _ours(connection: Connection, theirs: sqlite3.Connection, check: Statement) -> Iterator[Looked]:
+    after, query = "", Check(check.name, check.sql)
+    while page := _checked(_asked(connection, query, after), after):
+        for mine in page:
+            its = theirs.execute("SELECT amount, currency, met FROM theirs WHERE key = ?", (mine.key,)).fetchone()
+            theirs.execute("UPDATE theirs SET met = 1 WHERE met = 0 AND key = ?", (mine.key,))
+            yield Looked(mine.key, mine.problem or _difference(mine, its), mine.amount, mine.currency)
+        after = page[-1].key
+
+
+def _difference(mine: Looked, its: tuple[str | None, str | None, int] | None) -> str | None:
+    if its is None:
+        return "the file does not have it"
+    amount, currency, met = its
+    if met == _UNREADABLE:  # which is told already
+        return None
+    if amount is not None and mine.amount is not None and Decimal(amount) != mine.amount:
+        return f"the file says {amount}, we say {mine.amount}"
+    if currency and mine.currency and currency != mine.currency:
+        return f"the file says {currency}, we say {mine.currency}"
+    return None

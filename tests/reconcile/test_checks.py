@@ -1,0 +1,240 @@
+"""An application's checks: paged, resumed, shared, and each error its own."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from orchestrator import DefinitionError, UsageError, reconcile
+from orchestrator.engine.reconcile import Report
+from orchestrator.engine.reconcile import reconcile as run
+from orchestrator.reconcile import Looked
+from orchestrator.store.connection import Connection, open_connection
+
+NUMBERS = """
+SELECT id AS key, amount, currency, CASE WHEN bad THEN 'is bad' END AS problem
+FROM things WHERE id > %(after)s ORDER BY id LIMIT %(limit)s
+"""
+
+
+@pytest.fixture(autouse=True)
+def things(connection: Connection) -> None:
+    connection.execute("CREATE TABLE things (id text PRIMARY KEY, amount numeric, currency text, bad boolean)")
+    connection.execute(
+        "INSERT INTO things SELECT 't' || lpad(n::text, 4, '0'), 0.5, CASE WHEN n % 2 = 0 THEN 'EUR' ELSE 'USD' END, "
+        "n % 100 = 0 FROM generate_series(1, 1000) n"
+    )
+
+
+def test_a_check_is_paged_and_its_breaks_are_told_once_with_sums(connection: Connection, tmp_path: Path) -> None:
+    reconcile.check("things", sql=NUMBERS)
+    report = run(connection, ["things"], tmp_path)
+    (check,) = report.checks
+    assert (check.looked_at, check.breaks, check.error, check.pages) == (1000, 10, None, 6)
+    assert check.sums == {"EUR": "250.0", "USD": "250.0"}
+    assert [each["key"] for each in check.examples] == [f"t{n:04}" for n in range(100, 1001, 100)]
+    assert report.exit_code == 1
+    told = json.loads((tmp_path / f"reconciliation-{report.id}.json").read_text())
+    assert told["breaks"] == 10 and told["checks"][0]["examples"][0]["problem"] == "is bad"
+
+
+def test_the_page_stands_alone_shows_the_trend_and_escapes_what_it_shows(
+    connection: Connection, tmp_path: Path
+) -> None:
+    reconcile.check("things", sql=NUMBERS)
+    first = run(connection, ["things"])
+    connection.execute("INSERT INTO things VALUES ('u<script>alert(1)</script>', 1, '<b>', true)")
+    report = run(connection, ["things"], tmp_path)
+    assert [(each.id, each.breaks) for each in report.earlier] == [(first.id, 10)]
+    html = (tmp_path / f"reconciliation-{report.id}.html").read_text()
+    assert "u&lt;script&gt;alert(1)" in html and "<script" not in html and "http" not in html
+    assert "11 breaks" in html and "Earlier" in html
+
+
+def test_one_that_was_interrupted_goes_on_where_it_was(connection: Connection) -> None:
+    asked: list[str] = []
+
+    @reconcile.check("dies once")
+    def dies_once(connection: Any, after: str, limit: int) -> Iterator[Looked]:
+        asked.append(after)
+        if len(asked) == 3:
+            raise KeyboardInterrupt  # as a process that is killed: nothing is noted
+        for (key,) in connection.execute("SELECT id FROM things WHERE id > %s ORDER BY id LIMIT %s", (after, limit)):
+            yield Looked(key, "is there")
+
+    with pytest.raises(KeyboardInterrupt):
+        run(connection, ["dies once"])
+    report = run(connection, ["dies once"])
+    assert asked == ["", "t0200", "t0400", "t0400", "t0600", "t0800", "t1000"]
+    assert (report.checks[0].looked_at, report.checks[0].breaks) == (1000, 1000)
+
+
+def test_two_at_once_share_a_report_and_count_nothing_twice(connection: Connection, database_url: str) -> None:
+    together = threading.Barrier(2, timeout=60)
+    reports: list[Report] = []
+
+    @reconcile.check("slow")
+    def slow(connection: Any, after: str, limit: int) -> Iterator[Looked]:
+        if not after:
+            together.wait()
+        for (key,) in connection.execute("SELECT id FROM things WHERE id > %s ORDER BY id LIMIT %s", (after, limit)):
+            yield Looked(key, "is there")
+
+    def work() -> None:
+        with open_connection(database_url, name="test") as mine:
+            reports.append(run(mine, ["slow"]))
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len({report.id for report in reports}) == 1 and len(reports) == 2
+    assert [(each.checks[0].looked_at, each.checks[0].breaks) for each in reports] == [(1000, 1000)] * 2
+
+
+def test_a_check_that_fails_is_an_error_and_the_others_go_on(connection: Connection, tmp_path: Path) -> None:
+    reconcile.check("a good one", sql=NUMBERS)
+    reconcile.check("no table", sql="SELECT id AS key FROM nowhere WHERE id > %(after)s LIMIT %(limit)s")
+    reconcile.check("other columns", sql="SELECT 1 AS one, %(after)s::text, %(limit)s::int")
+    reconcile.check("one page", sql="SELECT 'a' AS key, NULL AS problem WHERE %(after)s = '' LIMIT %(limit)s")
+    reconcile.check("a number as key", sql="SELECT 1 AS key, NULL AS problem WHERE %(after)s = '' LIMIT %(limit)s")
+    reconcile.check(
+        "writes", sql="DELETE FROM things WHERE id > %(after)s RETURNING id AS key, %(limit)s::text AS problem"
+    )
+
+    @reconcile.check
+    def it_raises(connection: Any, after: str, limit: int) -> Iterator[Looked]:
+        raise ValueError("no \0 idea \ud800")
+        yield
+
+    @reconcile.check
+    def garbage(connection: Any, after: str, limit: int) -> Any:
+        return 7 if after else ["a", {"b": 1}]
+
+    @reconcile.check
+    def no_money(connection: Any, after: str, limit: int) -> Iterator[Looked]:
+        yield Looked("a", None, Decimal("NaN"), "EUR")
+
+    @reconcile.check
+    def never_ends(connection: Any, after: str, limit: int) -> Iterator[Looked]:
+        while True:
+            yield Looked("a")
+
+    report = run(connection, list(reconcile.checks), tmp_path)
+    errors = {each.name: each.error for each in report.checks}
+    assert errors.pop("a good one") is None
+    words = {
+        "no table": "nowhere", "other columns": "a check returns key",
+        "a number as key": "key and problem text",
+        "writes": "read-only", "it raises": "ValueError: no", "garbage": "a check yields Looked",
+        "no money": "amount Decimal", "never ends": "does not page",
+    }  # fmt: skip
+    assert errors.pop("one page") is None  # a page that is not full is the last
+    assert {name: word for name, word in words.items() if word not in (errors[name] or "")} == {}
+    assert report.exit_code == 2 and len(report.files) == 2
+    assert next(each.breaks for each in report.checks if each.name == "a good one") == 10
+
+
+def test_a_directory_that_cannot_be_written_is_said_and_the_report_is_there(
+    connection: Connection, tmp_path: Path
+) -> None:
+    reconcile.check("things", sql=NUMBERS)
+    (tmp_path / "file").touch()
+    report = run(connection, ["things"], tmp_path / "file")
+    assert report.exit_code == 2 and "could not be written" in report.problems[0]
+    assert connection.execute("SELECT count(*) FROM orchestrator.reports WHERE finished_at IS NOT NULL").fetchone() == (
+        1,
+    )
+
+
+def test_declarations_that_are_wrong_are_refused() -> None:
+    reconcile.check("one", sql="SELECT 1")
+    with pytest.raises(DefinitionError, match="two checks"):
+        reconcile.check("one", sql="SELECT 2")
+    with pytest.raises(DefinitionError, match="engine:"):
+        reconcile.check("engine: mine", sql="SELECT 1")
+    with pytest.raises(DefinitionError, match="columns="):
+        reconcile.statement("file", file="f.csv", columns={"amount": "Amount"}, sql="SELECT 1")
+
+
+def test_a_check_that_there_is_not_is_named(connection: Connection) -> None:
+    with pytest.raises(UsageError, match="there is no check 'thing'"):
+        run(connection, ["thing"])
+
+
+# -- against a file ----------------------------------------------------------------------------------------------------
+OURS = "SELECT id AS key, amount, currency FROM things WHERE id > %(after)s ORDER BY id LIMIT %(limit)s"
+
+
+def statement(file: Path, **columns: str) -> None:
+    wanted = columns or {"key": "Reference", "amount": "Amount", "currency": "Ccy"}
+    reconcile.statement("bank", file=file, columns=wanted, sql=OURS)
+
+
+@pytest.fixture
+def lines(connection: Connection) -> list[str]:
+    """A file that agrees with ours."""
+    found = connection.execute("SELECT id, amount, currency FROM things ORDER BY id DESC").fetchall()
+    return ["Date,Reference,Amount,Ccy", *(f"2026-01-01,{key},{amount},{currency}" for key, amount, currency in found)]
+
+
+def test_a_file_that_agrees_has_no_breaks(connection: Connection, lines: list[str], tmp_path: Path) -> None:
+    statement(tmp_path / "bank.csv")
+    (tmp_path / "bank.csv").write_text("\ufeff" + "\r\n".join(lines))
+    (check,) = run(connection, ["bank"]).checks
+    assert (check.error, check.examples, check.looked_at) == (None, [], 1000)
+    assert check.sums == {"EUR": "250.0", "USD": "250.0"}
+
+
+def test_each_difference_to_a_file_is_found_once(connection: Connection, lines: list[str], tmp_path: Path) -> None:
+    lines = [line for line in lines if ",t0003," not in line]
+    for old, new in (("t0005,0.5", "t0005,0.7"), ("t0007,0.5,USD", "t0007,0.5,EUR"), ("t0009,0.5", "t0009,half")):
+        lines = [line.replace(old, new) for line in lines]
+    lines += ["d,t0011,0.5,USD", "d,unknown,9,EUR", "d,,1,EUR"]
+    (tmp_path / "bank.csv").write_text("\n".join(lines))
+    statement(tmp_path / "bank.csv")
+    (check,) = run(connection, ["bank"]).checks
+    assert check.error is None
+    found = sorted((each["key"], each["problem"]) for each in check.examples)
+    assert found == [
+        ("line 1003", "line 1003: its line in the file has no key, or no amount"),
+        ("t0003", "the file does not have it"),
+        ("t0005", "the file says 0.7, we say 0.5"),
+        ("t0007", "the file says EUR, we say USD"),
+        ("t0009", "line 993: its amount in the file is 'half'"),
+        ("t0011", "line 1001 of the file has it a second time"),
+        ("unknown", "line 1002 of the file has it, and we do not"),
+    ]
+
+
+def test_a_file_with_other_columns_or_none_is_an_error(connection: Connection, tmp_path: Path) -> None:
+    (tmp_path / "bank.csv").write_text("a,b\n1,2\n")
+    statement(tmp_path / "bank.csv")
+    reconcile.statement("gone", file=tmp_path / "gone.csv", columns={"key": "a"}, sql=OURS)
+    bank, gone = run(connection, ["bank", "gone"]).checks
+    assert "no column 'Amount', 'Ccy', 'Reference'; it has a, b" in str(bank.error)
+    assert "No such file" in str(gone.error)
+
+
+def test_a_check_sees_one_moment_and_may_not_write(connection: Connection, database_url: str) -> None:
+    seen: list[Any] = []
+
+    @reconcile.check
+    def looks_twice(mine: Any, after: str, limit: int) -> Iterator[Looked]:
+        count = "SELECT count(*) FROM things"
+        seen.append(mine.execute(count).fetchone())
+        with psycopg.connect(database_url, autocommit=True) as other:
+            other.execute("DELETE FROM things WHERE id = 't0001'")
+        seen.append(mine.execute(count).fetchone())
+        return iter(())
+
+    run(connection, ["looks twice"])
+    assert seen == [(1000,), (1000,)]
