@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ from orchestrator.testing import Environment, EnvironmentRun, Exploration
 from sagas.onboarding import onboarding
 from sagas.order import Order, order
 from sagas.payment import Payment, payment
+from sagas.sync import SyncRequest, sync
+from sagas.training import training
 from sagas.transfer import Transfer, transfer
-from tasks import customers, ledger
+from tasks import banking, customers, ledger, models
 from tasks.customers import Signup
 from tasks.database import create_tables, ledger_engine, metadata
 from tasks.ledger import House
+from tasks.models import TrainingJob
 from tasks.money import eur
 from tasks.outside import client
 from tasks.outside.book import Book
@@ -69,9 +74,15 @@ def explore(
             ledger.open_account(conn, "bakery", "merchant", "EUR")
             ledger.post(conn, "opening", "ann", House.EQUITY.account("EUR"), "ann", eur(100))
 
-    def explore(saga: Any, argument: Any, invariant: Callable[..., None]) -> Exploration:
-        found = testing.explore(saga, argument, invariant=invariant, setup=fresh, pairs=0, environment=saga_environment)
-        assert {"completed", "compensated", "failed", "cancelled"} <= found.ends.keys() and not found.exhausted
+    def explore(
+        saga: Any, argument: Any, invariant: Callable[..., None], also: Callable[[], None] = lambda: None
+    ) -> Exploration:
+        def setup() -> None:
+            fresh()
+            also()
+
+        found = testing.explore(saga, argument, invariant=invariant, setup=setup, pairs=0, environment=saga_environment)
+        assert {"completed", "failed", "cancelled"} <= found.ends.keys() and not found.exhausted
         return found
 
     yield explore
@@ -121,3 +132,32 @@ def test_an_onboarding_makes_a_customer_or_leaves_no_trace(explore: Explore, ser
         assert happened(server, "links") == (done and run.output.bank_token is not None)
 
     explore(onboarding, SIGNUP, whole)
+
+
+def test_a_sync_books_each_transaction_once(explore: Explore) -> None:
+    def once(run: EnvironmentRun) -> None:
+        with ledger_engine().connect() as conn:
+            booked = conn.scalars(text("SELECT reference FROM ledger.postings WHERE kind = 'spent'")).all()
+        assert len(booked) == len(set(booked)) <= 4
+        assert run.state != "completed" or len(booked) == banking.count(banking.merchants, "few-4") == 4
+
+    explore(sync, SyncRequest(account="few-4", page_size=4), once)
+
+
+def test_a_training_serves_its_model_or_leaves_no_file(
+    explore: Explore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    numbers = count()
+    job = TrainingJob(id="j1", account="labelled-200", epochs=1, gate=0.0)
+    monkeypatch.setattr(models, "CERTAIN", {})  # so little training teaches little
+
+    def anew() -> None:
+        monkeypatch.setenv("MODELS_DIR", str(tmp_path / f"models-{next(numbers)}"))
+
+    def serves(run: EnvironmentRun) -> None:
+        with ledger_engine().connect() as conn:
+            serving = models.serving(conn, job.alias)
+        assert (serving is not None) == (run.state == "completed")
+        assert any(Path(os.environ["MODELS_DIR"]).glob("j1/*")) == (run.state == "completed")
+
+    explore(training, job, serves, anew)
