@@ -17,6 +17,7 @@ from orchestrator.testing import Environment, EnvironmentRun, Exploration
 from sagas.onboarding import onboarding
 from sagas.order import Order, order
 from sagas.payment import Payment, payment
+from sagas.reconciliation import reconciliation
 from sagas.sync import SyncRequest, sync
 from sagas.training import training
 from sagas.transfer import Transfer, transfer
@@ -142,6 +143,18 @@ def test_a_sync_books_each_transaction_once(explore: Explore) -> None:
         assert run.state != "completed" or len(booked) == banking.count(banking.merchants, "few-4") == 4
 
     explore(sync, SyncRequest(account="few-4", page_size=4), once)
+
+
+def test_a_night_is_reported_once(
+    explore: Explore, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def reported(run: EnvironmentRun) -> None:
+        sent = list(server.book.of("reports"))
+        assert len(sent) <= 1
+        assert run.state != "completed" or (run.output.accounts, len(sent)) == (2, 1)
+
+    monkeypatch.setenv("REPORTS_DIR", str(tmp_path / "reports"))
+    explore(reconciliation, (), reported)
 
 
 def test_a_training_serves_its_model_or_leaves_no_file(
