@@ -17,7 +17,13 @@ def recorded(connection: Connection, run_id: str) -> dict[str, Any]:
     row = runs.run(connection, run_id)
     if row is None:
         raise UnknownRunError(f"there is no run {run_id!r} in this database; look it up with `saga list`")
+    family = {
+        "parent": row["parent_id"] if row["root_id"] != run_id else None,
+        "link": row["link"],
+        "since": row["since"],
+    }
     return {
+        **{name: value for name, value in family.items() if value},
         "saga": row["saga"],
         "version": row["version"],
         "id": row["id"],

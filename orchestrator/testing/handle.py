@@ -52,11 +52,6 @@ class EnvironmentRun:
         return self.outcome.state
 
     @property
-    def ended(self) -> bool:
-        """Whether the state is terminal."""
-        return self.state in TERMINAL
-
-    @property
     def output(self) -> Any:
         """What the saga returned, decoded as a caller gets it; None unless it completed."""
         outcome = self.outcome

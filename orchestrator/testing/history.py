@@ -60,6 +60,9 @@ def _read(history: History) -> tuple[RunInfo, Rows]:
         started=datetime.fromisoformat(history["started"]),
         queue="",
         deadline=datetime.fromisoformat(deadline) if deadline else None,
+        parent=history.get("parent", ""),
+        link=history.get("link", 0),
+        since=history.get("since", 0),
     )
     rows = [
         (datetime.fromisoformat(at), [decode_entry(dict(form)) for form in forms]) for at, forms in history["journal"]

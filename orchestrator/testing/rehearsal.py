@@ -213,7 +213,9 @@ class Rehearsal:
     def history(self) -> dict[str, Json]:
         """Return the run with its whole journal as JSON."""
         deadline = self.info.deadline
+        family: dict[str, Json] = {"parent": self.info.parent, "link": self.info.link}
         return {
+            **{name: value for name, value in family.items() if value},
             "saga": self.info.saga,
             "version": self.info.version,
             "id": self.info.id,

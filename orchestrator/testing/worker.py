@@ -74,7 +74,6 @@ class Script:
 
     cast: Cast = field(default_factory=lambda: Cast({}))
     faults: list[Fault] = field(default_factory=list)
-    done: list[Fault] = field(default_factory=list)
     calls: list[tuple[str, Call]] = field(default_factory=list)
     seen: list[Taken] = field(default_factory=list)
     cancel: Callable[[str], None] = lambda run_id: None
@@ -85,7 +84,7 @@ class Script:
     def clear(self) -> None:
         """Forget stubs, faults, and what was done."""
         self.cast = Cast({})
-        for each in (self.faults, self.done, self.calls, self.seen, self.late):
+        for each in (self.faults, self.calls, self.seen, self.late):
             each.clear()
 
 
@@ -156,7 +155,6 @@ class Player:
         fault = of(self._script.faults, taken)
         if fault is None:
             return None
-        self._script.done.append(fault)
         self._fault[taken.fence or 0] = fault
         if fault.kind == Kind.DIED_BEFORE:
             raise Died

@@ -121,6 +121,14 @@ async def limited(order: str) -> None:
     await saga.step(ask, order)
 
 
+@saga.define(name="kit.linked")
+async def linked(n: int) -> int:
+    await saga.step(mail, str(saga.uuid4()))
+    if n > 0:
+        saga.continue_as_new(n - 1)
+    return n
+
+
 @saga.define(name="kit.parcel")
 async def parcel(order: str) -> str:
     async with saga.lock("order", "any"):

@@ -10,7 +10,7 @@ from time import monotonic
 import pytest
 from sqlalchemy import create_engine, text
 
-from orchestrator import Rejected, SagaFailed, UsageError, testing
+from orchestrator import DriftError, Rejected, SagaFailed, UsageError, testing
 from orchestrator.machine.journal import Attempted, Operated
 from orchestrator.store import testbed
 from orchestrator.testing import Environment
@@ -23,6 +23,7 @@ from tests.testing.shop import (
     family,
     fickle,
     limited,
+    linked,
     mail,
     names,
     parcel,
@@ -299,6 +300,15 @@ def test_a_history_can_be_kept_and_replayed(env: Environment) -> None:
     history = env.run(checkout, "o1").history
     testing.replay(history)
     testing.replay(history, checkout)
+
+
+def test_the_history_of_a_later_link_can_be_replayed(env: Environment) -> None:
+    run = env.run(linked, 2)
+    assert run.output == 0
+    assert run.history["link"] == 2
+    testing.replay(run.history)
+    with pytest.raises(DriftError, match="other arguments"):
+        testing.replay({**run.history, "link": 1})  # its ids are derived from the link
 
 
 def test_a_reset_forgets_runs_stubs_and_faults(env: Environment) -> None:

@@ -500,10 +500,10 @@ def test_a_lock_is_free_where_there_is_no_other_run() -> None:
     assert testing.run(locking, 1).state == "completed"
 
 
-def test_a_child_is_refused_with_what_to_use_instead() -> None:
-    @saga.define(name="parent")
-    async def parent() -> None:
-        await saga.child(looking, 1)
+def test_a_child_is_played_with_its_parent() -> None:
+    @saga.define(name="parent of a look")
+    async def parent() -> list[int]:
+        return await saga.child(looking, 1)
 
-    with pytest.raises(UsageError, match="saga_environment"):
-        testing.run(parent)
+    run = testing.run(parent)
+    assert (run.state, run.output) == ("completed", [1])
