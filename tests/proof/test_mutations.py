@@ -216,7 +216,7 @@ def rule_7_everybody_goes_by_a_clock_of_their_own(company: Company, patch: pytes
 
 @breaks(a_step_stays_in_doubt, "an effect was neither kept nor undone")
 def what_is_unknown_is_not_undone(company: Company, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Decisions, "_begin_undo", lambda self, step: self._settle_by(step, "unknown"))
+    patch.setattr(Decisions, "begin_undo", lambda self, step: self._settle_by(step, "unknown"))
 
 
 @breaks(a_step_stays_in_doubt, "a step settled as without effect has one")
