@@ -21,6 +21,7 @@ app = Celery(
     "tasks",
     include=[
         "tasks.banking",
+        "tasks.checks",
         "tasks.customers",
         "tasks.inventory",
         "tasks.models",
@@ -28,7 +29,6 @@ app = Celery(
         "tasks.payments",
         "tasks.reconciliation",
         "tasks.transfers",
-        "sagas.checks",
         "sagas.onboarding",
         "sagas.order",
         "sagas.payment",

@@ -13,11 +13,10 @@ from sqlalchemy import create_engine, make_url
 from orchestrator import reconcile
 from orchestrator.engine.reconcile import reconcile as run
 from orchestrator.store.connection import Connection, open_connection
-from sagas import checks
 from sagas.onboarding import onboarding
 from sagas.payment import payment
 from sagas.transfer import transfer
-from tasks import ledger
+from tasks import checks, ledger
 from tasks.customers import Signup
 from tasks.database import create_tables
 from tasks.ledger import House
