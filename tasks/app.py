@@ -21,6 +21,7 @@ app = Celery(
     "tasks",
     include=[
         "tasks.banking",
+        "tasks.checks",
         "tasks.customers",
         "tasks.inventory",
         "tasks.models",
@@ -42,7 +43,8 @@ app.conf.beat_schedule = {
         "task": "sagas.reconciliation.reconciliation",
         "schedule": crontab(hour=2, minute=30),
         "options": {"overlap": "skip"},
-    }
+    },
+    "reconcile the runs": {"task": "orchestrator.reconcile", "schedule": crontab(hour=3, minute=30)},
 }
 orchestrator = Orchestrator(app)
 started: list[Process] = []  # ends with the worker that keeps it

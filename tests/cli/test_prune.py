@@ -8,15 +8,10 @@ from pathlib import Path
 from tests.cli.conftest import Terminal
 
 
-def ended(terminal: Terminal, run_id: str) -> None:
-    terminal.start("checkout", run_id, "--id", run_id)
-    terminal.ok("terminate", run_id, "--reason", "test")
-
-
 def test_prune_says_what_goes_and_beat_has_it_as_a_task(worked: Terminal, tmp_path: Path) -> None:
     for run_id in ("prune-1", "prune-2", "prune-3"):
-        ended(worked, run_id)
-        worked.until(run_id, "completed", "terminated")
+        worked.start("checkout", run_id, "--id", run_id)
+        worked.until(run_id, "completed")
     would = worked.json("prune", "--older-than", "0s", "--saga", "checkout", "--limit", "1", "--dry-run")
     assert (would["total"], would["dry_run"]) == (1, True)
     told = worked.json("prune", "--older-than", "0s", "--limit", "1", "--archive", str(tmp_path))

@@ -33,6 +33,14 @@ QUEUE = "celery"
 _children = itertools.count(1)
 
 
+class _RolledBack(Exception):
+    """Leaves the transaction of a step that failed, as Celery's runner does."""
+
+    def __init__(self, invocation: Invocation) -> None:
+        super().__init__()
+        self.invocation = invocation
+
+
 class Calls:
     """Runs a step by calling its function; keeps what it was asked to run, and may be interrupted before and after."""
 
@@ -54,11 +62,17 @@ class Calls:
             settle(connection, invocation)
             return True
 
+        def work(connection: Any) -> Invocation:
+            invocation = self._call(taken, context, connection)
+            if invocation.error is not None:
+                raise _RolledBack(invocation)
+            return invocation
+
         timeout = timedelta(seconds=taken.call["t"])
         try:
-            return self._transactions.run(
-                False, timeout, lambda connection: self._call(taken, context, connection), finish
-            )
+            return self._transactions.run(False, timeout, work, finish)
+        except _RolledBack as failed:
+            return failed.invocation
         except TransactionFailed as failed:
             return Invocation(error=failed.reason, harmless=True)
 
