@@ -35,7 +35,7 @@ from orchestrator.step import StepStopped, step
 
 if TYPE_CHECKING:
     from orchestrator.celery.app import Orchestrator
-    from orchestrator.client import SagaResult
+    from orchestrator.result import SagaResult
 
 __version__ = "0.1.0"
 __all__ = [
@@ -75,7 +75,7 @@ def __getattr__(name: str) -> Any:
 
         return Orchestrator
     if name == "SagaResult":
-        from orchestrator.client import SagaResult
+        from orchestrator.result import SagaResult
 
         return SagaResult
     raise AttributeError(f"module 'orchestrator' has no attribute {name!r}")

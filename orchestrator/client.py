@@ -29,20 +29,17 @@ from orchestrator.errors import (
     ConflictError,
     OrchestratorError,
     PayloadError,
-    SagaCancelled,
-    SagaFailed,
     SchemaError,
     StoreUnavailableError,
-    UnknownSagaError,
     UsageError,
 )
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Arrival, Cancel, Operate, Signal, Terminate, encode
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.poller import Poller, unknown_run
+from orchestrator.result import SagaResult, saga_of
 from orchestrator.retention import Chosen, Pruned, prune
 from orchestrator.saga import Saga
-from orchestrator.saga import registry as sagas
 from orchestrator.saga.face import is_tag
 from orchestrator.settings import Settings
 from orchestrator.step import current_step, route
@@ -268,7 +265,7 @@ class Client:
             raise UsageError("the name and id of a signal must be text of 1 to 500 printable bytes")
         outcome = self._open(run_id, "signalled")
         signal_id = signal_id or str(uuid.uuid4())
-        self._order(run_id, Signal(name, signal_id, _payload(_saga_of(outcome), name, payload)))
+        self._order(run_id, Signal(name, signal_id, _payload(saga_of(outcome), name, payload)))
         return signal_id
 
     def operate(
@@ -457,146 +454,6 @@ class Client:
             return call()
 
 
-class SagaResult:
-    """A handle to a run, in the manner of Celery's AsyncResult."""
-
-    def __init__(self, client: Client, run_id: str, saga: Saga[Any, Any] | None) -> None:
-        self.id = run_id
-        self._client = client
-        self._saga = saga
-        self.ended: runs.Outcome | None = None  # how the run ended, once that is known: it is final
-
-    def __repr__(self) -> str:
-        return f"<SagaResult {self.id}>"
-
-    def __str__(self) -> str:
-        return self.id
-
-    @property
-    def task_id(self) -> str:
-        """The run id, under Celery's name."""
-        return self.id
-
-    @property
-    def status(self) -> str:
-        """The state of the run now, one of the run states.  Raises: UnknownRunError, StoreUnavailableError."""
-        return self._client.outcome(self.id).state
-
-    state = status
-
-    @property
-    def left(self) -> list[Json]:
-        """Effects that were not undone: key, task and outcome of each."""
-        return self._client.outcome(self.id).left
-
-    @property
-    def published(self) -> Any:
-        """What the run shows of itself: what it published last, and its progress."""
-        return self._client.outcome(self.id).published or {}
-
-    @property
-    def parked(self) -> list[Json]:
-        """What waits for an operator: key, role and why of each."""
-        return self._client.outcome(self.id).parked
-
-    def ready(self) -> bool:
-        """Tell whether the run is terminal."""
-        return self.status in TERMINAL
-
-    def successful(self) -> bool:
-        """Tell whether the run completed."""
-        return self.status == "completed"
-
-    def failed(self) -> bool:
-        """Tell whether the run is terminal and did not complete."""
-        return self.status in TERMINAL - {"completed", "continued"}
-
-    def get(self, timeout: float | None = None, propagate: bool = True) -> Any:
-        """Wait for the run and return its result; `timeout` is in seconds.
-
-        Raises: SagaFailed, SagaCancelled (unless `propagate` is false: then they are returned), TimeoutError.
-        """
-        if self.ended is None:
-            future = self._client.wait(self.id)
-            try:
-                self.ended = future.result(timeout)
-            except TimeoutError:
-                raise self._late(timeout) from None
-            finally:
-                self._client.forget(self.id, future)
-        return self._value(self.ended, propagate)
-
-    async def aget(self, timeout: float | None = None, propagate: bool = True) -> Any:
-        """Wait without blocking the event loop; see `get`."""
-        if self.ended is None:
-            future = self._client.wait(self.id)
-            try:
-                self.ended = await asyncio.wait_for(asyncio.wrap_future(future), timeout)
-            except TimeoutError:
-                raise self._late(timeout) from None
-            finally:
-                self._client.forget(self.id, future)
-        return self._value(self.ended, propagate)
-
-    def signal(self, name: str, payload: Any = None, *, id: str | None = None) -> str:
-        """Tell the run something, for `saga.wait_signal`; returns the signal's id, by which a second one is dropped.
-
-        Raises: UsageError if the run has ended, or its saga declares no such signal; PayloadError.
-        """
-        return self._client.signal(self.id, name, payload, id)
-
-    def cancel(self, reason: str = "", by: str = "") -> None:
-        """Ask the run to stop and compensate.  Raises: UsageError if it has ended or is past its pivot."""
-        self._client.cancel(self.id, reason, by)
-
-    def terminate(self, reason: str = "", by: str = "") -> None:
-        """Stop the run and undo nothing; `left` tells what is left.  Raises: UsageError if it has ended."""
-        self._client.terminate(self.id, reason, by)
-
-    def pause(self, reason: str = "", by: str = "") -> None:
-        """Resume no code of the run until it is resumed; steps that it has asked for go on, and are recorded.
-
-        Pausing twice is pausing once.  Raises: UsageError if it has ended or is being undone.
-        """
-        self._client.operate(self.id, "pause", by=by, reason=reason)
-
-    def resume(self, reason: str = "", by: str = "") -> None:
-        """Let a paused run go on.  Raises: UsageError if it has ended."""
-        self._client.operate(self.id, "resume", by=by, reason=reason)
-
-    def retry(self, key: str = "", reason: str = "", by: str = "") -> None:
-        """Try a parked key again, or with no key a run that parked as a whole.  Raises: UsageError."""
-        self._client.operate(self.id, "retry", key, by=by, reason=reason)
-
-    def skip(self, key: str, reason: str = "", by: str = "") -> None:
-        """Go on without a parked key; it is listed in `left`.  Raises: UsageError."""
-        self._client.operate(self.id, "skip", key, by=by, reason=reason)
-
-    def resolve(
-        self, key: str = "", value: Json = None, *, no_effect: bool = False, reason: str = "", by: str = ""
-    ) -> None:
-        """Settle a parked key by hand: with its result, or (`no_effect`) as having had none.  Raises: UsageError."""
-        self._client.operate(self.id, "resolve", key, by=by, reason=reason, value=value, no_effect=no_effect)
-
-    def _late(self, timeout: float | None) -> TimeoutError:
-        return TimeoutError(
-            f"run {self.id} was not finished within {timeout} s; it goes on, ask again, or see `saga explain {self.id}`"
-        )
-
-    def _value(self, outcome: runs.Outcome, propagate: bool) -> Any:
-        if outcome.state == "completed":
-            saga = self._saga or _saga_of(outcome)
-            return saga.codec.decode_result(outcome.output) if saga else outcome.output
-        error = outcome.error or {}
-        what = f"{error.get('type')}: {error.get('message')}" if error else "see `saga show`"
-        text = f"run {self.id} of {outcome.saga} ended {outcome.state}: {what}"
-        kind = SagaCancelled if outcome.state == "cancelled" else SagaFailed
-        failure = kind(text, run_id=self.id, state=outcome.state, error=outcome.error, left=tuple(outcome.left))
-        if propagate:
-            raise failure
-        return failure
-
-
 def _payload(saga: Saga[Any, Any] | None, name: str, payload: Any) -> Json:
     """Encode what a signal carries, as the saga declares it if it does."""
     encoded = encode_any(payload, f"signal {name!r}")
@@ -610,13 +467,6 @@ def _payload(saga: Saga[Any, Any] | None, name: str, payload: Any) -> Json:
     except ValueError as error:
         raise PayloadError(f"signal {name!r} is to carry {declared[name]!r}: {first_line(error)}") from error
     return encoded
-
-
-def _saga_of(outcome: runs.Outcome) -> Saga[Any, Any] | None:
-    try:
-        return sagas.sagas.get((outcome.saga, outcome.version)) or sagas.latest(outcome.saga)
-    except UnknownSagaError:
-        return None
 
 
 class _schema_named:  # noqa: N801 - a context manager reads like a function

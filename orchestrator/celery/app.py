@@ -23,7 +23,7 @@ from orchestrator import saga as sagas
 from orchestrator.bulk import Effects
 from orchestrator.celery import events, guard, nightly, runner, worker
 from orchestrator.celery.doorbell import DRAIN, Bell, connection_options
-from orchestrator.client import Client, SagaResult
+from orchestrator.client import Client
 from orchestrator.codec import set_limit
 from orchestrator.engine.commit import Scope
 from orchestrator.engine.drain import Drainer, Worker
@@ -32,6 +32,7 @@ from orchestrator.engine.schedules import OPTIONS
 from orchestrator.errors import DefinitionError, OrchestratorError, Rejected, StoreUnavailableError, UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.turn import Script
+from orchestrator.result import SagaResult
 from orchestrator.retention import Pruned
 from orchestrator.saga import Saga
 from orchestrator.settings import Settings

@@ -28,9 +28,9 @@ from orchestrator.cli.command import (
     saga_named,
 )
 from orchestrator.cli.example import example_call
-from orchestrator.client import SagaResult
 from orchestrator.errors import PayloadError, SagaFailed
 from orchestrator.machine.states import TERMINAL, RunState
+from orchestrator.result import SagaResult
 from orchestrator.saga import Saga
 from orchestrator.store import filters, runs
 from orchestrator.store import migrate as migrate_schema

@@ -8,11 +8,11 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.client import SagaResult
 from orchestrator.codec import Json
 from orchestrator.errors import SagaFailed
 from orchestrator.machine.journal import Entry, decode_entry
 from orchestrator.machine.states import TERMINAL, RunState
+from orchestrator.result import SagaResult
 from orchestrator.saga import Saga
 from orchestrator.store import runs
 from orchestrator.store.recorded import recorded

@@ -22,7 +22,8 @@ from orchestrator import (
     saga,
     step,
 )
-from orchestrator.client import Client, SagaResult
+from orchestrator.client import Client
+from orchestrator.result import SagaResult
 from orchestrator.store.connection import Connection
 from tests.engine.stage import QUEUE, Child, entries, kinds, state
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from orchestrator import MapFailed, Rejected, RetryPolicy, SagaFailed, saga, step
-from orchestrator.client import Client, SagaResult
+from orchestrator.client import Client
+from orchestrator.result import SagaResult
 from orchestrator.store.connection import Connection
 from tests.engine.stage import QUEUE, Child, kinds, state
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import psycopg
 
 from orchestrator.celery.doorbell import Bell
-from orchestrator.client import Client, SagaResult
+from orchestrator.client import Client
 from orchestrator.errors import OrchestratorError, StoreUnavailableError, UsageError
 from orchestrator.machine.states import TERMINAL
+from orchestrator.result import SagaResult
 from orchestrator.settings import Settings
 from tests.acceptance.running import until
 from tests.faults import sagas
