@@ -91,6 +91,8 @@ def _stuck(connection: Connection, run: Audited, fold: Fold) -> str | None:
         return f"{', '.join(lost)} was asked for, and nobody will ever do it"
     if run["work"] or run["state"] in (RunState.PARKED, RunState.PAUSED):
         return None
+    if fold.reported and run["root_state"] and run["root_state"] not in TERMINAL:
+        return None  # a child that is done waits for its root to keep it or to revoke it
     children = {fold.info.child(step.key): step.key for step in in_flight if step.asked.kind == "child"}
     locks = {step.key for step in fold.waiting.values() if step.asked.kind == "lock"}
     waits = children.keys() & store.still_open(connection, list(children)) or locks & set(run["in_line"])

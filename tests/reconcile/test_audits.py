@@ -47,7 +47,13 @@ async def locked() -> None:
 
 @saga.define(name="audits.parent")
 async def parent() -> None:
-    await saga.child(told, key="child")
+    await saga.child(told)
+
+
+@saga.define(name="audits.elder")
+async def elder() -> None:
+    await saga.child(plain, False)
+    await saga.wait_signal("go")
 
 
 @saga.define(name="audits.linked")
@@ -66,6 +72,7 @@ def world(connection: Connection, child: Child) -> None:
     start(connection, told, run_id="told")
     start(connection, locked, run_id="locked")
     start(connection, parent, run_id="parent")
+    start(connection, elder, run_id="elder")
     start(connection, linked, 2, run_id="linked")
     child.drain()
     start(connection, locked, run_id="locked-2")
@@ -81,6 +88,7 @@ def breaks(connection: Connection) -> list[tuple[str, str, str]]:
 
 def test_a_clean_database_has_none(connection: Connection) -> None:
     states = dict(connection.execute("SELECT id, state FROM orchestrator.runs").fetchall())
+    assert {states[name] for name in ("elder", "elder/audits.plain#0", "parent", "parent/audits.told#0")} == {"running"}
     assert {states[name] for name in ("good", "undone", "asleep", "new")} == {
         "completed", "compensated", "running", "pending",
     }  # fmt: skip
@@ -125,6 +133,12 @@ PLANTED = {
     ),
     "its parent is gone": (
         "UPDATE orchestrator.runs SET parent_id = 'gone' WHERE id = 'linked~1'", "runs", "linked~1", "gone",
+    ),
+    "its root has ended without it": (
+        f"UPDATE orchestrator.runs SET state = 'continued', {_ENDED} WHERE id = 'elder'; "
+        "DELETE FROM orchestrator.journal WHERE run_id = 'elder'; DELETE FROM orchestrator.runs WHERE id = 'elder'; "
+        "UPDATE orchestrator.runs SET parent_id = NULL WHERE root_id = 'elder'",
+        "runs", "elder/audits.plain#0", "no rule",
     ),
     "work without a run": (
         "INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at) "
