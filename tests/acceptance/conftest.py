@@ -115,6 +115,7 @@ def bound(site: Site) -> Iterator[None]:
     for step in steps.steps.values():
         if step.__module__.startswith("tests.acceptance."):
             step.bound = app.tasks[step.name]
+    app.set_current()  # Celery's own canvases are sent by it
     yield
     site.database.restore()
     site.broker.restore()
