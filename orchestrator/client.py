@@ -20,9 +20,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from orchestrator.bulk import Effects, Filter, Order, give
 from orchestrator.codec import Json, ValueCodec, canonical_text, check, encode_any, first_line, is_name
 from orchestrator.engine.reconcile import Report, reconcile
 from orchestrator.errors import (
@@ -43,9 +42,12 @@ from orchestrator.saga import Saga
 from orchestrator.saga.face import is_tag
 from orchestrator.settings import Settings
 from orchestrator.step import current_step, route
-from orchestrator.store import foreign, pauses, runs, turns
+from orchestrator.store import pauses, runs, turns
 from orchestrator.store.connection import Connection
 from orchestrator.store.pool import ClientPool
+
+if TYPE_CHECKING:
+    from orchestrator.bulk import Effects
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -87,6 +89,8 @@ class Client:
     def start_encoded(self, saga: Saga[Any, Any], new: runs.Start, transaction: Any = None) -> SagaResult:
         """Start a run whose input is encoded already."""
         if transaction is not None:
+            from orchestrator.store import foreign  # and SQLAlchemy with it
+
             failpoint("join.before")
             created = foreign.execute(transaction, runs.START, new.values()) is not None
             failpoint("join.after")
@@ -128,6 +132,8 @@ class Client:
         new, transaction = self.prepare(saga, saga.codec.encode_call(args, kwargs), options)
         if transaction is None:
             return await asyncio.to_thread(self.start_encoded, saga, new)
+        from orchestrator.store import foreign
+
         created = await foreign.aexecute(transaction, runs.START, new.values()) is not None
         if not created:
             self._compare(saga, new, await foreign.aexecute(transaction, runs.IDENTITY, {"id": new.id}))
@@ -359,6 +365,8 @@ class Client:
         `orchestrator.bulk.Filter`.  With `dry_run` it only says what would be done.  Commits page by page.
         Raises: UsageError, StoreUnavailableError; what was ordered before stays so, and ordering it again is harmless.
         """
+        from orchestrator.bulk import Filter, Order, give  # and SQLAlchemy with it
+
         for option in ("started_after", "started_before"):
             chosen[option] = _aware(chosen.get(option), option)
         saga = chosen.get("saga", "")

@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
 
 from orchestrator import saga as sagas
-from orchestrator.bulk import Effects
 from orchestrator.celery import events, guard, nightly, runner, worker
 from orchestrator.celery.doorbell import DRAIN, Bell, connection_options
 from orchestrator.client import Client
@@ -39,7 +38,10 @@ from orchestrator.settings import Settings
 from orchestrator.step import Step, set_router
 from orchestrator.step import registry as step_registry
 from orchestrator.store.permits import Permits
-from orchestrator.store.transaction import Transactions
+
+if TYPE_CHECKING:
+    from orchestrator.bulk import Effects
+    from orchestrator.store.transaction import Transactions
 
 logger = logging.getLogger(__name__)
 _events_lock = threading.Lock()
@@ -280,6 +282,8 @@ class Orchestrator:
         )
 
     def _transactions(self, permits: Permits | None = None) -> Transactions:
+        from orchestrator.store.transaction import Transactions  # and SQLAlchemy with it
+
         settings = self.settings
         return Transactions(settings.sqlalchemy_url, permits, prepare=settings.prepared_statements)
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery, states
 from celery.app.trace import build_tracer
@@ -29,9 +29,11 @@ from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import RetryPolicy
 from orchestrator.step import Step, StepContext, current_step, legacy_codec
 from orchestrator.step import registry as step_registry
-from orchestrator.store.connection import Connection
-from orchestrator.store.transaction import CommitUnknown, TransactionFailed, Transactions
+from orchestrator.store.connection import CommitUnknown, Connection, TransactionFailed
 from orchestrator.store.turns import Taken
+
+if TYPE_CHECKING:
+    from orchestrator.store.transaction import Transactions
 
 
 class StepTimeout(TimeoutError):

@@ -26,9 +26,8 @@ from orchestrator.machine.turn import Script
 from orchestrator.settings import Settings
 from orchestrator.step import StepContext, StepStopped
 from orchestrator.store import liveness, pauses, runs, turns
-from orchestrator.store.connection import UNAVAILABLE, Connection, open_connection, unavailable
+from orchestrator.store.connection import UNAVAILABLE, CommitUnknown, Connection, open_connection, unavailable
 from orchestrator.store.permits import Permit, Permits
-from orchestrator.store.transaction import CommitUnknown
 from orchestrator.store.turns import Taken
 
 logger = logging.getLogger(__name__)

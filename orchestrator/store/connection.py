@@ -16,6 +16,18 @@ UNAVAILABLE = (psycopg.OperationalError, psycopg.InterfaceError)
 REFUSED = psycopg.Error  # what is not a lost connection: a statement that the database refused
 
 
+class CommitUnknown(Exception):
+    """The connection was lost at COMMIT: nobody knows yet whether it happened."""
+
+
+class TransactionFailed(Exception):
+    """The transaction was rolled back for a reason that shows only when it ends; `reason` says which."""
+
+    def __init__(self, reason: BaseException) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
 def open_connection(dsn: str, *, name: str, prepare: bool = True) -> Connection:
     """Open an autocommit connection that Postgres shows as `name`.
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
-
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.pool import QueuePool
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import StoreUnavailableError
 from orchestrator.store.connection import UNAVAILABLE, Connection, open_connection, unavailable
+
+if TYPE_CHECKING:
+    from sqlalchemy.pool import QueuePool
 
 
 class ClientPool:
@@ -32,6 +32,8 @@ class ClientPool:
         if self._pool is None or self._owner != os.getpid():
             if self._pool is not None:
                 self._abandoned.append(self._pool)
+            from sqlalchemy.pool import QueuePool  # not at the top: a worker that starts no runs has no use for it
+
             self._pool = QueuePool(
                 lambda: open_connection(self._dsn, name="client", prepare=self._prepare),  # type: ignore[arg-type]
                 pool_size=self._size, max_overflow=0, timeout=10, reset_on_return=None,
@@ -42,6 +44,8 @@ class ClientPool:
     @contextlib.contextmanager
     def connection(self) -> Iterator[Connection]:
         """Lend a connection; one that breaks is dropped.  Raises: StoreUnavailableError."""
+        from sqlalchemy.exc import TimeoutError as PoolTimeout
+
         try:
             fairy: Any = self._current().connect()
         except PoolTimeout:

@@ -1,6 +1,7 @@
 """The transaction of a transactional step: business rows and the step's completion commit together.
 
-Owns the connection that user code is handed, and takes from it what would end the transaction.
+Owns the connection that user code is handed, and takes from it what would end the transaction.  Imported where the
+first one is opened: SQLAlchemy takes as long to import as a worker does for all the rest.
 """
 
 from __future__ import annotations
@@ -18,23 +19,11 @@ from sqlalchemy.pool import NullPool
 
 from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
-from orchestrator.store.connection import UNAVAILABLE
+from orchestrator.store.connection import UNAVAILABLE, CommitUnknown, TransactionFailed
 from orchestrator.store.connection import Connection as Psycopg
 from orchestrator.store.permits import Permits
 
 T = TypeVar("T")
-
-
-class CommitUnknown(Exception):
-    """The connection was lost at COMMIT: nobody knows yet whether it happened."""
-
-
-class TransactionFailed(Exception):
-    """The transaction was rolled back for a reason that shows only when it ends; `reason` says which."""
-
-    def __init__(self, reason: BaseException) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
 
 
 class Transactions:

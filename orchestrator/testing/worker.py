@@ -27,8 +27,8 @@ from orchestrator.settings import Settings
 from orchestrator.step import StepContext
 from orchestrator.step import registry as steps
 from orchestrator.store import liveness
-from orchestrator.store.connection import Connection
-from orchestrator.store.transaction import CommitUnknown, TransactionFailed, Transactions
+from orchestrator.store.connection import CommitUnknown, Connection, TransactionFailed
+from orchestrator.store.transaction import Transactions
 from orchestrator.store.turns import Taken
 from orchestrator.testing.faults import Fault, Kind, of
 from orchestrator.testing.stubs import Call, Cast

@@ -25,8 +25,8 @@ from orchestrator.settings import Settings
 from orchestrator.step import StepContext, current_step
 from orchestrator.step import registry as steps
 from orchestrator.store import liveness, runs
-from orchestrator.store.connection import Connection, open_connection
-from orchestrator.store.transaction import TransactionFailed, Transactions
+from orchestrator.store.connection import Connection, TransactionFailed, open_connection
+from orchestrator.store.transaction import Transactions
 from orchestrator.store.turns import Taken
 
 QUEUE = "celery"

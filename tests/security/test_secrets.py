@@ -31,9 +31,9 @@ from orchestrator.celery.doorbell import Bell, connection_options
 from orchestrator.client import Client
 from orchestrator.engine.drain import Drainer
 from orchestrator.settings import Settings
-from orchestrator.store.connection import open_connection
+from orchestrator.store.connection import TransactionFailed, open_connection
 from orchestrator.store.pool import ClientPool
-from orchestrator.store.transaction import TransactionFailed, Transactions
+from orchestrator.store.transaction import Transactions
 from tests.acceptance.running import until
 from tests.engine.stage import Child
 from tests.proof.secrecy import disguises

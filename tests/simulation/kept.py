@@ -15,8 +15,8 @@ import pytest
 
 from orchestrator.engine.advance import Advancer
 from orchestrator.store import turns
-from orchestrator.store.connection import Connection
-from orchestrator.store.transaction import TransactionFailed, Transactions
+from orchestrator.store.connection import Connection, TransactionFailed
+from orchestrator.store.transaction import Transactions
 from orchestrator.store.turns import Taken
 
 PutBack = Callable[[pytest.MonkeyPatch], None]

@@ -24,8 +24,8 @@ from orchestrator.machine.turn import Script
 from orchestrator.settings import Settings
 from orchestrator.step import StepContext, current_step
 from orchestrator.step import registry as registry_of_steps
-from orchestrator.store.connection import Connection
-from orchestrator.store.transaction import TransactionFailed, Transactions
+from orchestrator.store.connection import Connection, TransactionFailed
+from orchestrator.store.transaction import Transactions
 from orchestrator.store.turns import Taken
 from tests.simulation.provider import limit
 from tests.simulation.scheduler import Process

@@ -10,7 +10,8 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, text
 
-from orchestrator.store.transaction import CommitUnknown, TransactionFailed, Transactions
+from orchestrator.store.connection import CommitUnknown, TransactionFailed
+from orchestrator.store.transaction import Transactions
 
 MINUTE = timedelta(minutes=1)
 
