@@ -98,6 +98,8 @@ class Drainer:
         self._connection: Connection | None = None
         self._advancer: Advancer | None = None
         self._reconnected = False
+        self._owes = False  # whether something may be begun for this child that nobody else will do
+        self._run_already: set[tuple[str, str, str, int]] = set()  # the attempts that this drain has run, or tried to
         self._permit: Permit | None = None
         self._queues = deque(sorted(worker.scope.queues))
         self._scope = replace(worker.scope, may_begin=self._may_begin)  # without the queues that are paused
@@ -118,10 +120,12 @@ class Drainer:
 
         Raises: StoreUnavailableError if the database cannot be reached; what was begun is reported before.
         """
+        self._until = time.monotonic() + self._settings.drain_seconds
+        self._steps = 0
         try:
-            done = self._drain()
+            self._drain_on()
             self._lend_connection()
-            return done
+            return self._steps
         except UNAVAILABLE as error:
             self._drop_connection()
             raise unavailable(error) from error
@@ -130,6 +134,18 @@ class Drainer:
             raise
         finally:
             self._take_mark_back()
+
+    def _drain_on(self) -> None:
+        """Drain; go on after a connection broke, for what was begun for this child waits for nobody else."""
+        for pause in _PAUSES:
+            try:
+                return self._drain()
+            except (*UNAVAILABLE, StoreUnavailableError):
+                self._drop_connection()
+                if not self._owes or self._worker.stopping():
+                    raise
+                time.sleep(pause)
+        return self._drain()
 
     def _take_mark_back(self) -> None:
         """A mark that stays would keep everybody from ringing for this child."""
@@ -142,12 +158,10 @@ class Drainer:
             if connection is not self._connection:
                 connection.close()
 
-    def _drain(self) -> int:
-        self._enter()
+    def _drain(self) -> None:
+        self._perform(self._enter())
         connection, advancer = self._ready()
         identity = advancer.identity
-        self._until = time.monotonic() + self._settings.drain_seconds
-        self._steps = 0
         while True:
             if time.monotonic() > self._known_until:
                 self._mark(connection, identity)
@@ -159,15 +173,18 @@ class Drainer:
                 continue
             liveness.leave(connection, identity.incarnation, identity.child)
             self._marked = None
+            self._owes = False
+            self._run_already.clear()
             if self._worker.stopping():
-                return self._steps
+                return
             if full:
                 self._ring_if_due(connection)
-                return self._steps
+                return
             # Look once more after the mark is gone: who added work before that saw the mark and did not ring.
             taken = self._take(connection, advancer)
             if not taken:
-                return self._steps
+                self._owes = False
+                return
             self._mark(connection, identity)
             self._marked = identity
             self._perform(taken)
@@ -218,6 +235,7 @@ class Drainer:
         queues = [queue for queue in self._queues if queue not in self._paused.queues]
         if not queues:
             return []
+        self._owes = True
         taken = turns.take(
             connection,
             queues=queues,
@@ -334,6 +352,7 @@ class Drainer:
 
     def _attempt(self, taken: Taken) -> AttemptEnded:
         """Run the code of one attempt."""
+        self._run_already.add(_attempt_of(taken))
         if taken.role == "once":
             connection, advancer = self._ready()
             function = advancer.function_of(connection, taken)
@@ -353,6 +372,7 @@ class Drainer:
     def _run_in_transaction(self, taken: Taken, context: StepContext) -> list[Taken]:
         after: list[AfterCommit] = []
         reported: list[AttemptEnded] = []
+        self._run_already.add(_attempt_of(taken))
         _, advancer = self._ready()
         self._lend_connection()
 
@@ -538,20 +558,31 @@ class Drainer:
         if self._worker.permits is not None:
             self._close_connection()
 
-    def _enter(self) -> None:
-        """Mark that this child drains; if its incarnation was declared dead meanwhile, under the next one."""
+    def _enter(self) -> list[Taken]:
+        """Mark that this child drains, and return what it has begun and not run.
+
+        If its incarnation was declared dead meanwhile, the mark is under the next one, which has begun nothing.
+        """
         connection, advancer = self._ready()
-        identity = advancer.identity
+        begun: list[Taken] = []
         if self._reconnected:
-            # Begun for this child and run by nobody: the answer to a `take` was lost, or a drain ended in an error.
-            for queue in liveness.give_back_child(connection, identity.incarnation, identity.child):
-                self._ring(connection, queue, 1)
+            begun = self._take_up(connection, advancer.identity)
             self._reconnected = False
-        if not self._mark(connection, identity):
+        if not self._mark(connection, advancer.identity):
             advancer.discard()
-            self._advancer = None
+            self._advancer, begun = None, []
             _, advancer = self._ready()
         self._marked = advancer.identity
+        return begun
+
+    def _take_up(self, connection: Connection, identity: Identity) -> list[Taken]:
+        """Return what was begun for this child in a commit whose answer was lost; what it has run is in doubt."""
+        held = turns.held(connection, identity.incarnation, identity.child)
+        begun = [item for item in held if _attempt_of(item) not in self._run_already]
+        keep = [item.fence for item in begun if item.fence is not None]
+        for queue in liveness.give_back_child(connection, identity.incarnation, identity.child, keep):
+            self._ring(connection, queue, 1)
+        return begun
 
     def close(self) -> None:
         """Close the connection and drop the coroutines."""
@@ -566,12 +597,18 @@ def _batch(seconds: float) -> int:
     return min(_LARGEST_BATCH, max(_BATCH, int(_WAVE_S / max(seconds, 1e-6))))
 
 
+def _attempt_of(taken: Taken) -> tuple[str, str, str, int]:
+    """Return what names an attempt for good; its fence may change, and a change may go unanswered."""
+    return taken.run_id, taken.key, taken.role, taken.attempt
+
+
 _BATCH = 8
 _LARGEST_BATCH = 32
 _WAVE_S = 0.02
 _TOGETHER_S = 0.01  # steps shorter than this may share a commit
 _SHORT_S = 0.02  # opening a connection takes about half of this
 _PATIENCE = 600.0
+_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, *[1.0] * 30)  # between looks whether the database is back
 _KNOWN_S = 1.0  # how long a drain goes by what it has heard of pauses
 
 

@@ -100,7 +100,7 @@ _OF_DEAD = (
     "incarnation IN (SELECT id FROM orchestrator.incarnations WHERE id = %(incarnation)s AND dead_at IS NOT NULL)"
 )
 _OF_ANY_DEAD = """incarnation NOT IN (SELECT id FROM orchestrator.incarnations WHERE dead_at IS NULL)"""
-_OF_CHILD = "incarnation = %(incarnation)s AND child = %(child)s"
+_OF_CHILD = "incarnation = %(incarnation)s AND child = %(child)s AND fence <> ALL (%(keep)s::bigint[])"
 # The worker's own companion comes first: it can end the process, and then nothing of the attempt can come late.
 _EXPIRED = f"expires_at < {CLOCK} - interval '2 seconds'"
 
@@ -145,14 +145,17 @@ def give_back_gone(
     return _give_back(connection, _OF_DEAD, values)
 
 
-def give_back_child(connection: Connection, incarnation: int, child: int, now: datetime | None = None) -> list[str]:
-    """Give back what one pool child had begun, whose process is known to be gone."""
+def give_back_child(
+    connection: Connection, incarnation: int, child: int, keep: Sequence[int] = (), now: datetime | None = None
+) -> list[str]:
+    """Give back what one pool child had begun and will not end, but for the attempts with a fence in `keep`."""
     values = {
         "limit": 500,
         "known_dead": True,
         "error": dumps(LOST),
         "incarnation": incarnation,
         "child": child,
+        "keep": list(keep),
         "now": now,
     }
     queues = _give_back(connection, _OF_CHILD, values)

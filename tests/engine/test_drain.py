@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Connection as SqlConnection
 from sqlalchemy import text
 
-from orchestrator import Effect, Rejected, RetryPolicy, StoreUnavailableError, saga, step
+from orchestrator import Effect, Rejected, RetryPolicy, saga, step
 from orchestrator.client import Client
 from orchestrator.machine.journal import Cancel, Operate, encode
 from orchestrator.machine.turn import Script
@@ -489,10 +489,10 @@ def test_a_transaction_that_breaks_at_any_moment_is_a_failed_attempt_and_ends_no
 
 
 @pytest.mark.parametrize("statement", [b"take_1", b"commit_turn_1"])
-def test_a_step_whose_begin_was_not_answered_is_not_left_to_its_timeout(
+def test_a_step_whose_begin_was_not_answered_is_run_in_the_attempt_that_was_begun(
     new_child: Callable[..., Child], connection: Connection, proxy: Proxy, statement: bytes
 ) -> None:
-    """The begin is committed, the child never hears of it: nobody runs the step, and nobody may wait five minutes."""
+    """The begin is committed, the child never hears of it: it finds out, and no attempt is lost."""
     child = new_child(dsn=proxy.url)
     start(connection, side_by_side, 2, run_id="warm")
     drain_all(connection, child)
@@ -509,13 +509,30 @@ def test_a_step_whose_begin_was_not_answered_is_not_left_to_its_timeout(
         assert first.key.endswith("act#0")
         child.drainer.close()
     proxy.swallow(lambda data: statement in data)
-    with pytest.raises(StoreUnavailableError):
-        child.drain()
-    assert proxy.swallowed == 1
     child.drain()
-    drain_all(connection, child)
+    assert proxy.swallowed == 1
     assert connection.execute(begun).fetchone() == (0,)
     assert (state(connection), DONE) == ("completed", ["do a"])
+    assert child.runner.calls[-1] == ("do", child.runner.calls[-1][1], 1) and "attempted" not in kinds(connection)
+
+
+def test_what_a_child_began_and_could_not_record_is_in_doubt_and_not_run_as_if_it_were_new(
+    child: Child, connection: Connection
+) -> None:
+    """A drain that ended in the middle of a step is followed by another one."""
+
+    def end(taken: Any) -> None:
+        child.runner.after = lambda taken: None
+        raise SystemExit
+
+    child.runner.after = end
+    start(connection, in_a_row, ["a"])
+    with pytest.raises(SystemExit):
+        child.drain()
+    child.drain()
+    drain_all(connection, child)
+    assert (state(connection), DONE) == ("completed", ["do a", "do a"])
+    assert [attempt for _, _, attempt in child.runner.calls] == [1, 2]
 
 
 # -- stopping, limits --------------------------------------------------------------------------------------------------
