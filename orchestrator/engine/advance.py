@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from orchestrator.engine.cache import Executions
-from orchestrator.engine.commit import Begun, Identity, IsShort, Scope, begin_next, commit_of, correction, gate_of
+from orchestrator.engine.commit import MANY, Begun, Identity, IsShort, Scope, begin_next, commit_of, correction, gate_of
 from orchestrator.engine.observe import tell
 from orchestrator.errors import DriftError, describe_exception
 from orchestrator.failpoints import failpoint
@@ -145,7 +145,9 @@ class Advancer:
         prepared: list[Prepared] = []
         for run_id, pairs in by_run.items():
             with suppress(CodeMissing):
-                loaded = self._runs.known(connection, run_id)
+                # With many at work on the run others have moved it meanwhile: to look is cheaper than to be refused.
+                look = self._runs.known if len(pairs) < MANY else self._runs.load
+                loaded = look(connection, run_id)
                 outcomes, done = [outcome for _, outcome in pairs], [taken for taken, _ in pairs]
                 made = self._prepare(connection, loaded, outcomes, done=done) if loaded else None
                 if made is not None:

@@ -31,7 +31,7 @@ from orchestrator.store.gates import LINE
 from orchestrator.store.turns import Commit, Taken
 
 IsShort = Callable[[str], bool]
-_MANY = 8
+MANY = 8  # steps of one run
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def begin_next(
     """
     if turn.state in TERMINAL or not scope.may_begin():
         return None
-    info, many = execution.info, execution.fold.in_flight >= _MANY
+    info, many = execution.info, execution.fold.in_flight >= MANY
     for work in sorted(turn.work, key=lambda work: -(work.priority or info.priority)):
         target, queue = target_of(info, work), work.queue or info.queue
         here = queue in scope.queues and target in scope.targets and not gate_of(work.call)
