@@ -106,11 +106,11 @@ class Advancer:
             loaded = self._runs.known(connection, taken.run_id)
             made = self._attempt(connection, loaded, [outcome], done=[taken], may_begin=may_begin) if loaded else None
         except CodeMissing:
-            self._leave(connection, [(taken, outcome)], drivable=False)
+            self._leave(connection, [(taken, outcome)], drive=False)
             return []
         if made is not None and made.written:
             return self._go_on(connection, taken.run_id, made, may_begin)
-        if not self._leave(connection, [(taken, outcome)], drivable=True):
+        if not self._leave(connection, [(taken, outcome)], drive=True):
             return []
         return self._advance(connection, taken.run_id, may_begin=may_begin)
 
@@ -157,9 +157,9 @@ class Advancer:
         for run_id, pairs in by_run.items():
             if run_id in written:
                 continue
-            if run_id in tried and len(pairs) > 1:  # another process is about the run: what is left is taken together
-                if self._leave(connection, pairs, drivable=True):
-                    begun += self._advance(connection, run_id, may_begin=not begun)
+            if run_id in tried and len(pairs) > 1:
+                # Another process is about the run, and its coroutine is up to date: the next turn may well be its.
+                self._leave(connection, pairs, drive=False)
                 continue
             for taken, outcome in pairs:
                 begun += self.record(connection, taken, outcome, may_begin=not begun)
@@ -269,8 +269,10 @@ class Advancer:
 
         return ring
 
-    def _leave(self, connection: Connection, ended: Sequence[tuple[Taken, AttemptEnded]], drivable: bool) -> bool:
+    def _leave(self, connection: Connection, ended: Sequence[tuple[Taken, AttemptEnded]], drive: bool) -> bool:
         """Leave outcomes of a run as arrivals; a success that the fence refuses is left as a late effect.
+
+        Without `drive` the run owes a turn, for whoever takes it.
 
         Returns whether any was accepted.
         """
@@ -283,7 +285,7 @@ class Advancer:
                 assert taken.fence is not None
                 if turns.arrive(connection, taken.run_id, taken.key, taken.fence, encode(outcome)):
                     accepted.append(taken)
-            if accepted and not drivable:
+            if accepted and not drive:
                 queue = turns.owe_turn(connection, accepted[0].run_id)
             failpoint("arrive.left", connection)
         failpoint("arrive.after", connection)
