@@ -28,7 +28,10 @@ from __future__ import annotations
 import traceback
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
+
+if TYPE_CHECKING:
+    from orchestrator.saga.mapping import MapSummary
 
 __all__ = [
     "ChildFailed",
@@ -165,9 +168,9 @@ class ChildFailed(StepFailed, SagaFailed):
 class MapFailed(OrchestratorError):
     """Report that more items of a `saga.map` failed than it tolerates; ``summary`` tells which (a MapSummary)."""
 
-    def __init__(self, message: str = "", *, summary: Any = None) -> None:
+    def __init__(self, message: str = "", *, summary: MapSummary | None = None) -> None:
         super().__init__(message)
-        self.summary = summary
+        self.summary = cast("MapSummary", summary)
 
 
 class DeadlockError(OrchestratorError):

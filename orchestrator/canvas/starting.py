@@ -6,7 +6,7 @@ Owns the built-in saga that runs a canvas, and the handle that starts it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.canvas.nodes import Canvas, Node
 from orchestrator.canvas.reading import read, read_all
@@ -17,6 +17,9 @@ from orchestrator.machine.loop import inside_saga
 from orchestrator.machine.policy import RetryPolicy
 from orchestrator.saga.declare import define
 from orchestrator.step import StepOptions
+
+if TYPE_CHECKING:
+    from orchestrator.result import SagaResult
 
 WhenUsedUp = Literal["compensate", "park"]
 _OPTIONS = frozenset({
@@ -42,14 +45,14 @@ class Durable:
     def __repr__(self) -> str:
         return f"<durable {type(self.canvas).__name__.lower()} of {', '.join(dict.fromkeys(self.canvas.tasks())):.200}>"
 
-    def delay(self, *args: Any, **kwargs: Any) -> Any:
+    def delay(self, *args: Any, **kwargs: Any) -> SagaResult:
         """Start it with partial arguments; it is committed in Postgres when this returns.
 
         Raises: as `apply_async`.
         """
         return self.apply_async(args, kwargs)
 
-    def apply_async(self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any) -> Any:
+    def apply_async(self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any) -> SagaResult:
         """Start it with partial arguments and options: `link` and `link_error` (of the canvas as a whole), and those of
         a saga: `task_id` (the run id), `countdown`, `eta`, `priority`, `queue` (of the run; links have their own),
         `deadline`, `transaction`.
@@ -60,16 +63,18 @@ class Durable:
         canvas = self._to_start(args, kwargs, options)
         return run_canvas.apply_async((canvas,), self.options, **options)
 
-    async def adelay(self, *args: Any, **kwargs: Any) -> Any:
+    async def adelay(self, *args: Any, **kwargs: Any) -> SagaResult:
         """Start it without blocking the event loop; see `delay`."""
         return await self.aapply_async(args, kwargs)
 
-    async def aapply_async(self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any) -> Any:
+    async def aapply_async(
+        self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> SagaResult:
         """Start it without blocking the event loop; see `apply_async`."""
         canvas = self._to_start(args, kwargs, options)
         return await run_canvas.aapply_async((canvas,), self.options, **options)
 
-    def AsyncResult(self, task_id: str) -> Any:  # noqa: N802 - Celery's name
+    def AsyncResult(self, task_id: str) -> SagaResult:  # noqa: N802 - Celery's name
         """Return a handle to a run by its id; asks nothing of the database yet."""
         return run_canvas.AsyncResult(task_id)
 

@@ -384,7 +384,7 @@ class _SagaTask:
         That scheduler passes what an entry holds for ours, and cannot make use of it.
         """
         options = {name: value for name, value in options.items() if value is not None and name not in OPTIONS}
-        return sagas.registry.latest(self.name).apply_async(args or (), kwargs or {}, **options)  # type: ignore[no-any-return]
+        return sagas.registry.latest(self.name).apply_async(args or (), kwargs or {}, **options)
 
     def delay(self, *args: Any, **kwargs: Any) -> SagaResult:
         """Start a run directly in Postgres."""

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from orchestrator.engine.cache import Executions
-from orchestrator.engine.commit import Begun, Identity, IsShort, Scope, begin_next, commit_of, correction, gate_of
+from orchestrator.engine.commit import MANY, Begun, Identity, IsShort, Scope, begin_next, commit_of, correction, gate_of
 from orchestrator.engine.observe import tell
 from orchestrator.errors import DriftError, describe_exception
 from orchestrator.failpoints import failpoint
@@ -106,11 +106,11 @@ class Advancer:
             loaded = self._runs.known(connection, taken.run_id)
             made = self._attempt(connection, loaded, [outcome], done=[taken], may_begin=may_begin) if loaded else None
         except CodeMissing:
-            self._leave(connection, taken, outcome, drivable=False)
+            self._leave(connection, [(taken, outcome)], drive=False)
             return []
         if made is not None and made.written:
             return self._go_on(connection, taken.run_id, made, may_begin)
-        if not self._leave(connection, taken, outcome, drivable=True):
+        if not self._leave(connection, [(taken, outcome)], drive=True):
             return []
         return self._advance(connection, taken.run_id, may_begin=may_begin)
 
@@ -145,14 +145,23 @@ class Advancer:
         prepared: list[Prepared] = []
         for run_id, pairs in by_run.items():
             with suppress(CodeMissing):
-                loaded = self._runs.known(connection, run_id)
+                # With many at work on the run others have moved it meanwhile: to look is cheaper than to be refused.
+                look = self._runs.known if len(pairs) < MANY else self._runs.load
+                loaded = look(connection, run_id)
                 outcomes, done = [outcome for _, outcome in pairs], [taken for taken, _ in pairs]
                 made = self._prepare(connection, loaded, outcomes, done=done) if loaded else None
                 if made is not None:
                     prepared.append(made)
         begun, written = self._commit_together(connection, prepared, is_short)
-        for taken, outcome in ended:
-            if taken.run_id not in written:
+        tried = {made.execution.info.id for made in prepared}
+        for run_id, pairs in by_run.items():
+            if run_id in written:
+                continue
+            if run_id in tried and len(pairs) > 1:
+                # Another process is about the run, and its coroutine is up to date: the next turn may well be its.
+                self._leave(connection, pairs, drive=False)
+                continue
+            for taken, outcome in pairs:
                 begun += self.record(connection, taken, outcome, may_begin=not begun)
         return begun
 
@@ -166,7 +175,7 @@ class Advancer:
         """
         for made in prepared:
             alone = made is prepared[0]
-            made.first = begin_next(self._scope, made.execution.info, made.turn, made.now, None if alone else is_short)
+            made.first = begin_next(self._scope, made.execution, made.turn, made.now, None if alone else is_short)
             if alone and made.first is not None and not is_short(made.first.work.task):
                 break  # nothing that is begun may wait behind a step that can take long
         try:
@@ -239,7 +248,7 @@ class Advancer:
         except CodeMissing:
             execution, turn, drivable = None, _NO_TURN, False
         if execution is not None and loaded is not None:
-            first = begin_next(self._scope, execution.info, turn, loaded.now)
+            first = begin_next(self._scope, execution, turn, loaded.now)
             consumed = [id for id, _ in loaded.arrivals]
             committed = self._write(connection, execution, turn, first, consumed, [taken], holds_turn=False)
             if committed.written:
@@ -260,42 +269,50 @@ class Advancer:
 
         return ring
 
-    def _leave(self, connection: Connection, taken: Taken, outcome: AttemptEnded, drivable: bool) -> bool:
-        """Leave the outcome as an arrival; a success that the fence refuses is left as a late effect.
+    def _leave(self, connection: Connection, ended: Sequence[tuple[Taken, AttemptEnded]], drive: bool) -> bool:
+        """Leave outcomes of a run as arrivals; a success that the fence refuses is left as a late effect.
 
-        Returns whether the outcome was accepted.
+        Without `drive` the run owes a turn, for whoever takes it.
+
+        Returns whether any was accepted.
         """
-        assert taken.fence is not None
         queue = None
+        accepted: list[Taken] = []
         failpoint("arrive.before", connection)
         with connection.transaction():
             failpoint("arrive.begun", connection)
-            accepted = turns.arrive(connection, taken.run_id, taken.key, taken.fence, encode(outcome))
-            if accepted and not drivable:
-                queue = turns.owe_turn(connection, taken.run_id)
+            for taken, outcome in ended:
+                assert taken.fence is not None
+                if turns.arrive(connection, taken.run_id, taken.key, taken.fence, encode(outcome)):
+                    accepted.append(taken)
+            if accepted and not drive:
+                queue = turns.owe_turn(connection, accepted[0].run_id)
             failpoint("arrive.left", connection)
         failpoint("arrive.after", connection)
-        if accepted:
-            if queue:
-                self._ring(connection, queue, 1)
-            self._admit(connection, [taken.call])
-            return True
+        if queue:
+            self._ring(connection, queue, 1)
+        self._admit(connection, [taken.call for taken in accepted])
+        for taken, outcome in ended:
+            if taken not in accepted:
+                self._refuse(connection, taken, outcome)
+        return bool(accepted)
+
+    def _refuse(self, connection: Connection, taken: Taken, outcome: AttemptEnded) -> None:
+        """An attempt was given to somebody else: its outcome does not count, but its effect may be there."""
         taken.refused = True
         logger.warning("run %s step %s: attempt %s to %s has lost its fence, its outcome is refused",
                        taken.run_id, taken.key, taken.attempt, taken.role)  # fmt: skip
-        if outcome.verdict == "succeeded" and not (taken.call or {}).get("n"):
-            late = LateSuccess(
-                taken.key, taken.role, taken.attempt, outcome.result, outcome.worker, taken.call.get("k", 0)
-            )
-            failpoint("late.before", connection)
-            with connection.transaction():
-                failpoint("late.begun", connection)
-                queue = turns.leave_arrival(connection, taken.run_id, encode(late), anyone=True)
-                failpoint("late.left", connection)
-            failpoint("late.after", connection)
-            if queue:
-                self._ring(connection, queue, 1)
-        return False
+        if outcome.verdict != "succeeded" or (taken.call or {}).get("n"):
+            return
+        late = LateSuccess(taken.key, taken.role, taken.attempt, outcome.result, outcome.worker, taken.call.get("k", 0))
+        failpoint("late.before", connection)
+        with connection.transaction():
+            failpoint("late.begun", connection)
+            queue = turns.leave_arrival(connection, taken.run_id, encode(late), anyone=True)
+            failpoint("late.left", connection)
+        failpoint("late.after", connection)
+        if queue:
+            self._ring(connection, queue, 1)
 
     def function_of(self, connection: Connection, taken: Taken) -> Callable[[], Any] | None:
         """Return the function of a ``saga.once`` that was begun here."""
@@ -368,7 +385,7 @@ class Advancer:
         execution, turn = self._compute(connection, loaded, outcomes)
         if execution is None:
             return Made([], False, written=False)
-        first = begin_next(self._scope, execution.info, turn, loaded.now) if may_begin else None
+        first = begin_next(self._scope, execution, turn, loaded.now) if may_begin else None
         consumed = [id for id, _ in loaded.arrivals]
         if turn.was_ended and done:
             return Made([], False, written=False)  # its fence went with the end of the run; it may be a late effect
@@ -406,7 +423,7 @@ class Advancer:
             taken.again = any(work.key == taken.key and work.role == taken.role for work in turn.work)
         run_id = execution.info.id
         tell(execution.fold, turn)
-        if turn.state in TERMINAL:
+        if turn.state in TERMINAL or execution.fold.reported:  # a child that is done may wait long, and be many
             execution.discard()
             self._runs.forget(run_id)
         else:

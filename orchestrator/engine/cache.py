@@ -1,6 +1,7 @@
 """The runs that this child knows: their folds and live coroutines, and the database's time.
 
-Owns loading and catching up; bounded, and always allowed to forget.  Must never commit anything.
+Owns loading and catching up; bounded by runs and by what these have asked for, and always allowed to forget.  Must
+never commit anything.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from orchestrator.machine.turn import CodeMissing, Execution, Script
 from orchestrator.store import turns
 from orchestrator.store.connection import Connection
 from orchestrator.store.turns import Loaded, RunRow
+
+_REQUESTS = 20  # that a run has asked for on the average, about 2 KB each
 
 
 class Clock:
@@ -48,6 +51,8 @@ class Executions:
         self._script_of = script_of
         self._limit = limit
         self._live: OrderedDict[str, Execution] = OrderedDict()
+        self._sizes: dict[str, int] = {}
+        self._size = 0
         self.clock = Clock(seconds)
 
     def __contains__(self, run_id: str) -> bool:
@@ -83,7 +88,7 @@ class Executions:
     def take(self, loaded: Loaded) -> Execution | None:
         """Return the execution of a run, caught up with what was loaded, out of the cache."""
         run = loaded.run
-        execution = self._live.pop(run.id, None)
+        execution = self._pop(run.id)
         if execution is not None and execution.info.link != run.link:
             execution.discard()  # continued as new elsewhere
             execution = None
@@ -102,15 +107,27 @@ class Executions:
         return execution
 
     def remember(self, execution: Execution) -> None:
-        self._live[execution.info.id] = execution
-        self._live.move_to_end(execution.info.id)
-        if len(self._live) > self._limit:
-            self._live.popitem(last=False)[1].discard()
+        """Keep an execution; the oldest others go if there are too many, or if they have become too large."""
+        run_id = execution.info.id
+        self._pop(run_id)
+        self._live[run_id] = execution
+        self._sizes[run_id] = len(execution.fold.steps)
+        self._size += self._sizes[run_id]
+        while len(self._live) > self._limit or (len(self._live) > 1 and self._size > self._limit * _REQUESTS):
+            self._drop(next(iter(self._live)))
 
     def forget(self, run_id: str) -> None:
-        self._live.pop(run_id, None)
+        self._pop(run_id)
 
     def discard(self) -> None:
         """Drop every live coroutine."""
         while self._live:
-            self._live.popitem()[1].discard()
+            self._drop(next(iter(self._live)))
+
+    def _drop(self, run_id: str) -> None:
+        if (execution := self._pop(run_id)) is not None:
+            execution.discard()
+
+    def _pop(self, run_id: str) -> Execution | None:
+        self._size -= self._sizes.pop(run_id, 0)
+        return self._live.pop(run_id, None)

@@ -31,6 +31,7 @@ from orchestrator.store.gates import LINE
 from orchestrator.store.turns import Commit, Taken
 
 IsShort = Callable[[str], bool]
+MANY = 8  # steps of one run
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Scope:
     queues: Collection[str]
     targets: Collection[str]
     may_begin: Callable[[], bool] = lambda: True
+    is_short: IsShort = lambda task: False
 
 
 @dataclass(slots=True)
@@ -111,17 +113,22 @@ def _link(execution: Execution, turn: Turn, continued: Continued) -> dict[str, J
     return {**link, "seed": [encode(entry) for entry in turn.seed]} if turn.seed else link
 
 
-def begin_next(scope: Scope, info: RunInfo, turn: Turn, now: datetime, is_short: IsShort | None = None) -> Begun | None:
+def begin_next(
+    scope: Scope, execution: Execution, turn: Turn, now: datetime, is_short: IsShort | None = None
+) -> Begun | None:
     """Choose the work that this child goes on with: the first that is due, has no gate to pass and can run here.
 
-    Of several the one with the highest priority.
+    Of several the one with the highest priority.  A run that has many short steps under way begins none here: they are
+    taken in waves, which share a commit, where one that follows another would have a commit each.
     """
     if turn.state in TERMINAL or not scope.may_begin():
         return None
+    info, many = execution.info, execution.fold.in_flight >= MANY
     for work in sorted(turn.work, key=lambda work: -(work.priority or info.priority)):
         target, queue = target_of(info, work), work.queue or info.queue
         here = queue in scope.queues and target in scope.targets and not gate_of(work.call)
-        if here and (work.due is None or work.due <= now) and (is_short is None or is_short(work.task)):
+        alone = (is_short is None or is_short(work.task)) and not (many and scope.is_short(work.task))
+        if here and (work.due is None or work.due <= now) and alone:
             deadline = now + timedelta(seconds=work.call["t"]) if "t" in work.call else None
             taken = Taken(
                 info.id, work.key, work.role, target, queue, work.task, work.attempt + 1, work.call, new_fence(),

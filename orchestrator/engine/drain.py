@@ -102,7 +102,8 @@ class Drainer:
         self._run_already: set[tuple[str, str, str, int]] = set()  # the attempts that this drain has run, or tried to
         self._permit: Permit | None = None
         self._queues = deque(sorted(worker.scope.queues))
-        self._scope = replace(worker.scope, may_begin=self._may_begin)  # without the queues that are paused
+        # Without the queues that are paused.
+        self._scope = replace(worker.scope, may_begin=self._may_begin, is_short=self._is_short)
         self._paused = pauses.NOTHING
         self._known_until = 0.0
         self._until = math.inf

@@ -9,12 +9,15 @@ import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from orchestrator.codec import FunctionCodec, Json, check
 from orchestrator.errors import DefinitionError, PayloadError, UnknownSagaError, UsageError
 from orchestrator.machine.loop import inside_saga
 from orchestrator.machine.turn import Script
+
+if TYPE_CHECKING:
+    from orchestrator.result import SagaResult
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,14 +28,14 @@ class Starter(Protocol):
 
     def start(
         self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
-    ) -> Any: ...
+    ) -> SagaResult: ...
     def start_many(
         self, saga: Saga[Any, Any], calls: Iterable[tuple[Any, ...]], options: dict[str, Any]
-    ) -> list[Any]: ...
+    ) -> list[SagaResult]: ...
     async def astart(
         self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
-    ) -> Any: ...
-    def handle(self, saga: Saga[Any, Any], run_id: str) -> Any: ...
+    ) -> SagaResult: ...
+    def handle(self, saga: Saga[Any, Any], run_id: str) -> SagaResult: ...
     def unknown_tasks(self, names: set[str]) -> list[str]: ...
 
 
@@ -87,14 +90,14 @@ class Saga(Generic[P, R]):
             raise UsageError(f"saga {self.name} belongs to no Celery app yet; create `Orchestrator(app)` first")
         return self.starter
 
-    def delay(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> SagaResult:
         """Start a run; it is committed in Postgres when this returns.
 
         Raises: PayloadError, ConflictError, StoreUnavailableError.
         """
         return self._starter().start(self, args, kwargs, {})
 
-    def apply_async(self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any) -> Any:
+    def apply_async(self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any) -> SagaResult:
         """Start a run with options: `task_id` (the run id), `countdown` (seconds), `eta` (aware), `priority` (higher
         first), `transaction` (the caller's own: the run starts if and only if it commits), `deadline` (timedelta).
 
@@ -102,7 +105,7 @@ class Saga(Generic[P, R]):
         """
         return self._starter().start(self, tuple(args or ()), kwargs or {}, options)
 
-    def start_many(self, calls: Iterable[tuple[Any, ...]], **options: Any) -> list[Any]:
+    def start_many(self, calls: Iterable[tuple[Any, ...]], **options: Any) -> list[SagaResult]:
         """Start a run for each tuple of arguments, many with one commit; returns their handles in the same order.
 
         Takes the options of `apply_async` but `transaction`, for all of them; `task_ids` instead of `task_id`.
@@ -110,15 +113,17 @@ class Saga(Generic[P, R]):
         """
         return self._starter().start_many(self, calls, options)
 
-    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> SagaResult:
         """Start a run without blocking the event loop; see `delay`."""
         return await self._starter().astart(self, args, kwargs, {})
 
-    async def aapply_async(self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any) -> Any:
+    async def aapply_async(
+        self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> SagaResult:
         """Start a run without blocking the event loop; see `apply_async`."""
         return await self._starter().astart(self, tuple(args or ()), kwargs or {}, options)
 
-    def AsyncResult(self, task_id: str) -> Any:  # noqa: N802 - Celery's name
+    def AsyncResult(self, task_id: str) -> SagaResult:  # noqa: N802 - Celery's name
         """Return a handle to a run by its id; asks nothing of the database yet."""
         return self._starter().handle(self, task_id)
 

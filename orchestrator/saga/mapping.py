@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,30 +54,34 @@ async def map(
     tolerate: float = 0,
     page: int = PAGE,
     collect: bool = False,
+    args: Sequence[Any] = (),
 ) -> MapSummary:
     """Run `task` once for each item, with bounded memory and history; tell how many failed, and which.
 
     `items` is an iterable that is the same on every replay, or a paging step: it takes a cursor (None at first) and
-    returns items and the next cursor (None at the end).  At most `concurrency` of them are under way, and `rate`
-    ("100/s") begin over all workers.  `tolerate` is how many may fail: a number, or below 1 a share of all.  Pages of
-    `page` items come one after the other.
+    after it `args`, and returns items and the next cursor (None at the end).  At most `concurrency` of them are under
+    way, and `rate` ("100/s") begin over all workers.  `tolerate` is how many may fail: a number, or below 1 a share of
+    all.  Pages of `page` items come one after the other.
 
     Raises: MapFailed if more failed: then the run, unless it catches that, is undone item by item.  UsageError.
     """
     plan = _Plan.of(task, concurrency, rate, tolerate, page, collect)
     tally = _Tally(plan)
     if isinstance(items, Step):
-        await _map_pages(plan, tally, items)
+        await _map_pages(plan, tally, items, tuple(args))
+    elif args:
+        raise UsageError("saga.map: args= are for a paging step; the items here are an iterable")
     else:
         for first, calls in _batches(plan, items):
             tally.add(await child(run_page, plan.spec(first, calls=calls)))
     return tally.summary()
 
 
-async def _map_pages(plan: _Plan, tally: _Tally, pages: Step[Any, Any]) -> None:
+async def _map_pages(plan: _Plan, tally: _Tally, pages: Step[Any, Any], args: tuple[Any, ...]) -> None:
     cursor: Json = None
+    asked = encode(replace(_template(pages), args=pages.codec.encode_call((cursor, *args), {})))
     while True:
-        found = await child(run_page, plan.spec(tally.total, pages=encode(_template(pages)), cursor=cursor))
+        found = await child(run_page, plan.spec(tally.total, pages=asked, cursor=cursor))
         tally.add(found)
         cursor = found.get("cursor")
         if cursor is None:
@@ -159,8 +163,11 @@ def _call(task: Step[Any, Any], template: Asked, item: Any, *, from_json: bool) 
         call: dict[str, Json] = {"a": args}
         if task.limited and template.limit is None:
             call["limit"] = task.limit(args)
+        armed = task.arm(args)
+        if armed is not None and armed.limit is not None:
+            call["undo_limit"] = armed.limit
         return call, len(dumps(call, what="the item"))
-    except (PayloadError, TypeError) as error:
+    except (PayloadError, TypeError, UsageError) as error:
         known = describe_exception(error)
         return {"error": {"type": known["type"], "message": known["message"]}}, 500
 
@@ -187,7 +194,8 @@ async def _read_page(template: Asked, spec: dict[str, Any]) -> tuple[list[dict[s
     pages = decode_entry(spec["pages"])
     assert isinstance(pages, Asked)
     paging, task = step_of(pages.task), step_of(template.task)
-    args = paging.codec.encode_call((spec["cursor"],), {}, from_json=True)
+    others = {name: value for name, value in pages.args.items() if name != paging.codec.parameters[0]}
+    args = paging.codec.encode_call((spec["cursor"],), others, from_json=True)
     found = await code_of("map").ask(_request(replace(pages, args=args), ""))
     if not isinstance(found, list) or len(found) != 2 or not isinstance(found[0], list):
         raise UsageError(f"{pages.task} is to return items and the next cursor, not {found!r:.80}")
@@ -213,14 +221,19 @@ class _Page:
             if "error" in call:
                 self._failed(number, "rejected", call["error"])
                 continue
-            asked = replace(self.template, args=call["a"], limit=call.get("limit", self.template.limit))
             try:
-                result = await code.ask(_request(asked, f"[{self.first + number}]"))
+                result = await code.ask(_request(self._asked(call), f"[{self.first + number}]"))
             except StepFailed as error:
                 self._failed(number, error.outcome, error.error)
             else:
                 if self.collect:
                     self.results[number] = result
+
+    def _asked(self, call: dict[str, Any]) -> Asked:
+        undo = self.template.undo
+        if undo is not None and "undo_limit" in call:
+            undo = replace(undo, limit=call["undo_limit"])
+        return replace(self.template, args=call["a"], undo=undo, limit=call.get("limit", self.template.limit))
 
     def _failed(self, number: int, outcome: str, error: dict[str, Any]) -> None:
         told = {"type": error.get("type", ""), "message": str(error.get("message", ""))[:500]}

@@ -9,7 +9,7 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Awaitable, Callable
-from typing import Any, ParamSpec, TypeVar, cast, overload
+from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
 from orchestrator.codec import Json, check, encode_any, is_name
 from orchestrator.errors import DefinitionError, PayloadError, StepFailed, UsageError
@@ -26,10 +26,19 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
+class CeleryTask(Protocol):
+    """What tells a Celery task that is no step from one, for type checkers: the arguments of a step are checked."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def request(self) -> Any: ...
+
+
 @overload
 def step(task: Step[P, R], /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]: ...
 @overload
-def step(task: Any, /, *args: Any, **kwargs: Any) -> asyncio.Future[Any]: ...
+def step(task: CeleryTask | dict[str, Any], /, *args: Any, **kwargs: Any) -> asyncio.Future[Any]: ...
 def step(task: Any, /, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
     """Ask for a step; the returned awaitable is scheduled already, so it may be awaited later.
 

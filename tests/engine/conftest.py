@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from orchestrator.client import Client
 from orchestrator.store.connection import Connection, open_connection
 from tests.engine.proxy import Proxy
-from tests.engine.stage import Child
+from tests.engine.stage import QUEUE, Child
 
 
 @pytest.fixture
@@ -34,6 +35,14 @@ def new_child(database_url: str) -> Iterator[Callable[..., Child]]:
 @pytest.fixture
 def child(new_child: Callable[..., Child]) -> Child:
     return new_child()
+
+
+@pytest.fixture
+def client(child: Child) -> Iterator[Client]:
+    """A caller who rings nobody: the child drains when the test says so."""
+    client = Client(child.settings, lambda queue, times: None, lambda: QUEUE)
+    yield client
+    client.pool.close()
 
 
 @pytest.fixture

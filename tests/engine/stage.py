@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import psycopg
 
 from orchestrator import saga as sagas
+from orchestrator.client import Client
 from orchestrator.codec import FunctionCodec
 from orchestrator.engine.commit import Identity, Scope
 from orchestrator.engine.drain import Drainer, Invocation, Worker
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import RetryPolicy
 from orchestrator.machine.turn import Script
+from orchestrator.result import SagaResult
 from orchestrator.saga import Saga
 from orchestrator.settings import Settings
 from orchestrator.step import StepContext, current_step
@@ -168,6 +171,28 @@ def start(connection: psycopg.Connection[Any], saga: Saga[Any, Any], *args: Any,
     )
     assert runs.start(connection, new)
     return run_id
+
+
+def run(client: Client, child: Child, saga: Saga[Any, Any], *args: Any, run_id: str = "run") -> SagaResult:
+    """Start a run as a caller does, and let the child do what is due."""
+    result = client.start(saga, args, {}, {"task_id": run_id})
+    child.drain()
+    return result
+
+
+def states(connection: psycopg.Connection[Any]) -> dict[str, str]:
+    """Return the state of every run."""
+    return dict(connection.execute("SELECT id, state FROM orchestrator.runs").fetchall())
+
+
+def until(child: Child, done: Callable[[], bool]) -> None:
+    """Drain until it has come to that: for what waits for the clock."""
+    for _ in range(400):
+        child.drain()
+        if done():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not come to that")
 
 
 def entries(connection: psycopg.Connection[Any], run_id: str = "run") -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -23,9 +22,8 @@ from orchestrator import (
     step,
 )
 from orchestrator.client import Client
-from orchestrator.result import SagaResult
 from orchestrator.store.connection import Connection
-from tests.engine.stage import QUEUE, Child, entries, kinds, state
+from tests.engine.stage import Child, entries, kinds, run, state, states, until
 
 AT_ONCE = RetryPolicy(timedelta(0), 1.0, timedelta(0), 2)
 DONE: list[str] = []
@@ -34,13 +32,6 @@ DONE: list[str] = []
 @pytest.fixture(autouse=True)
 def nothing_done() -> None:
     DONE.clear()
-
-
-@pytest.fixture
-def client(child: Child) -> Iterator[Client]:
-    client = Client(child.settings, lambda queue, times: None, lambda: QUEUE)
-    yield client
-    client.pool.close()
 
 
 @step(retry=AT_ONCE)
@@ -130,16 +121,6 @@ async def parent_of_a_pivot(then: str) -> str:
 @saga.define
 async def grandparent_of_a_pivot() -> str:
     return await saga.child(parent_of_a_pivot, "well")
-
-
-def run(client: Client, child: Child, saga_: Any, *args: Any, run_id: str = "run") -> SagaResult:
-    result = client.start(saga_, args, {}, {"task_id": run_id})
-    child.drain()
-    return result
-
-
-def states(connection: Connection) -> dict[str, str]:
-    return dict(connection.execute("SELECT id, state FROM orchestrator.runs").fetchall())
 
 
 def test_children_are_completed_with_their_root(child: Child, client: Client, connection: Connection) -> None:
@@ -326,17 +307,8 @@ def test_what_a_scope_undid_is_not_undone_again(child: Child, client: Client, co
 def test_a_timeout_that_leaves_a_scope_undoes_it(child: Child, client: Client, connection: Connection) -> None:
     run(client, child, gathered, 0)
     connection.execute("UPDATE orchestrator.work SET due_at = now() WHERE key = ''")
-    _until(child, lambda: state(connection) == "completed")
+    until(child, lambda: state(connection) == "completed")
     assert DONE == ["inside", "undo inside", "after"]
-
-
-def _until(child: Child, done: Callable[[], bool]) -> None:
-    for _ in range(200):
-        child.drain()
-        if done():
-            return
-        asyncio.run(asyncio.sleep(0.05))
-    raise AssertionError("it did not come to that")
 
 
 # -- locks -------------------------------------------------------------------------------------------------------------
@@ -421,7 +393,7 @@ def test_a_run_that_is_terminated_frees_its_locks(child: Child, client: Client, 
 def test_who_gives_up_leaves_the_queue(child: Child, client: Client, connection: Connection) -> None:
     run(client, child, locking, "one", run_id="one")
     result = run(client, child, impatient, "two", run_id="two")
-    _until(child, result.ready)
+    until(child, result.ready)
     assert (result.get(timeout=10), locks(connection)) == ("gave up", [("one", True)])
 
 

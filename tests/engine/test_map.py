@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -10,9 +9,9 @@ import pytest
 
 from orchestrator import MapFailed, Rejected, RetryPolicy, SagaFailed, saga, step
 from orchestrator.client import Client
-from orchestrator.result import SagaResult
+from orchestrator.saga.mapping import run_page
 from orchestrator.store.connection import Connection
-from tests.engine.stage import QUEUE, Child, kinds, state
+from tests.engine.stage import Child, entries, kinds, run, state, until
 
 AT_ONCE = RetryPolicy(timedelta(0), 1.0, timedelta(0), 2)
 DONE: list[Any] = []
@@ -21,13 +20,6 @@ DONE: list[Any] = []
 @pytest.fixture(autouse=True)
 def nothing_done() -> None:
     DONE.clear()
-
-
-@pytest.fixture
-def client(child: Child) -> Iterator[Client]:
-    client = Client(child.settings, lambda queue, times: None, lambda: QUEUE)
-    yield client
-    client.pool.close()
 
 
 @step(retry=AT_ONCE)
@@ -84,10 +76,37 @@ async def rated(rate: str) -> int:
     return (await saga.map(double, range(6), rate=rate)).succeeded
 
 
-def run(client: Client, child: Child, saga_: Any, *args: Any) -> SagaResult:
-    result = client.start(saga_, args, {}, {"task_id": "run"})
-    child.drain()
-    return result
+@step(retry=AT_ONCE, concurrency=1, key="n")
+def put_back(n: int) -> None:
+    DONE.append(("put back", n))
+
+
+@step(compensate=put_back, retry=AT_ONCE)
+def pick(n: int) -> None:
+    DONE.append(n)
+
+
+@step(retry=AT_ONCE)
+def numbers(cursor: int | None, first: int, many: int) -> tuple[list[int], int | None]:
+    n = first if cursor is None else cursor
+    return list(range(n, min(n + 2, first + many))), n + 2 if n + 2 < first + many else None
+
+
+@saga.define
+async def picked(then: str) -> None:
+    await saga.map(pick, [1, 2])
+    if then == "fail":
+        raise ValueError("no")
+
+
+@saga.define
+async def between(first: int, many: int) -> list[int]:
+    return list((await saga.map(double, numbers, args=(first, many), collect=True)).results)
+
+
+@saga.define
+async def misread(what: str) -> None:
+    await saga.map(double, {"iterable": [1], "too few": numbers}[what], args=(1,))
 
 
 def test_every_item_is_done_once_and_results_come_in_order(child: Child, client: Client) -> None:
@@ -136,10 +155,7 @@ def test_a_paging_step_is_asked_until_it_has_no_cursor(child: Child, client: Cli
 
 def test_a_rate_spreads_the_items(child: Child, client: Client) -> None:
     result = client.start(rated, ("1000/s",), {}, {})
-    for _ in range(200):
-        child.drain()
-        if result.ready():
-            break
+    until(child, result.ready)
     assert result.get(timeout=20) == 6
 
 
@@ -150,3 +166,26 @@ def test_a_rate_that_is_none_parks_the_run_with_the_reason(
     run(client, child, rated, rate)
     assert state(connection) == "parked"
     assert "a rate is a positive number" in str(client.outcome("run").parked)
+
+
+def test_the_undo_of_an_item_has_the_limits_of_its_own_declaration(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    result = run(client, child, picked, "fail")
+    until(child, result.ready)
+    assert DONE == [1, 2, ("put back", 2), ("put back", 1)]
+    asked = [entry for entry in entries(connection, f"run/{run_page.name}#0") if entry["e"] == "asked"]
+    assert [entry["undo"]["limit"] for entry in asked] == [{"gate": f"{put_back.name}:{n}", "most": 1} for n in (1, 2)]
+
+
+def test_a_paging_step_takes_arguments_of_its_own_after_the_cursor(child: Child, client: Client) -> None:
+    assert run(client, child, between, 10, 5).get(timeout=20) == [20, 22, 24, 26, 28]
+
+
+@pytest.mark.parametrize(("what", "why"), [("iterable", "args= are for a paging step"), ("too few", "missing")])
+def test_arguments_that_nobody_takes_park_the_run_with_the_reason(
+    child: Child, client: Client, connection: Connection, what: str, why: str
+) -> None:
+    run(client, child, misread, what)
+    assert state(connection) == "parked"
+    assert why in str(client.outcome("run").parked)

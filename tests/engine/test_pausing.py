@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -11,7 +11,6 @@ import pytest
 from orchestrator import saga
 from orchestrator.client import Client
 from orchestrator.errors import UsageError
-from orchestrator.settings import Settings
 from orchestrator.step import step
 from orchestrator.store import runs
 from tests.engine.stage import QUEUE, Child, entries, start, state, work
@@ -30,13 +29,6 @@ def second(n: int) -> int:
 @saga.define(name="pausing.one_by_one")
 async def one_by_one(n: int) -> int:
     return await saga.step(second, await saga.step(first, n))
-
-
-@pytest.fixture
-def client(database_url: str) -> Iterator[Client]:
-    client = Client(Settings.from_environment({}, database_url=database_url), lambda queue, times: None, lambda: QUEUE)
-    yield client
-    client.pool.close()
 
 
 @pytest.fixture

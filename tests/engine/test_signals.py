@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from orchestrator import Effect, PayloadError, UsageError, saga, step
 from orchestrator.client import Client
 from orchestrator.store.connection import Connection
-from tests.engine.stage import QUEUE, Child
+from tests.engine.stage import Child
 
 
 @dataclass
@@ -37,13 +36,6 @@ async def shown(n: int) -> str:
         await saga.wait_signal("go")
     saga.tag(kind=None)
     return "done"
-
-
-@pytest.fixture
-def client(child: Child) -> Iterator[Client]:
-    client = Client(child.settings, lambda queue, times: None, lambda: QUEUE)
-    yield client
-    client.pool.close()
 
 
 def test_a_run_goes_on_with_what_it_is_told(child: Child, client: Client) -> None:

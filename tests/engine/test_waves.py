@@ -13,7 +13,7 @@ from orchestrator import Effect, RetryPolicy, saga, step
 from orchestrator.store import liveness
 from orchestrator.store.connection import Connection
 from tests.engine.proxy import Proxy
-from tests.engine.stage import Child, start, state
+from tests.engine.stage import Child, start, state, work
 
 
 @step(effect=Effect.NONE)
@@ -190,3 +190,63 @@ def test_what_a_turn_of_several_outcomes_began_is_run_once_though_nobody_answere
     child.drain()
     assert proxy.swallowed == 1
     assert (len(ran), len(set(ran)), state(connection)) == (4, 4, "completed")
+
+
+@saga.define
+async def refilled(items: int) -> None:
+    numbers = iter(range(items))
+
+    async def work() -> None:
+        for number in numbers:
+            await saga.step(short, str(number))
+
+    await asyncio.gather(*(work() for _ in range(10)))
+
+
+@saga.define
+async def wide(steps: int) -> None:
+    await asyncio.gather(*(saga.step(short, str(number)) for number in range(steps)))
+    await saga.wait_signal("go")
+
+
+def rows(connection: Connection, run_id: str = "run") -> int:
+    found = connection.execute("SELECT count(*) FROM orchestrator.journal WHERE run_id = %s", [run_id]).fetchone()
+    assert found is not None
+    return int(found[0])
+
+
+def test_a_run_with_many_short_steps_under_way_goes_on_in_waves(child: Child, connection: Connection) -> None:
+    child.drainer._recent_s[short.name] = 0.0001
+    start(connection, refilled, 100)
+    child.drain()
+    assert state(connection) == "completed"
+    assert rows(connection) < 30, "not a turn for each outcome, though each asks for the next step"
+
+
+def test_outcomes_of_a_wave_that_another_process_was_quicker_than_are_left_together(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    one, two = new_child(), new_child()
+    one.drainer._recent_s[short.name] = two.drainer._recent_s[short.name] = 0.0001
+
+    def meanwhile(taken: Any) -> None:
+        one.runner.before = lambda taken: None
+        two.drain()
+
+    one.runner.before = meanwhile
+    start(connection, wide, 40)
+    one.drain()
+    connection.execute("UPDATE orchestrator.work SET reserved_at = NULL WHERE fence IS NULL")
+    assert (len(one.runner.calls), len(two.runner.calls)) == (32, 8)
+    assert (rows(connection), work(connection)) == (3, [])
+
+
+def test_the_coroutines_that_are_kept_are_bounded_by_their_size_as_well(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    child = new_child(cache_runs=10)
+    for name in ("a", "b", "c"):
+        start(connection, wide, 99, run_id=name)
+        child.drain()
+    assert child.drainer._advancer is not None
+    assert [name in child.drainer._advancer._runs for name in ("a", "b", "c")] == [False, True, True]
