@@ -577,8 +577,11 @@ class Drainer:
         return begun
 
     def _take_up(self, connection: Connection, identity: Identity) -> list[Taken]:
-        """Return what was begun for this child in a commit whose answer was lost; what it has run is in doubt."""
-        held = turns.held(connection, identity.incarnation, identity.child)
+        """Return what was begun for this child in a commit whose answer was lost; what it has run is in doubt.
+
+        So is what was begun for another process, whose number this one has been given.
+        """
+        held = turns.held(connection, identity.incarnation, identity.child) if self._owes else []
         begun = [item for item in held if _attempt_of(item) not in self._run_already]
         keep = [item.fence for item in begun if item.fence is not None]
         for queue in liveness.give_back_child(connection, identity.incarnation, identity.child, keep):
