@@ -5,6 +5,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$python; break; }; done)
 BIN := .venv/bin
 INSTALLED := .venv/installed
+IN_PARALLEL := -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo dev test faults soak check bench clean
@@ -19,7 +20,7 @@ dev: $(INSTALLED) ## keep Postgres, Valkey, worker, beat and Flower up until Ctr
 	@$(BIN)/celery -A tasks.app saga dev $(ARGS)
 
 test: $(INSTALLED) ## run the whole suite against real, embedded servers (ARGS=tests/machine)
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest $(or $(ARGS),$(IN_PARALLEL))
 
 faults: $(INSTALLED) ## the long matrix of real faults, with both brokers (needs RabbitMQ, PgBouncer, faketime)
 	@$(BIN)/pytest tests/faults -m "long or not long" --timeout 900 $(ARGS)

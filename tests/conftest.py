@@ -21,7 +21,17 @@ from psycopg import sql
 
 from orchestrator import embedded
 
+TESTS = Path(__file__).parent
 _broker_numbers = itertools.cycle(range(1, 250))  # 0 and 250 belong to workers that live as long as the session
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of tests that run in parallel (``-n 2 --dist loadgroup``), those of one folder stay together.
+
+    They share workers and brokers that take seconds to start, and what they load the machine with they expect.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).parts[0]))
 
 
 @pytest.fixture(scope="session")
