@@ -102,6 +102,26 @@ def three(runs: int) -> dict[str, float]:
     return clock
 
 
+def steadily(runs: int, rate: float) -> dict[str, list[str]]:
+    """Start runs of three steps, `rate` a second, then wait for all of them."""
+    began = time.monotonic()
+    results = []
+    for number in range(runs):
+        time.sleep(max(0.0, began + number / rate - time.monotonic()))
+        results.append(three_steps.delay())
+    for result in results:
+        result.get(timeout=PATIENCE_S)
+    return {"runs": [result.id for result in results]}
+
+
+def in_bulk(runs: int) -> dict[str, float]:
+    """Start runs of three steps with few commits, then wait for all of them."""
+    with clocked() as clock:
+        for result in three_steps.start_many([()] * runs):
+            result.get(timeout=PATIENCE_S)
+    return clock
+
+
 def queues(runs: int) -> dict[str, float]:
     """The same with each step on a queue of its own."""
     with clocked() as clock:
@@ -153,4 +173,5 @@ def nap(runs: int, begin: float) -> dict[str, list[str]]:
     return {"runs": [sleeps.delay(instant).id for instant in due]}
 
 
-LOADS = {load.__name__: load for load in (three, queues, one_at_a_time, sequence, parallel, rollbacks, crash, nap)}
+_ALL = (three, steadily, in_bulk, queues, one_at_a_time, sequence, parallel, rollbacks, crash, nap)
+LOADS = {load.__name__: load for load in _ALL}

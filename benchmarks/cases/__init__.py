@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.cases import crash, large, shapes, throughput, usage
+from benchmarks.cases import crash, growth, large, shapes, throughput, usage
 from benchmarks.report import Row
 from benchmarks.scale import Scale
 from benchmarks.stack import Stack
@@ -24,4 +24,6 @@ CASES: dict[str, Case] = {
     "full": large.full,
     "timers": large.timers,
     "memory": usage.memory,
+    "load": growth.load,
+    "workers": growth.workers,
 }
