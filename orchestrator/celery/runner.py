@@ -236,17 +236,13 @@ def wants_session(declared: Step[Any, Any]) -> bool:
     return first is not None and "Session" in str(first.annotation)
 
 
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> contextlib.AbstractContextManager[None]:
     """Interrupt the block after `seconds` with StepTimeout, as soon as it runs Python code."""
     if seconds <= 0:
-        yield
-    elif threading.current_thread() is threading.main_thread():
-        with _alarm(seconds):
-            yield
-    else:
-        with _interruption(seconds):
-            yield
+        return contextlib.nullcontext()
+    if threading.current_thread() is threading.main_thread():
+        return _alarm(seconds)
+    return _interruption(seconds)
 
 
 def _overran(seconds: float) -> StepTimeout:

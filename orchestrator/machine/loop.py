@@ -60,12 +60,18 @@ class SagaLoop(asyncio.AbstractEventLoop):
     # -- driving ---------------------------------------------------------------------------------------------------
     def run_until_quiet(self) -> None:
         """Run callbacks until none is ready."""
-        with self.running():
+        outer = events._get_running_loop()
+        events._set_running_loop(self)
+        try:
             while self._ready:
                 handle = self._ready.popleft()
                 if not handle._cancelled:
-                    with contextlib.suppress(SystemExit):  # its task keeps it as its exception
+                    try:
                         handle._run()
+                    except SystemExit:  # its task keeps it as its exception
+                        continue
+        finally:
+            events._set_running_loop(outer)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
