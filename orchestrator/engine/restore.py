@@ -6,9 +6,9 @@ Owns who may do that when, page by page.  Must never decide what becomes of a st
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import sleep
 from typing import Any
 
 from orchestrator.engine.cache import Executions
@@ -74,7 +74,7 @@ def bury(connection: Connection, watch_s: float) -> None:
     """Declare dead the workers of that moment, none of which renews its lease.  Raises: UsageError if one does."""
     before = {row[0]: row for row in liveness.alive(connection)}
     if before:
-        time.sleep(watch_s)
+        sleep(watch_s)
     living = liveness.alive(connection)
     _refuse([row[2] for row in living if row[0] not in before or row[1] != before[row[0]][1]])
     for incarnation, beats, *_ in living:
