@@ -110,7 +110,7 @@ def test_a_first_turn_that_was_passed_on_hears_of_it_first(database_url: str, co
         child = Child(database_url)
         child.drain()
         child.close()
-        assert states(connection)[LATER] == "parked"
+        assert (states(connection)[LATER], tried[LATER]) == ("parked", 0)
 
 
 def test_it_refuses_while_a_worker_lives(
