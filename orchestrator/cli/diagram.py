@@ -22,6 +22,7 @@ from orchestrator.machine.journal import (
     Parked,
     ProbeAsked,
     Raised,
+    Restored,
     Returned,
     RollbackBegan,
     Settled,
@@ -129,7 +130,7 @@ class _Drawing:
                 self._answer("-->>", self._task(entry.key, "undo"), "undone")
             case (
                 Undone() | Late() | Parked() | Operated() | Returned() | Raised() | CancelAsked() | DeadlinePassed()
-                | RollbackBegan() | Ended()
+                | RollbackBegan() | Restored() | Ended()
             ):  # fmt: skip
                 self._note(event.text)
 

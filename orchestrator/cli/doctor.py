@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.text import Text
 
 from orchestrator.celery.doctor import broker as ask_broker
+from orchestrator.cli import restore
 from orchestrator.cli.command import Command, as_json, console, orchestrator_of, print_json
+from orchestrator.cli.orders import by_option
 from orchestrator.engine.doctor import EXIT_CODE, Facts, Finding, Level, judge, lost_doorbells
 from orchestrator.errors import OrchestratorError
 from orchestrator.saga import registry as sagas
 from orchestrator.step import registry as steps
-from orchestrator.store import check, pauses, runs
+from orchestrator.store import check, pauses, restores, runs
 from orchestrator.store import doctor as store
 from orchestrator.store import schedules as schedules_store
 from orchestrator.store.connection import Connection
@@ -33,13 +35,20 @@ _PACKAGES = ("celery-orchestrator", "celery", "kombu", "psycopg", "sqlalchemy", 
 
 @click.command(cls=Command, exit_codes=_CODES)
 @click.option("--no-ring", is_flag=True, help="Only look; do not ring for work that lies.")
+@restore.options
+@by_option
 @as_json
 @click.pass_context
-def doctor(ctx: click.Context, no_ring: bool, json_: bool) -> None:
+def doctor(ctx: click.Context, /, no_ring: bool, json_: bool, by: str, **restored: bool) -> None:
     """Look for what is wrong with Postgres, the broker, the workers and the runs; say what it means and what to do.
 
     Compares what Postgres says is due with what the broker holds, and rings for what lies. Harmless at any time.
+
+    After a restore of the database to a moment in the past, stop all workers and say --after-restore before you start
+    them again: it tells every run that steps may have been done already, so that none is blindly repeated.
     """
+    if any(restored.values()):
+        ctx.exit(restore.look_after(ctx, by, json_, **restored))
     orchestrator = orchestrator_of(ctx)
     rung: list[str] = []
     try:
@@ -74,6 +83,8 @@ def _facts(orchestrator: Any, connection: Connection) -> Facts:
         oldest=store.oldest_transaction(connection), sizes=store.sizes(connection),
         broker=ask_broker(app, sorted(named | {each.queue for each in waiting})), named_queues=frozenset(named),
         pauses=pauses.listed(connection), schedules=[(row["name"], row["problem"]) for row in known],
+        lineage=None if server.in_recovery else restores.lineage(connection),
+        restoring=restores.open_sweep(connection) is not None,
         leader_unseen=max(schedules_store.clock(connection) - leader[1], timedelta(0)) if leader else None,
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from orchestrator.machine.journal import (
     CancelAsked,
     CancelRefused,
     Carried,
+    Cleared,
     Concluded,
     Continued,
     DeadlinePassed,
@@ -30,6 +31,7 @@ from orchestrator.machine.journal import (
     ProbeAsked,
     Raised,
     Reported,
+    Restored,
     Returned,
     Revoked,
     RollbackBegan,
@@ -263,6 +265,15 @@ def _family_pivot(tale: _Tale, entry: FamilyPivot, at: datetime) -> tuple[str, .
     return "→", "", f"{whose}: {entry.phase}{' by the root' if entry.phase in ('granted', 'refused') else ''}"
 
 
+def _restored(tale: _Tale, entry: Restored, at: datetime) -> tuple[str, ...]:
+    by = f", {entry.by} says" if entry.by else ""
+    return "!", "yellow", f"the database was restored to an earlier moment{by}: steps may have been done already"
+
+
+def _cleared(tale: _Tale, entry: Cleared, at: datetime) -> tuple[str, ...]:
+    return "?", "", f"{entry.key} was not done in the time that is forgotten: it begins"
+
+
 def _carried(tale: _Tale, entry: Carried, at: datetime) -> tuple[str, ...]:
     return "→", "", f"took over from the link before: lock {', lock '.join(entry.locks)}"
 
@@ -308,6 +319,8 @@ _TELL: dict[type, Callable[[_Tale, Any, datetime], tuple[str, ...]]] = {
     Revoked: _revoked,
     Concluded: _concluded,
     FamilyPivot: _family_pivot,
+    Restored: _restored,
+    Cleared: _cleared,
     Carried: _carried,
     Continued: _continued,
     Ended: _ended,

@@ -94,7 +94,7 @@ class Advancer:
     def _is_first_turn(self, taken: Taken) -> bool:
         """Nothing was left for a run that begins when it was to; before that, whoever woke it is heard first."""
         run = taken.run
-        if run is None or run.position > 0 or taken.target == turns.ANYONE:
+        if run is None or run.position > 0 or taken.target == turns.ANYONE or taken.attempt:
             return False
         return taken.run_id not in self._runs and taken.now >= run.started_at
 

@@ -14,6 +14,7 @@ from itertools import chain
 
 from orchestrator.store.doctor import Living, Old, Server, Size, Stuck, Waiting
 from orchestrator.store.pauses import Pause
+from orchestrator.store.restores import Lineage
 
 _OLDEST_TESTED, _NEWEST_TESTED = 14, 18
 _WAITS = timedelta(seconds=10)  # a pump rings every second
@@ -83,13 +84,16 @@ class Facts:
     pauses: Sequence[Pause] = ()
     schedules: Sequence[tuple[str, str | None]] = ()
     leader_unseen: timedelta | None = None
+    lineage: Lineage | None = None  # a standby is not asked
+    restoring: bool = False
 
 
 def judge(facts: Facts) -> list[Finding]:
     """Return what is to be told, the worst first."""
     found = list(chain(
-        _of_server(facts.server), _of_clocks(facts), _of_transactions(facts), _of_sizes(facts), _of_workers(facts),
-        _of_work(facts), _of_runs(facts.stuck), _of_pauses(facts), _of_broker(facts.broker), _of_schedules(facts),
+        _of_server(facts.server), _of_lineage(facts), _of_clocks(facts), _of_transactions(facts),
+        _of_sizes(facts), _of_workers(facts), _of_work(facts), _of_runs(facts.stuck), _of_pauses(facts),
+        _of_broker(facts.broker), _of_schedules(facts),
     ))  # fmt: skip
     return sorted(found, key=lambda finding: -EXIT_CODE[finding.level])
 
@@ -159,6 +163,30 @@ _PROMISES = {
     "full_page_writes": "a crash of the machine can leave torn pages: what was promised may be gone",
     "synchronous_commit": "a crash forgets commits that were acknowledged: starts can be lost, steps done twice",
 }
+
+
+def _of_lineage(facts: Facts) -> Iterator[Finding]:
+    if facts.restoring:
+        yield Finding(
+            "restore-unfinished",
+            Level.BROKEN,
+            "a look after a restore was begun and has not ended",
+            "some runs do not know yet that they may have been here before, and would do things twice",
+            "stop all workers, then: saga doctor --after-restore",
+        )
+    elif facts.lineage is not None and facts.lineage.is_broken:
+        (system, before), (new_system, now) = facts.lineage.known, facts.lineage.now
+        server = "" if system == new_system else " and on another server"
+        yield Finding(
+            "restored",
+            Level.BROKEN,
+            f"this database was restored or failed over (timeline {int(before, 16)} -> {int(now, 16)}{server}), and "
+            "nobody said what was lost",
+            "after a restore to a moment in the past, or a failover that lost commits, runs do again what they did "
+            "after that moment",
+            "stop all workers, then: saga doctor --after-restore; or, after a failover to a synchronous standby, a "
+            "move to another server, or a restore to the very end: saga doctor --nothing-lost",
+        )
 
 
 def _of_clocks(facts: Facts) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import assert_never
 
-from orchestrator.machine import blocks, family
+from orchestrator.machine import blocks, family, restore
 from orchestrator.machine.fold import WAITS, Fold, Step
 from orchestrator.machine.journal import (
     Abandoned,
@@ -20,6 +20,7 @@ from orchestrator.machine.journal import (
     Cancel,
     CancelAsked,
     CancelRefused,
+    Cleared,
     Conclude,
     Ended,
     Entry,
@@ -33,6 +34,7 @@ from orchestrator.machine.journal import (
     PivotNews,
     Post,
     ProbeAsked,
+    Restore,
     Returned,
     Revoke,
     RollbackBegan,
@@ -97,6 +99,8 @@ class Decisions:
                     self.record(CancelAsked(arrival.by, arrival.reason))
             case Conclude():
                 family.take_conclude(self)
+            case Restore():
+                restore.take(self, arrival)
             case Terminate():
                 self.record(Operated("terminate", "", arrival.by, arrival.reason))
                 self.end(RunState.TERMINATED)
@@ -127,7 +131,7 @@ class Decisions:
         elif ended.verdict == "rejected" and not step.doubt:
             if step.asked.effect == Effect.RETRIABLE and self.fold.past_pivot:
                 self._attempt_failed(step, ended)
-                self._park(step, "do", "it was rejected after the point of no return")
+                self.park(step, "do", "it was rejected after the point of no return")
             else:
                 self._settle(step, "rejected", ended)
         else:
@@ -135,7 +139,7 @@ class Decisions:
             tries = step.attempts - step.budget_from
             final = ended.verdict == "rejected" or tries >= step.retry.maximum_attempts
             if final or step.abandoned or self.fold.rollback:
-                self._unknown(step)
+                self.settle_unknown(step)
             else:
                 pause = step.retry.delay(tries) if ended.pause is None else timedelta(seconds=ended.pause)
                 self.work.append(self.do_work(step, self.now + pause))
@@ -163,7 +167,7 @@ class Decisions:
             )
         )
 
-    def _unknown(self, step: Step) -> None:
+    def settle_unknown(self, step: Step) -> None:
         """A step ended in doubt: settle it as its author declared, or ask a person; never guess."""
         asked = step.asked
         if not step.doubt and not (self.fold.past_pivot or asked.effect == Effect.RETRIABLE):
@@ -171,16 +175,15 @@ class Decisions:
         elif asked.effect == Effect.NONE or asked.kind == "once":
             self._settle_by(step, "failed")
         elif asked.effect == Effect.PIVOT and not asked.probe:
-            self._park(step, "do", "its outcome is unknown and it is the point of no return, so nothing may be guessed")
+            self.park(step, "do", "its outcome is unknown and it is the point of no return, so nothing may be guessed")
         elif asked.probe and (asked.on_unknown == "probe" or asked.effect == Effect.PIVOT):
-            self.record(ProbeAsked(step.key))
-            self.work.append(self.probe_work(step))
+            self.ask_provider(step)
         elif asked.on_unknown == "park":
-            self._park(step, "do", "its outcome is unknown, and it is declared on_unknown='park'")
+            self.park(step, "do", "its outcome is unknown, and it is declared on_unknown='park'")
         elif self.fold.rollback or step.abandoned:
             self._settle_by(step, "unknown")  # the rollback undoes it when its turn comes
         elif self.fold.past_pivot or asked.effect == Effect.RETRIABLE:
-            self._park(step, "do", "it keeps failing after the point of no return, so that the run can only go forward")
+            self.park(step, "do", "it keeps failing after the point of no return, so that the run can only go forward")
         elif asked.undo is not None:
             self.begin_undo(step)
         else:
@@ -190,20 +193,29 @@ class Decisions:
         error = None if outcome == "succeeded" else step.error
         self.record(Settled(step.key, outcome, step.attempts, result, error, by=by))
 
-    def _park(self, step: Step, role: str, why: str) -> None:
+    def ask_provider(self, step: Step) -> None:
+        """Ask the probe of a step what became of it."""
+        self.record(ProbeAsked(step.key))
+        self.work.append(self.probe_work(step))
+
+    def park(self, step: Step, role: str, why: str) -> None:
+        """Leave a step to a person."""
         self.record(Parked(step.key, role, why, step.error))
 
     def _take_withdrawn(self, step: Step) -> None:
         if step.forward is not Forward.ASKED:
             return
-        if step.attempts == 0:
+        if step.attempts == 0 and not step.doubt:
             self.record(Settled(step.key, "withdrawn"))
         else:
-            self._unknown(step)
+            self.settle_unknown(step)
 
     def _probe_ended(self, step: Step, ended: AttemptEnded) -> None:
         if ended.verdict == "succeeded" and ended.result is not None:
             self._settle_by(step, "succeeded", "probe", ended.result)
+        elif ended.verdict == "succeeded" and step.forgotten and not (step.abandoned or self.fold.rollback):
+            self.record(Cleared(step.key))
+            self.work.append(self.do_work(step))
         elif ended.verdict == "succeeded":
             self._settle_by(step, "rejected", "probe")
         else:
@@ -313,7 +325,7 @@ class Decisions:
             self.record(Settled(step.key, "withdrawn"))
         elif step.asked.kind == "child":
             family.revoke(self, step)
-        elif not family.waits_for_grant(self, step):
+        elif not family.waits_for_grant(self.fold, step):
             self.withdraw.append(step.key)
 
     # -- going back ----------------------------------------------------------------------------------------------------
@@ -438,6 +450,13 @@ class Decisions:
                 yield {**item, "key": f"{step.key}/{item['key']}"}
 
     # -- work ----------------------------------------------------------------------------------------------------------
+    def do(self, step: Step) -> None:
+        """Have a step done, unless it may have been done already in a time that is forgotten."""
+        if step.forgotten:
+            restore.find_out(self, step)
+        else:
+            self.work.append(self.do_work(step))
+
     def do_work(self, step: Step, due: datetime | None = None) -> Work:
         """Return the next forward attempt of `step`."""
         asked = step.asked

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.machine.fold import Step
+from orchestrator.machine.fold import Fold, Step
 from orchestrator.machine.journal import (
     Arrival,
     AttemptEnded,
@@ -21,6 +21,7 @@ from orchestrator.machine.journal import (
     PivotNews,
     Post,
     Reported,
+    Restore,
     Revoke,
     Revoked,
     Settled,
@@ -43,6 +44,8 @@ def born(decisions: Decisions, step: Step) -> None:
             asked.priority or info.priority, asked.timeout,
         )
     )  # fmt: skip
+    if decisions.fold.restored:  # before its first turn it hears that it may have been here before
+        _tell(decisions, step, Restore(decisions.fold.restored.by))
 
 
 def revoke(decisions: Decisions, step: Step) -> None:
@@ -98,9 +101,9 @@ def ask_for_pivot(decisions: Decisions, step: Step) -> None:
     _news(decisions, decisions.fold.info.pivot(step.key), "asked")
 
 
-def waits_for_grant(decisions: Decisions, step: Step) -> bool:
+def waits_for_grant(fold: Fold, step: Step) -> bool:
     """Tell whether a step is a pivot that the root has not answered for yet: no work of it is there."""
-    return step.is_pivot and bool(decisions.fold.info.parent) and step.key not in decisions.fold.granted
+    return step.is_pivot and bool(fold.info.parent) and step.key not in fold.granted
 
 
 def take_pivot(decisions: Decisions, news: PivotNews) -> None:
@@ -143,7 +146,7 @@ def _take_answer(decisions: Decisions, news: PivotNews) -> None:
     if step.abandoned:
         decisions.record(Settled(step.key, "withdrawn"))
     else:
-        decisions.work.append(decisions.do_work(step))
+        decisions.do(step)
 
 
 def pivot_settled(decisions: Decisions, key: str) -> None:

@@ -19,6 +19,7 @@ from orchestrator.machine.journal import (
     CancelAsked,
     CancelRefused,
     Carried,
+    Cleared,
     Concluded,
     Continued,
     DeadlinePassed,
@@ -33,6 +34,7 @@ from orchestrator.machine.journal import (
     ProbeAsked,
     Raised,
     Reported,
+    Restored,
     Returned,
     Revoked,
     RollbackBegan,
@@ -104,9 +106,9 @@ class Step:
     """One request of saga code and all that came of it."""
 
     __slots__ = (
-        "abandoned", "asked", "attempts", "backward", "budget_from", "details", "doubt", "error", "forward", "late",
-        "order", "parked", "probe_attempts", "probe_budget_from", "quiet", "result", "signal_id", "undo_attempts",
-        "undo_budget_from",
+        "abandoned", "asked", "attempts", "backward", "budget_from", "details", "doubt", "error", "forgotten",
+        "forward", "late", "order", "parked", "probe_attempts", "probe_budget_from", "quiet", "result", "signal_id",
+        "undo_attempts", "undo_budget_from",
     )  # fmt: skip
 
     def __init__(self, asked: Asked, order: int) -> None:
@@ -118,6 +120,7 @@ class Step:
         self.budget_from = self.probe_budget_from = self.undo_budget_from = 0
         self.doubt = False
         self.abandoned = False
+        self.forgotten = False  # it may have been done in the time that a restore of the database forgot
         self.quiet = ""
         self.details: Json = None
         self.result: Json = None
@@ -139,6 +142,12 @@ class Step:
         """Whether work of it is outstanding; what only waits for somebody else is not at work."""
         at_work = self.forward is Forward.ASKED and self.asked.kind not in WAITS
         return at_work or self.forward is Forward.PROBING or self.backward is Backward.ASKED
+
+    @property
+    def outlives_restore(self) -> bool:
+        """Whether what it does stays when the database is set back, and is not to be done twice."""
+        asked = self.asked
+        return asked.kind == "step" and asked.effect != Effect.NONE and not asked.transactional
 
     @property
     def is_pivot(self) -> bool:
@@ -215,6 +224,7 @@ class Fold:
         self.reported = self.revoked = self.concluded = False
         self.granted: set[str] = set()  # keys of this child's own pivots that may begin
         self.continued: Continued | None = None
+        self.restored: Restored | None = None
         self.ended: Ended | None = None
         self._entries = 0
         self._undo_stack: list[Step] | None = None
@@ -282,6 +292,8 @@ class Fold:
     # -- one function an entry -----------------------------------------------------------------------------------------
     def _asked(self, entry: Asked) -> None:
         self.steps[entry.key] = Step(entry, self._entries)
+        if self.restored:
+            self._forget(self.steps[entry.key])
         self.in_flight += self.steps[entry.key].in_flight
         self.unsettled += 1
         if entry.kind in WAITS:
@@ -444,6 +456,7 @@ class Fold:
         else:
             step.forward = move_forward(step.forward, "retry")
             step.budget_from = step.attempts
+            step.forgotten = False
         self._count(step, was)
 
     def _let_go(self, cause: str) -> None:
@@ -480,6 +493,24 @@ class Fold:
     def _carried(self, entry: Carried) -> None:
         self.carried_locks = dict(entry.locks)
 
+    def _restored(self, entry: Restored) -> None:
+        self.restored = entry
+        for step in self.steps.values():
+            if step.forward is Forward.ASKED:
+                self._forget(step)
+
+    def _forget(self, step: Step) -> None:
+        step.forgotten = step.outlives_restore
+        step.doubt = step.doubt or step.forgotten
+
+    def _cleared(self, entry: Cleared) -> None:
+        step = self.steps[entry.key]
+        was = step.in_flight
+        step.forward = move_forward(step.forward, "retry")
+        step.forgotten = step.doubt = False
+        step.budget_from = step.attempts
+        self._count(step, was)
+
     def _continued(self, entry: Continued) -> None:
         self.continued = entry
 
@@ -513,6 +544,8 @@ _APPLY: dict[type, Callable[[Fold, Any], None]] = {
     Revoked: Fold._revoked,
     Concluded: Fold._concluded,
     FamilyPivot: Fold._family_pivot,
+    Restored: Fold._restored,
+    Cleared: Fold._cleared,
     Continued: Fold._continued,
     Carried: Fold._carried,
     Ended: Fold._ended,

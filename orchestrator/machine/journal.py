@@ -273,6 +273,22 @@ class FamilyPivot:
 
 
 @dataclass(frozen=True, slots=True)
+class Restored:
+    """The database was set back to a moment in the past: what the run did after that is done and forgotten."""
+
+    tag: ClassVar[str] = "restored"
+    by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """The probe says that nothing of a step was done in the time that was forgotten: it begins as if it were new."""
+
+    tag: ClassVar[str] = "cleared"
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class Continued:
     """The run goes on with a fresh journal under the same id, and ends here as a link of it."""
 
@@ -301,7 +317,7 @@ class Ended:
 Entry = (
     Asked | Attempted | Settled | ProbeAsked | UndoAsked | Undone | Late | Abandoned | Versioned | Returned | Raised
     | CancelAsked | CancelRefused | DeadlinePassed | RollbackBegan | Parked | Operated | Signalled | Unlocked | Reported
-    | Revoked | Concluded | FamilyPivot | Continued | Carried | Ended
+    | Revoked | Concluded | FamilyPivot | Restored | Cleared | Continued | Carried | Ended
 )  # fmt: skip
 
 
@@ -416,7 +432,18 @@ class PivotNews:
     child: str = ""
 
 
-Arrival = AttemptEnded | Withdrawn | LateSuccess | Cancel | Terminate | Operate | Signal | Revoke | Conclude | PivotNews
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """The database was set back; whoever leaves this has taken all work of the run away, but its turn."""
+
+    tag: ClassVar[str] = "restore"
+    by: str = ""
+
+
+Arrival = (
+    AttemptEnded | Withdrawn | LateSuccess | Cancel | Terminate | Operate | Signal | Revoke | Conclude | PivotNews
+    | Restore
+)  # fmt: skip
 
 
 # -- work ------------------------------------------------------------------------------------------------------------

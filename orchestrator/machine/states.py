@@ -89,7 +89,7 @@ _SETTLING = {str(state): state for state in (F.SUCCEEDED, F.REJECTED, F.FAILED, 
 
 FORWARD_TRANSITIONS: dict[Forward, dict[str, Forward]] = {
     F.ASKED: {**_SETTLING, "probe": F.PROBING, "undo": F.UNDOING, "park": F.PARKED},
-    F.PROBING: {**_SETTLING, "park": F.PARKED},
+    F.PROBING: {**_SETTLING, "park": F.PARKED, "retry": F.ASKED},
     F.UNDOING: {"unknown": F.UNKNOWN},
     F.PARKED: {**_SETTLING, "retry": F.ASKED, "probe": F.PROBING},
     F.SUCCEEDED: {},

@@ -247,7 +247,7 @@ def _seed(fold: Fold) -> list[Entry]:
         return []
     held = {fold.steps[key].asked.task: row for key, row in fold.locks.items()} | fold.carried_locks
     unheard = [signal for kept in fold.signals.values() for signal in kept]
-    return [*([Carried(held)] if held else ()), *unheard]
+    return [*([fold.restored] if fold.restored else ()), *([Carried(held)] if held else ()), *unheard]
 
 
 class _Recorder(Decisions):
@@ -266,7 +266,7 @@ class _Recorder(Decisions):
             case "step" if step.is_pivot and self.fold.info.parent:
                 family.ask_for_pivot(self, step)
             case "step" | "once":
-                self.work.append(self.do_work(step))
+                self.do(step)
             case "child":
                 family.born(self, step)
             case "lock":

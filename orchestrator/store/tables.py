@@ -236,6 +236,26 @@ reports = Table(
     Index("reports_open", "wanted", unique=True, postgresql_where=text("finished_at IS NULL")),
 )
 
+lineage = Table(
+    "lineage",
+    metadata,
+    Column("one", Boolean, primary_key=True),
+    Column("system", BigInteger, nullable=False),
+    Column("timeline", Text, nullable=False),
+)
+
+restores = Table(
+    "restores",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("by", Text, nullable=False),
+    Column("began_at", _instant, nullable=False),
+    Column("swept_to", Text, nullable=False),
+    Column("found", JSONB, nullable=False),
+    Column("finished_at", _instant),
+    Index("restores_open", text("(true)"), unique=True, postgresql_where=text("finished_at IS NULL")),
+)
+
 report_checks = Table(
     "report_checks",
     metadata,

@@ -385,13 +385,14 @@ def owe_turn(connection: Connection, run_id: str, now: datetime | None = None, *
 
 
 _PASS_ON = """
-UPDATE orchestrator.work w SET target = r.saga || '@' || r.version, reserved_at = NULL, incarnation = NULL, child = NULL
+UPDATE orchestrator.work w SET target = r.saga || '@' || r.version, attempt = w.attempt + 1,
+    reserved_at = NULL, incarnation = NULL, child = NULL
 FROM orchestrator.runs r WHERE r.id = w.run_id AND w.run_id = %(run_id)s AND w.key = ''
 """
 
 
 def pass_on(connection: Connection, run_id: str) -> None:
-    """Leave the run's turn to who has its code (primary key of work)."""
+    """Leave the run's turn to who has its code (primary key of work); it is no first turn: something came before it."""
     failpoint("pass_on.before", connection)
     connection.execute(_PASS_ON, {"run_id": run_id})
     failpoint("pass_on.after", connection)

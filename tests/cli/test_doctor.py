@@ -131,3 +131,48 @@ def test_rabbitmq_says_what_its_queues_hold(terminal: Terminal, rabbitmq: Rabbit
     assert (found.error, found.visibility_timeout_s, found.evicts) == ("", None, "")
     assert (found.queues["held"].messages, found.queues["missing"].messages) == (1, 0)
     assert ":**@" in found.url and url.rpartition("@")[2] in found.url
+
+
+# -- after a restore ---------------------------------------------------------------------------------------------------
+_SET_BACK = "UPDATE orchestrator.lineage SET timeline = '00000000'"  # as the data remembers it, an earlier timeline
+
+
+def test_a_restore_is_noticed_until_somebody_looks_after_it(terminal: Terminal, sql: psycopg.Connection[Any]) -> None:
+    terminal.ok("start", "checkout", ORDER)
+    assert "restored" not in examine(terminal)[2]
+    sql.execute(_SET_BACK)
+    code, told, found = examine(terminal)
+    assert (code, found["restored"]) == (2, "broken")
+    assert any("timeline 0 -> 1" in each["what"] for each in told["findings"])
+    assert "1 runs had not ended at that moment; they would be told" in terminal.ok(
+        "doctor", "--after-restore", "--dry-run"
+    )
+    assert "restored" in examine(terminal)[2], "a dry run changes nothing"
+    assert "saga list --state parked" in terminal.ok("doctor", "--after-restore", "--by", "ann")
+    assert "restored" not in examine(terminal)[2]
+    assert terminal.json("doctor", "--after-restore")["needed"] is False
+    arrivals = sql.execute("SELECT arrival FROM orchestrator.arrivals").fetchall()
+    assert arrivals == [({"e": "restore", "by": "ann"},)]
+
+
+def test_a_failover_that_lost_nothing_is_noted(terminal: Terminal, sql: psycopg.Connection[Any]) -> None:
+    terminal.ok("start", "checkout", ORDER)
+    sql.execute(_SET_BACK)
+    terminal.ok("doctor", "--nothing-lost")
+    assert "restored" not in examine(terminal)[2]
+    assert sql.execute("SELECT count(*) FROM orchestrator.arrivals").fetchone() == (0,)
+
+
+def test_one_that_was_cut_short_is_noticed(terminal: Terminal, sql: psycopg.Connection[Any]) -> None:
+    sql.execute("INSERT INTO orchestrator.restores (by, began_at) VALUES ('ann', now())")
+    assert examine(terminal)[2]["restore-unfinished"] == "broken"
+    terminal.ok("doctor", "--after-restore")
+    assert "restore-unfinished" not in examine(terminal)[2]
+
+
+@pytest.mark.parametrize(
+    "options", [["--dry-run"], ["--snapshot"], ["--after-restore", "--nothing-lost"], ["--nothing-lost", "--dry-run"]]
+)
+def test_options_that_say_nothing_together_are_refused(terminal: Terminal, options: list[str]) -> None:
+    result = terminal.run("doctor", *options)
+    assert (result.exit_code, "say --after-restore" in result.output) == (2, True)

@@ -17,6 +17,10 @@ BEAT = frozenset({
     "beat.lead.before", "beat.lead.after", "beat.declare.before", "beat.declare.after", "beat.fire.before",
     "beat.fire.held", "beat.fire.decided", "beat.fire.after", "beat.send.before", "beat.send.sent", "beat.send.after",
 })  # fmt: skip
+RESTORE = frozenset({
+    "restore.buried", "restore.begun", "restore.taken", "restore.telling", "restore.told", "restore.finishing",
+    "restore.ended",
+})  # fmt: skip
 MIGRATION = frozenset({"migrate.locked", "migrate.applied", "migrate.after"})
 
 # What has to break first: the answer to the commit of the first outcome of a story's only run.

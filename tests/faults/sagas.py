@@ -12,7 +12,7 @@ from tests.faults.steps import ACCOUNTS, Stop
 
 KINDS: dict[str, Any] = {
     "take": steps.take, "insist": steps.insist, "linger": steps.linger, "look": steps.look, "move": steps.move,
-    "pay": steps.pay,
+    "pay": steps.pay, "wire": steps.wire,
 }  # fmt: skip
 
 

@@ -137,6 +137,19 @@ def linger(stop: Stop) -> str:
     return behave(stop, stop.how)
 
 
+@step(compensate=give_back, retry=PATIENT, start_to_close_timeout=LIMIT)
+def wire(stop: Stop) -> str:
+    """Take, from somebody who can be asked what became of it."""
+    return behave(stop, stop.how)
+
+
+@wire.probe
+def find_wire(stop: Stop) -> str | None:
+    current, log = step.current(), EffectLog.of_environment()
+    mine = (current.run_id, current.key, "do")
+    return stop.name if any((e.run, e.key, e.direction) == mine for e in effects.read(log.path)) else None
+
+
 @step(effect=Effect.NONE, retry=PATIENT, start_to_close_timeout=LIMIT)
 def look(stop: Stop) -> str:
     return behave(stop, stop.how)

@@ -139,10 +139,10 @@ def effects_were_intended(world: World) -> Found:
 
 @rule("an effect is of an attempt that was never begun")
 def effects_were_begun(world: World) -> Found:
-    """Of a run that ended by itself every attempt that was ever begun is on record."""
+    """Of a run that ended by itself every attempt that was ever begun is on record, unless a restore forgot some."""
     known: dict[str, set[tuple[str, str, int]]] = {}
     for run in world.readable:
-        if run.ended and run.state != "terminated":
+        if run.ended and run.state != "terminated" and not list(run.of("restored")):
             known[run.id] = {(key, role, attempt) for key, role, attempt, _ in reported(run)}
             known[run.id] |= {(entry["key"], "do", entry["attempt"]) for entry in run.of("late")}
     for effect in world.effects:
