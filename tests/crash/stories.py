@@ -19,6 +19,7 @@ from orchestrator.step import registry as steps
 from orchestrator.store import liveness, runs
 from orchestrator.store.connection import open_connection
 from tests.crash.driver import Day, Worker
+from tests.crash.workload import side_by_side
 from tests.engine.stage import QUEUE, script_of
 
 Trick = Callable[[Day], None]
@@ -167,8 +168,10 @@ def broken(day: Day) -> None:
 
 
 def families(day: Day) -> None:
-    """A run is told something before it asks for it."""
+    """Runs are started with one commit; one is told something before it asks for it."""
     day.worker("main")
+    calls, ids = [(["a", "b"],), (["c", "bad"],)], ["of many", "of many too"]
+    day.stubborn(lambda: day.client.start_many(side_by_side, calls, {"task_ids": ids, "queue": QUEUE}))
     day.start("linked")
     day.stubborn(lambda: day.client.signal("linked", "go", "gone", signal_id="one"))
 

@@ -14,7 +14,7 @@ from tests.crash.workload import STORIES
 
 ENGINE = [name for name in NAMES if name not in BEAT | CELERY | MIGRATION]
 ACTIONS = ("exit", "raise")
-FAMILIES = ("commit.before", "commit.after", "commits.after", "effect.after", "take.reserved")
+FAMILIES = ("start.after", "commit.before", "commit.after", "commits.after", "effect.after", "take.reserved")
 
 
 def test_every_failpoint_has_a_literal_name_of_its_own() -> None:
