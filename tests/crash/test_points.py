@@ -14,7 +14,7 @@ from tests.crash.workload import STORIES
 
 ENGINE = [name for name in NAMES if name not in BEAT | CELERY | MIGRATION]
 ACTIONS = ("exit", "raise")
-FAMILIES = ("start.after", "commit.before", "commit.after", "commits.after", "effect.after", "take.reserved")
+FAMILIES = ("commit.before", "commit.after", "commits.after", "effect.after", "take.reserved")
 
 
 def test_every_failpoint_has_a_literal_name_of_its_own() -> None:
@@ -49,6 +49,12 @@ def test_every_family_ends_right_whatever_happens_at(
     name: str, part: float, action: str, stage: Stage, hits: dict[str, dict[str, int]]
 ) -> None:
     survive(stage, "family", name, action, at=max(1, int(hits["family"][name] * part)))
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("name", ["start.before", "start.after"])
+def test_runs_that_are_started_together_are_all_there_whatever_happens_at(name: str, action: str, stage: Stage) -> None:
+    survive(stage, "brief", name, action)
 
 
 def survive(stage: Stage, story: str, name: str, action: str, at: int = 1) -> None:

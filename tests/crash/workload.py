@@ -242,9 +242,7 @@ HELD = {
 }
 FAMILY = {
     "kept": Planned(family, ["scope", "many"], "completed"),
-    "undone": Planned(family, ["canvas", "bad"], "compensated"),
-    "of many": Planned(side_by_side, ["a", "b"], "completed"),
-    "of many too": Planned(side_by_side, ["c", "bad"], "compensated"),
+    "undone": Planned(family, ["many", "canvas", "bad"], "compensated"),
     "linked": Planned(family, ["link", "signal"], "completed"),
     "cancelled": Planned(in_a_row, ["a", "wait"], "cancelled"),
 }

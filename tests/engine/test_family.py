@@ -381,6 +381,21 @@ async def impatient(name: str) -> str:
 
 
 @saga.define
+async def briefly(name: str) -> str:
+    async with saga.lock(name, timeout=timedelta(seconds=1)):
+        return name
+
+
+@saga.define
+async def under_a_lock(first: str, second: str) -> str:
+    async with saga.lock(first):
+        try:
+            return await saga.child(briefly, second)
+        except ChildFailed as error:
+            return error.error_type
+
+
+@saga.define
 async def nested(name: str) -> str:
     async with saga.lock("account", 7), saga.lock("account", 7):
         return str(await saga.child(locked_child, name))
@@ -449,6 +464,18 @@ def test_runs_that_wait_for_each_other_are_told(child: Child, client: Client, co
     one.get(timeout=10)
     assert (DONE, locks(connection)) == (["x y"], [])
     assert issubclass(DeadlockError, Exception)
+
+
+def test_a_circle_through_a_child_that_is_awaited_ends_by_its_timeout(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    other = run(client, child, in_order, "y", "x", run_id="other")
+    parent_ = run(client, child, under_a_lock, "x", "y", run_id="parent")
+    other.signal("go")
+    child.drain()
+    assert sorted(locks(connection), key=str)[0] == ("other", False), "nobody has been refused"
+    until(child, other.ready)
+    assert (parent_.get(timeout=10), DONE, locks(connection)) == ("TimeoutError", ["y x"], [])
 
 
 def test_a_run_and_its_children_do_not_keep_each_other_out(
