@@ -87,8 +87,8 @@ def charge(bill: Bill) -> Charge:
 
 @charge.probe
 def find_charge(bill: Bill) -> Charge | None:
-    """Ask the provider whether a charge without an answer happened."""
-    found = client.find("charges", bill.reference)
+    """Ask the provider whether a charge without an answer happened; one that did not is refused should it come yet."""
+    found = client.find_for_good("charges", bill.reference)
     return None if found is None else Charge.model_validate(found)
 
 

@@ -289,10 +289,11 @@ class Decisions:
             self._settle_by(step, "succeeded", order.by, order.value)
 
     def _hold_or_let_go(self, order: Operate) -> None:
-        """Pause or resume, each cause by itself and once; a run that goes back is not held up."""
+        """Pause or resume, each cause by itself and once, and the children too; a run that goes back is not held up."""
         held = order.cause in self.fold.pauses
         if (order.action == "resume") is held and self.fold.rollback is None:
             self.record(Operated(order.action, "", order.by, order.reason, order.cause))
+            family.pass_on(self, order)
 
     def _operate_run(self, order: Operate) -> None:
         if self.fold.parked is None:

@@ -18,6 +18,7 @@ from orchestrator.machine.journal import (
     Error,
     FamilyPivot,
     NewChild,
+    Operate,
     PivotNews,
     Post,
     Reported,
@@ -65,6 +66,13 @@ def take_conclude(decisions: Decisions) -> None:
     """Note that what this child did stays."""
     if not decisions.fold.ended:
         decisions.record(Concluded())
+
+
+def pass_on(decisions: Decisions, order: Operate) -> None:
+    """Hold the children that are under way with their parent, or let them go."""
+    for step in decisions.fold.children:
+        if not step.settled:
+            _tell(decisions, step, order)
 
 
 def report(decisions: Decisions) -> None:

@@ -42,6 +42,14 @@ def find(kind: str, key: str) -> dict[str, Any] | None:
     return found["answer"] if found["state"] == "done" else None
 
 
+def find_for_good(kind: str, key: str) -> dict[str, Any] | None:
+    """Return the answer to what was done under a key; what was not is refused from now on. Raises: httpx.HTTPError."""
+    found = find(kind, key)
+    if found is None:
+        undo(kind, key)
+    return found
+
+
 def page(account: str, cursor: int, limit: int) -> dict[str, Any]:
     """Return a page of the bank's transactions: transactions, next, total. Raises: httpx.HTTPError."""
     return _request("GET", "feeds", account, params={"cursor": cursor, "limit": limit})

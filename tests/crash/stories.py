@@ -19,6 +19,7 @@ from orchestrator.step import registry as steps
 from orchestrator.store import liveness, runs
 from orchestrator.store.connection import open_connection
 from tests.crash.driver import Day, Worker
+from tests.crash.workload import in_a_row
 from tests.engine.stage import QUEUE, script_of
 
 Trick = Callable[[Day], None]
@@ -173,9 +174,16 @@ def families(day: Day) -> None:
     day.stubborn(lambda: day.client.signal("linked", "go", "gone", signal_id="one"))
 
 
+def together(day: Day) -> None:
+    """Runs are started with one commit."""
+    day.worker("main")
+    calls = {run_id: (plan.names,) for run_id, plan in day.planned.items() if not plan.joins}
+    day.stubborn(lambda: day.client.start_many(in_a_row, calls.values(), {"task_ids": list(calls), "queue": QUEUE}))
+
+
 TRICKS: dict[str, Trick] = {
     "ordinary": lambda day: None,
-    "brief": lambda day: None,
+    "brief": together,
     "buried": buried,
     "overtaken": overtaken,
     "met": met,

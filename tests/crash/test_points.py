@@ -51,6 +51,12 @@ def test_every_family_ends_right_whatever_happens_at(
     survive(stage, "family", name, action, at=max(1, int(hits["family"][name] * part)))
 
 
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("name", ["start.before", "start.after"])
+def test_runs_that_are_started_together_are_all_there_whatever_happens_at(name: str, action: str, stage: Stage) -> None:
+    survive(stage, "brief", name, action)
+
+
 def survive(stage: Stage, story: str, name: str, action: str, at: int = 1) -> None:
     """Play a story with one fault, let another process finish it, and judge what is left."""
     prelude = f"{PRELUDES[name]};" if name in PRELUDES else ""

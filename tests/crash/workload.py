@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from celery import chain, group
 from sqlalchemy import Connection as SqlConnection
 from sqlalchemy import text
 
@@ -168,6 +169,8 @@ async def family(names: list[str]) -> list[str]:
         done.append(await saga.step(take, "a"))
     for part in await asyncio.gather(saga.child(child_of_a_family, ["b", "c"]), saga.child(child_of_a_family, ["d"])):
         done += part
+    if "canvas" in names:
+        done.append(await saga.step(chain(take.s("g"), group(take.s(), take.s()))))
     if "many" in names:
         done.append(str((await saga.map(take, ["e", "bad", "f"], page=2, tolerate=1)).succeeded))
     if "bad" in names:
@@ -239,7 +242,7 @@ HELD = {
 }
 FAMILY = {
     "kept": Planned(family, ["scope", "many"], "completed"),
-    "undone": Planned(family, ["many", "bad"], "compensated"),
+    "undone": Planned(family, ["many", "canvas", "bad"], "compensated"),
     "linked": Planned(family, ["link", "signal"], "completed"),
     "cancelled": Planned(in_a_row, ["a", "wait"], "cancelled"),
 }

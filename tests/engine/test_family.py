@@ -199,6 +199,46 @@ def test_a_terminated_parent_terminates_its_children(child: Child, client: Clien
     assert DONE == ["x"]
 
 
+@saga.define
+async def goes_on(what: str) -> str:
+    await saga.wait_signal("go")
+    return await saga.step(do, what)
+
+
+@saga.define
+async def two_that_go_on(what: str) -> list[str]:
+    done = await saga.child(small, "done")
+    both = await asyncio.gather(saga.child(goes_on, "a"), saga.child(goes_on, "b"))
+    return [done, *both]
+
+
+def test_children_are_paused_and_resumed_with_their_parent(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    result = run(client, child, two_that_go_on, "x")
+    under_way = [run_id for run_id in states(connection) if goes_on.name in run_id]
+    result.pause("the bank is closed", by="ann")
+    child.drain()
+    assert {run_id for run_id, state in states(connection).items() if state == "paused"} == {"run", *under_way}
+    for run_id in under_way:
+        client.signal(run_id, "go")
+    child.drain()
+    assert DONE == ["done 1", "done 2"], "what is told meanwhile is kept"
+    result.resume(by="ann")
+    child.drain()
+    assert result.get(timeout=10) == ["done", "a", "b"]
+
+
+def test_a_family_that_is_paused_can_be_cancelled(child: Child, client: Client, connection: Connection) -> None:
+    result = run(client, child, two_that_go_on, "x")
+    result.pause()
+    child.drain()
+    result.cancel("enough")
+    child.drain()
+    assert "paused" not in states(connection).values()
+    assert (state(connection), DONE[2:]) == ("cancelled", ["undo done 2", "undo done 1"])
+
+
 def test_a_child_that_is_done_cannot_be_cancelled_alone(child: Child, client: Client, connection: Connection) -> None:
     run(client, child, parent, "wait")
     one = next(run_id for run_id in states(connection) if run_id != "run")
@@ -341,6 +381,21 @@ async def impatient(name: str) -> str:
 
 
 @saga.define
+async def briefly(name: str) -> str:
+    async with saga.lock(name, timeout=timedelta(seconds=1)):
+        return name
+
+
+@saga.define
+async def under_a_lock(first: str, second: str) -> str:
+    async with saga.lock(first):
+        try:
+            return await saga.child(briefly, second)
+        except ChildFailed as error:
+            return error.error_type
+
+
+@saga.define
 async def nested(name: str) -> str:
     async with saga.lock("account", 7), saga.lock("account", 7):
         return str(await saga.child(locked_child, name))
@@ -409,6 +464,18 @@ def test_runs_that_wait_for_each_other_are_told(child: Child, client: Client, co
     one.get(timeout=10)
     assert (DONE, locks(connection)) == (["x y"], [])
     assert issubclass(DeadlockError, Exception)
+
+
+def test_a_circle_through_a_child_that_is_awaited_ends_by_its_timeout(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    other = run(client, child, in_order, "y", "x", run_id="other")
+    parent_ = run(client, child, under_a_lock, "x", "y", run_id="parent")
+    other.signal("go")
+    child.drain()
+    assert sorted(locks(connection), key=str)[0] == ("other", False), "nobody has been refused"
+    until(child, other.ready)
+    assert (parent_.get(timeout=10), DONE, locks(connection)) == ("TimeoutError", ["y x"], [])
 
 
 def test_a_run_and_its_children_do_not_keep_each_other_out(

@@ -82,7 +82,9 @@ def explore(
             fresh()
             also()
 
-        found = testing.explore(saga, argument, invariant=invariant, setup=setup, pairs=0, environment=saga_environment)
+        found = testing.explore(
+            saga, argument, invariant=invariant, setup=setup, pairs=0, late=True, environment=saga_environment
+        )
         assert {"completed", "failed", "cancelled"} <= found.ends.keys() and not found.exhausted
         return found
 
