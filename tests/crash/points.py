@@ -17,6 +17,10 @@ BEAT = frozenset({
     "beat.lead.before", "beat.lead.after", "beat.declare.before", "beat.declare.after", "beat.fire.before",
     "beat.fire.held", "beat.fire.decided", "beat.fire.after", "beat.send.before", "beat.send.sent", "beat.send.after",
 })  # fmt: skip
+NIGHTLY = frozenset({
+    "reconcile.page", "reconcile.page.written", "reconcile.page.after", "reconcile.write", "reconcile.finish",
+    "reconcile.after", "prune.bury", "prune.buried", "prune.deleted", "prune.after",
+})  # fmt: skip
 MIGRATION = frozenset({"migrate.locked", "migrate.applied", "migrate.after"})
 
 # What has to break first: the answer to the commit of the first outcome of a story's only run.
