@@ -35,7 +35,8 @@ from orchestrator.errors import (
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Arrival, Cancel, Operate, Signal, Terminate, encode
 from orchestrator.machine.states import TERMINAL, RunState
-from orchestrator.poller import Poller, unknown_run
+from orchestrator.poller import Poller
+from orchestrator.reconcile import Looked
 from orchestrator.result import SagaResult, saga_of
 from orchestrator.retention import Chosen, Pruned, prune
 from orchestrator.saga import Saga
@@ -44,6 +45,7 @@ from orchestrator.settings import Settings
 from orchestrator.step import current_step, route
 from orchestrator.store import pauses, runs, turns
 from orchestrator.store.connection import Connection
+from orchestrator.store.missing import unknown_run
 from orchestrator.store.pool import ClientPool
 
 if TYPE_CHECKING:
@@ -228,9 +230,9 @@ class Client:
         def ask() -> runs.Outcome:
             with self.pool.connection() as connection, _schema_named():
                 found = runs.outcomes(connection, [run_id]).get(run_id)
-            if found is None:
-                raise unknown_run(run_id)
-            return found
+                if found is None:
+                    raise unknown_run(run_id, connection)
+                return found
 
         return self._again_if_broken(ask)
 
@@ -401,10 +403,16 @@ class Client:
     def reconcile(self, checks: Iterable[str] = (), *, directory: str | os.PathLike[str] | None = None) -> Report:
         """Run the checks of these names, or all, those of the engine as well; report into a directory, if one is given.
 
-        Reports and never mends.  Commits how far it has come.  Raises: UsageError, StoreUnavailableError.
+        Reports and never mends; a break starts a run where its check says so.  Commits how far it has come.
+        Raises: UsageError, StoreUnavailableError.
         """
+
+        def prepare(saga: Saga[Any, Any], run_id: str, found: Looked) -> runs.Start:
+            return self.prepare(saga, saga.codec.encode_call((found,), {}), {"task_id": run_id})[0]
+
+        where = None if directory is None else Path(directory)
         with self.pool.connection() as connection, _schema_named():
-            return reconcile(connection, list(checks), None if directory is None else Path(directory))
+            return reconcile(connection, list(checks), where, prepare=prepare)
 
     def _tell(self, connection: Connection, kind: pauses.Kind, name: str) -> None:
         more = kind == "saga"

@@ -11,7 +11,7 @@
     ├── ConflictError           same run id, other input: the caller picks another id
     ├── DriftError              saga code no longer asks what its journal recorded: its author mends it
     ├── UnknownSagaError        no saga of that name here: deploy it or correct the name
-    ├── UnknownRunError         no run of that id in this database: look it up
+    ├── UnknownRunError         no run of that id in this database, or it was pruned: look it up
     ├── PayloadError            a value that cannot be stored: the caller changes the value
     ├── StoreUnavailableError   the database does not answer: try again, nothing was started
     ├── SchemaError             the database's schema does not fit this code: run the migrations

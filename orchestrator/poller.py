@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 from orchestrator.errors import StoreUnavailableError, UnknownRunError
 from orchestrator.machine.states import TERMINAL
 from orchestrator.store import runs
+from orchestrator.store.missing import unknown_run
 from orchestrator.store.pool import ClientPool
 
 _SHORTEST_PAUSE_S = 0.001
@@ -108,7 +109,8 @@ class Poller:
             try:
                 with self._pool.connection() as connection:
                     found = runs.outcomes(connection, [*ids, *ahead])
-                _settle(book, ids, found)
+                    missing = {run_id: unknown_run(run_id, connection) for run_id in ids if run_id not in found}
+                _settle(book, ids, found, missing)
             except StoreUnavailableError:
                 book.pause = 0.25  # the database comes back, or the callers' timeouts end their waiting
             except BaseException as error:
@@ -118,7 +120,7 @@ class Poller:
                 book.pause = min(book.pause * 1.25, 0.25)
 
 
-def _settle(book: _Book, ids: list[str], found: dict[str, runs.Outcome]) -> None:
+def _settle(book: _Book, ids: list[str], found: dict[str, runs.Outcome], missing: dict[str, UnknownRunError]) -> None:
     with book.lock:
         for ended in found.values():
             handle = book.expected.pop(ended.id, None) if ended.state in TERMINAL else None
@@ -132,7 +134,7 @@ def _settle(book: _Book, ids: list[str], found: dict[str, runs.Outcome]) -> None
                 if not future.set_running_or_notify_cancel():
                     continue
                 if outcome is None:
-                    future.set_exception(unknown_run(run_id))
+                    future.set_exception(missing[run_id])
                 else:
                     future.set_result(outcome)
 
@@ -143,8 +145,3 @@ def _fail(book: _Book, ids: list[str], error: BaseException) -> None:
             for future in book.waiting.pop(run_id, ()):
                 if future.set_running_or_notify_cancel():
                     future.set_exception(error)
-
-
-def unknown_run(run_id: str) -> UnknownRunError:
-    """Return the error for an id that no run has."""
-    return UnknownRunError(f"there is no run {run_id!r:.600} in this database; look it up with `saga list`")

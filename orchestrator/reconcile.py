@@ -5,22 +5,31 @@
     @reconcile.check
     def every_charge_is_known(connection, after, limit): ...
 
-Owns what a check is and which there are.  Must never read a database: the engine does, page by page.
+    @reconcile.on_breaks
+    def page_somebody(report): ...
+
+Owns what a check is, which there are, and who is told of breaks.  Must never read a database: the engine does, page by
+page.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
-from orchestrator.codec import is_name
+from orchestrator.codec import dumps, is_name
 from orchestrator.errors import DefinitionError, UsageError
 
-__all__ = ["Check", "Looked", "Statement", "check", "checks", "statement"]
+if TYPE_CHECKING:
+    from orchestrator.engine.reconcile import Report
+    from orchestrator.saga import Saga
+
+__all__ = ["Check", "Looked", "Statement", "check", "checks", "correction_id", "hooks", "on_breaks", "statement"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +43,7 @@ class Looked:
 
 
 Page = Callable[[Any, str, int], Iterable[Looked]]
+Correction: TypeAlias = "Saga[[Looked], Any] | None"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,7 @@ class Check:
     name: str
     sql: str = ""
     function: Page | None = None
+    corrected_by: Correction = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +65,7 @@ class Statement:
     file: Callable[[], Path]
     columns: Mapping[str, str]
     delimiter: str = ","
+    corrected_by: Correction = None
 
     def lines(self) -> Iterator[tuple[int, Looked]]:
         """Yield line number and content; what cannot be read is a problem.  Raises: UsageError, OSError, csv.Error."""
@@ -97,46 +109,74 @@ def _again(known: Check | Statement, new: Check | Statement) -> bool:
     return mine is not None and its is not None and mine.__code__.co_filename == its.__code__.co_filename
 
 
+def correction_id(check_name: str, key: str) -> str:
+    """Return the id of the run that corrects a break: the same every night, so that it is started once."""
+    return f"reconcile/{hashlib.sha256(dumps([check_name, key]).encode()).hexdigest()[:32]}"
+
+
 @overload
 def check(name: Page, /) -> Page: ...
 @overload
-def check(name: str, /, *, sql: str) -> Check: ...
+def check(name: str, /, *, sql: str, corrected_by: Correction = None) -> Check: ...
 @overload
-def check(name: str, /) -> Callable[[Page], Page]: ...
-def check(name: Any, /, *, sql: str = "") -> Any:
+def check(name: str, /, *, corrected_by: Correction = None) -> Callable[[Page], Page]: ...
+def check(name: Any, /, *, sql: str = "", corrected_by: Correction = None) -> Any:
     """Register a check: as a decorator of a function, with or without a name, or with SQL.
 
     SQL gets ``%(after)s`` and ``%(limit)s`` and returns columns ``key`` and ``problem`` (null if all is well), perhaps
     ``amount`` and ``currency``, ordered by key, all of them beyond `after`, at most `limit`.  A function gets a
-    connection that may only read, `after` and `limit`, and yields `Looked` in the same manner.
+    connection that may only read, `after` and `limit`, and yields `Looked` in the same manner.  With `corrected_by`, a
+    saga of one `Looked`, each break that is kept starts a run of it, once for each key, for ever.
     Raises: DefinitionError.
     """
     if callable(name):
         _register(Check(name.__name__.replace("_", " "), function=name))
         return name
     if sql:
-        made = Check(name, sql)
+        made = Check(name, sql, corrected_by=corrected_by)
         _register(made)
         return made
 
     def register(function: Page) -> Page:
-        _register(Check(name, function=function))
+        _register(Check(name, function=function, corrected_by=corrected_by))
         return function
 
     return register
 
 
 def statement(
-    name: str, *, file: Callable[[], Path] | Path | str, columns: Mapping[str, str], sql: str, delimiter: str = ","
+    name: str,
+    *,
+    file: Callable[[], Path] | Path | str,
+    columns: Mapping[str, str],
+    sql: str,
+    delimiter: str = ",",
+    corrected_by: Correction = None,
 ) -> Statement:
     """Register a check of a CSV file against rows of ours, in both directions; `columns` says which is which.
 
     `columns` maps ``key`` and perhaps ``amount`` and ``currency`` to the file's own headings.  `sql` returns ours, as
-    that of `check` does; ``problem`` stays null.  Raises: DefinitionError.
+    that of `check` does; ``problem`` stays null; `corrected_by` is as there.  Raises: DefinitionError.
     """
     if "key" not in columns or set(columns) - {"key", "amount", "currency"}:
         raise DefinitionError(f"check {name!r}: columns= maps key, and perhaps amount and currency, to headings")
     where = file if callable(file) else lambda: Path(file)
-    made = Statement(name, sql, where, dict(columns), delimiter)
+    made = Statement(name, sql, where, dict(columns), delimiter, corrected_by)
     _register(made)
     return made
+
+
+Hook = Callable[["Report"], object]
+H = TypeVar("H", bound=Hook)
+hooks: list[Hook] = []
+
+
+def on_breaks(hook: H) -> H:
+    """Have a function called with every report that has breaks, or that could not look at something; a decorator.
+
+    It is called in the process that reconciles, when all is written; after a crash or by two at once perhaps twice for
+    the same ``report.id``.  What it raises is noted, and stops nothing.
+    """
+    if hook not in hooks:
+        hooks.append(hook)
+    return hook

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from orchestrator.errors import UsageError
+from orchestrator.failpoints import failpoint
 from orchestrator.machine.states import TERMINAL
 from orchestrator.store import pruning, runs
 from orchestrator.store.connection import Connection
@@ -162,12 +163,17 @@ def _at_most(batch: list[Member], heads: int) -> list[Member]:
 
 def _deleted(connection: Connection, batch: Sequence[Member], now: datetime | None) -> bool:
     """Delete all of a batch, or nothing if a late effect has been noted for one of them meanwhile."""
+    failpoint("prune.bury", connection)
     pruning.bury(connection, [each.id for each in batch], now)
+    failpoint("prune.buried", connection)
+    gone = False
     with contextlib.suppress(_Moved), connection.transaction():
-        if pruning.delete(connection, batch):
-            return True
-        raise _Moved
-    return False
+        if not pruning.delete(connection, batch):
+            raise _Moved
+        failpoint("prune.deleted", connection)
+        gone = True
+    failpoint("prune.after", connection)
+    return gone
 
 
 class _Moved(Exception):

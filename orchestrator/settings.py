@@ -53,6 +53,10 @@ class Settings(BaseModel):
     payload_limit: int = Field(default=262_144, ge=1, description="bytes of one encoded value")
     accept_messages: Literal["all", "doorbells"] = "all"
     show_payloads: bool = False
+    nightly: bool = Field(default=True, description="beat reconciles every night, and prunes if retention is set")
+    retention: str = Field(
+        default="", pattern=r"^(\d{1,9}[smhdw])?$", description="what beat prunes: 90d; empty: nothing"
+    )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None, /, **overrides: Any) -> Self:

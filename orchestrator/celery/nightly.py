@@ -1,14 +1,18 @@
-"""What beat may do at night, as Celery tasks: ``orchestrator.prune`` and ``orchestrator.reconcile``.
+"""What beat does at night, as Celery tasks: ``orchestrator.prune`` and ``orchestrator.reconcile``.
 
-Owns their names and arguments, which are text and numbers, as an entry of beat's holds them.
+Owns their names and arguments, which are text and numbers, as an entry of beat's holds them, and the entries that beat
+has of itself: an application's own entry for one of these tasks takes the place of ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from celery.schedules import crontab
+
 from orchestrator.retention import age
+from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
     from orchestrator.celery.app import Orchestrator
@@ -48,3 +52,16 @@ class Reconcile:
 
 
 TASKS = (Prune, Reconcile)
+
+
+def entries(settings: Settings, configured: Any) -> dict[str, Any]:
+    """Return beat's own entries: reconcile every night; prune, where `retention` says what is old enough."""
+    if not settings.nightly:
+        return {}
+    own = {"orchestrator.reconcile": {"task": Reconcile.name, "schedule": crontab(hour=3, minute=30)}}
+    if settings.retention:
+        prune = {"task": Prune.name, "schedule": crontab(hour=4, minute=30), "args": [settings.retention]}
+        own["orchestrator.prune"] = prune
+    known = configured.values() if isinstance(configured, Mapping) else ()
+    theirs = {each.get("task") if isinstance(each, Mapping) else getattr(each, "task", None) for each in known}
+    return {name: entry for name, entry in own.items() if entry["task"] not in theirs}

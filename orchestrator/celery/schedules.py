@@ -17,7 +17,7 @@ from celery import Celery
 from kombu.connection import Connection as BrokerConnection
 from kombu.exceptions import OperationalError as BrokerError
 
-from orchestrator.celery import entries
+from orchestrator.celery import entries, nightly
 from orchestrator.celery.entries import Entry
 from orchestrator.engine.schedules import Decision, Schedule, Schedules
 from orchestrator.errors import UsageError
@@ -61,6 +61,7 @@ class Book:
         configured = self.app.conf.beat_schedule
         if not self._raw:  # Celery's own entry, the clean-up of results, if the backend needs it
             celery.beat.Scheduler.install_default_entries(self, configured)
+            self.added = {**nightly.entries(self.app.orchestrator.settings, configured), **self.added}
         raw = {**self.added, **(configured if isinstance(configured, Mapping) else {})}
         if raw == self._raw:
             return False

@@ -19,11 +19,12 @@ from rich.table import Table
 
 from orchestrator.cli import words
 from orchestrator.client import Client
-from orchestrator.errors import OrchestratorError, UnknownRunError, UnknownSagaError
+from orchestrator.errors import OrchestratorError, UnknownSagaError
 from orchestrator.saga import Saga
 from orchestrator.saga import registry as sagas
 from orchestrator.store import check, runs
 from orchestrator.store.connection import Connection
+from orchestrator.store.missing import unknown_run
 
 F = TypeVar("F", bound=Callable[..., Any])
 EXIT_CODES = "Exit codes: 0 done, 1 it failed, was refused or was not found, 2 wrong usage."
@@ -85,7 +86,7 @@ def run_of(connection: Connection, run_id: str) -> dict[str, Any]:
     """Return the row of a run.  Raises: UnknownRunError."""
     row = runs.run(connection, run_id)
     if row is None:
-        raise UnknownRunError(f"there is no run {run_id!r} in this database; look it up with `saga list`")
+        raise unknown_run(run_id, connection)
     return row
 
 

@@ -42,16 +42,21 @@ def reconcile(ctx: click.Context, /, checks: tuple[str, ...], directory: Path, j
 
 def _print(ctx: click.Context, report: Report) -> None:
     out = console(ctx)
-    table = grid("CHECK", "LOOKED AT", "BREAKS", "")
+    table = grid("CHECK", "LOOKED AT", "BREAKS")
     for each in report.checks:
         style = "red" if each.breaks or each.error else "green"
-        table.add_row(each.name, str(each.looked_at), Text(str(each.breaks), style=style), each.error or "")
+        table.add_row(each.name, f"{each.looked_at:,}", Text(f"{each.breaks:,}", style=style))
     out.print(table)
-    for each in report.checks:
+    for each in (each for each in report.checks if each.breaks or each.error):
+        out.print(Text(f"\n{each.name}", style="bold"))
+        if each.error:
+            out.print(Text(f"    could not be completed: {each.error}", style="red"), soft_wrap=True)
         for example in each.examples[:_SHOWN]:
-            out.print(Text.assemble((each.name, "bold"), f": {example['key']}: {example['problem']}"), soft_wrap=True)
+            run = f" (corrected by run {example['run']})" if "run" in example else ""
+            out.print(Text(f"    {example['key']}: {example['problem']}{run}"), soft_wrap=True)
         if each.breaks > _SHOWN:
-            out.print(Text(f"{each.name}: and {each.breaks - _SHOWN} more", style="dim"))
+            out.print(Text(f"    and {each.breaks - _SHOWN:,} more; the report has them", style="dim"))
+    out.print()
     for problem in report.problems:
         out.print(Text(problem, style="red"), soft_wrap=True)
     out.print(Text(sentence(report), style="red" if report.exit_code else "green"))

@@ -1,14 +1,16 @@
 """A reconciliation: every check page by page, each page in a short transaction that may only read.
 
 Owns how checks are run and what becomes of one that fails: it is an error of that check, and the rest goes on.  Must
-never mend anything.  Who was interrupted goes on where it was; two at once share a report.
+never mend anything; a break may start a run, if the check's author says so.  Who was interrupted goes on where it was;
+two at once share a report.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -19,20 +21,25 @@ from typing import Any
 from orchestrator.engine.audits import AUDITS
 from orchestrator.engine.report_page import write
 from orchestrator.errors import UsageError
-from orchestrator.reconcile import Check, Looked, Statement, checks
+from orchestrator.failpoints import failpoint
+from orchestrator.reconcile import Check, Looked, Statement, checks, correction_id, hooks
+from orchestrator.saga import Saga
 from orchestrator.store import reports, runs
 from orchestrator.store.connection import UNAVAILABLE, Connection
 from orchestrator.store.reports import Earlier, Progress
 
+logger = logging.getLogger(__name__)
+Prepare = Callable[[Saga[Any, Any], str, Looked], runs.Start]  # saga, run id, break
+
 PAGE = 200  # things that are looked at in one transaction
-EXAMPLES = 1000  # breaks of a check that are kept; all are counted
+EXAMPLES = 1000  # breaks of a check that are kept, and start runs; all are counted
 _TIMEOUT = "SET LOCAL statement_timeout = '60s'"
 _LONGEST = 500
 
 
 @dataclass(slots=True)
 class Report:
-    """What a reconciliation came to; `problems` are those of the report itself: files that could not be written."""
+    """What a reconciliation came to; `problems` are those of the report itself: files not written, hooks that raise."""
 
     id: int
     started_at: datetime
@@ -55,11 +62,16 @@ class Report:
 
 
 def reconcile(
-    connection: Connection, names: Sequence[str] = (), directory: Path | None = None, now: datetime | None = None
+    connection: Connection,
+    names: Sequence[str] = (),
+    directory: Path | None = None,
+    now: datetime | None = None,
+    prepare: Prepare | None = None,
 ) -> Report:
-    """Run these checks, or all; write the report into a directory, if one is given.
+    """Run these checks, or all; write the report into a directory, if one is given; call the hooks.
 
-    Commits; the connection must be in autocommit mode.  Raises: UsageError for a check that there is not.
+    Without `prepare` no break starts a run.  Commits; the connection must be in autocommit mode.
+    Raises: UsageError for a check that there is not.
     """
     known: dict[str, Check | Statement] = {**AUDITS, **checks}
     if unknown := sorted(set(names) - known.keys()):
@@ -68,41 +80,112 @@ def reconcile(
     report_id, started_at = reports.open_report(connection, wanted, now)
     while todo := [each for each in reports.progress(connection, report_id) if not each.done]:
         for each in todo:
-            _run(connection, report_id, known[each.name], each)
-    reports.finish(connection, report_id, now)
+            _run(connection, report_id, known[each.name], each, prepare)
     report = Report(
         report_id, started_at, reports.progress(connection, report_id), reports.trend(connection, report_id)
     )
+    failpoint("reconcile.write", connection)
     if directory is not None:
-        write(report, directory)
+        write(report, reports.latest(connection, report_id), directory)
+    _tell(report)
+    failpoint("reconcile.finish", connection)
+    reports.finish(connection, report_id, now)  # last: who dies before it is followed by one who writes and tells
+    reports.forget(connection, now)
+    failpoint("reconcile.after", connection)
     return report
 
 
-def _run(connection: Connection, report_id: int, check: Check | Statement, at: Progress) -> None:
+def _tell(report: Report) -> None:
+    """Call the hooks, if there is something to tell; what they raise stops nothing."""
+    for hook in hooks if report.exit_code else ():
+        try:
+            hook(report)
+        except Exception as error:
+            name = getattr(hook, "__qualname__", repr(hook))
+            logger.exception("reconcile: the hook %s raised", name)
+            report.problems.append(_text(f"the hook {name} raised {type(error).__name__}: {error}"))
+
+
+def _run(
+    connection: Connection, report_id: int, check: Check | Statement, at: Progress, prepare: Prepare | None
+) -> None:
     """Run a check to its end, or until somebody else who does has overtaken."""
     while not at.done:
+        page = _Page(check, at, prepare)
         try:
-            _page(connection, check, at)
+            page.look(connection)
         except UNAVAILABLE:
             raise
         except Exception as error:  # whatever a check does wrong, the others go on
             at.error, at.done = _text(f"{type(error).__name__}: {error}"), True
-        if not reports.advance(connection, report_id, at):
+        if not _written(connection, report_id, page):
             return
         at.pages += 1
 
 
-def _page(connection: Connection, check: Check | Statement, at: Progress) -> None:
-    if isinstance(check, Statement):
-        for looked in _compared(connection, check):
-            _count(at, looked)
-        at.done = True
-        return
-    found = _checked(_asked(connection, check, at.cursor), at.cursor)
-    for looked in found:
-        _count(at, looked)
-    at.done = len(found) < PAGE
-    at.cursor = found[-1].key if found else at.cursor
+def _written(connection: Connection, report_id: int, page: _Page) -> bool:
+    """Write a page together with the runs that its breaks start; False if somebody else has written it.
+
+    No doorbell is rung: the pump finds the runs.
+    """
+    failpoint("reconcile.page", connection)
+    with connection.transaction():
+        written = reports.advance(connection, report_id, page.at)
+        for new in page.starts if written else ():
+            runs.start(connection, new)  # of an id that is taken, nothing
+        failpoint("reconcile.page.written", connection)
+    failpoint("reconcile.page.after", connection)
+    return written
+
+
+@dataclass(slots=True)
+class _Page:
+    """A page of a check: what was looked at is counted, and breaks may ask for runs."""
+
+    check: Check | Statement
+    at: Progress
+    prepare: Prepare | None
+    starts: list[runs.Start] = field(default_factory=list)
+
+    def look(self, connection: Connection) -> None:
+        at = self.at
+        if isinstance(self.check, Statement):
+            for looked in _compared(connection, self.check):
+                self._count(looked)
+            at.done = True
+            return
+        found = _checked(_asked(connection, self.check, at.cursor), at.cursor)
+        for looked in found:
+            self._count(looked)
+        at.done = len(found) < PAGE
+        at.cursor = found[-1].key if found else at.cursor
+
+    def _count(self, looked: Looked) -> None:
+        at = self.at
+        at.looked_at += 1
+        if looked.amount is not None:
+            currency = _text(looked.currency or "")
+            at.sums[currency] = str(Decimal(at.sums.get(currency, "0")) + looked.amount)
+        if looked.problem is None:
+            return
+        at.breaks += 1
+        if len(at.examples) < EXAMPLES:
+            money = {} if looked.amount is None else {"amount": str(looked.amount), "currency": looked.currency}
+            told = {"key": _text(looked.key), "problem": _text(looked.problem), **money}
+            at.examples.append(told | self._corrected(looked))
+
+    def _corrected(self, looked: Looked) -> dict[str, str]:
+        """Ask for the run that corrects a break; that it cannot be started is an error, and hides no other break."""
+        if self.check.corrected_by is None or self.prepare is None:
+            return {}
+        run_id = correction_id(self.check.name, looked.key)
+        try:
+            self.starts.append(self.prepare(self.check.corrected_by, run_id, looked))
+        except Exception as error:
+            name = self.check.corrected_by.name
+            self.at.error = _text(f"no run of {name} could be started: {type(error).__name__}: {error}")
+            return {}
+        return {"run": run_id}
 
 
 def _asked(connection: Connection, check: Check, after: str) -> list[Looked]:
@@ -139,19 +222,6 @@ def _is_looked(each: Any) -> bool:
     key, problem, amount, currency = (getattr(each, name) for name in ("key", "problem", "amount", "currency"))
     texts = isinstance(key, str) and isinstance(problem, str | None) and isinstance(currency, str | None)
     return texts and bool(key) and (amount is None or (isinstance(amount, Decimal) and amount.is_finite()))
-
-
-def _count(at: Progress, looked: Looked) -> None:
-    at.looked_at += 1
-    if looked.amount is not None:
-        currency = _text(looked.currency or "")
-        at.sums[currency] = str(Decimal(at.sums.get(currency, "0")) + looked.amount)
-    if looked.problem is None:
-        return
-    at.breaks += 1
-    if len(at.examples) < EXAMPLES:
-        money = {} if looked.amount is None else {"amount": str(looked.amount), "currency": looked.currency}
-        at.examples.append({"key": _text(looked.key), "problem": _text(looked.problem), **money})
 
 
 def _text(given: str) -> str:

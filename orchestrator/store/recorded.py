@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.errors import UnknownRunError
 from orchestrator.store import runs
 from orchestrator.store.connection import Connection
+from orchestrator.store.missing import unknown_run
 
 
 def recorded(connection: Connection, run_id: str) -> dict[str, Any]:
     """Return a run as it was recorded so far.  Raises: UnknownRunError."""
     row = runs.run(connection, run_id)
     if row is None:
-        raise UnknownRunError(f"there is no run {run_id!r} in this database; look it up with `saga list`")
+        raise unknown_run(run_id, connection)
     family = {
         "parent": row["parent_id"] if row["root_id"] != run_id else None,
         "link": row["link"],

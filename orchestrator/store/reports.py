@@ -89,6 +89,38 @@ def finish(connection: Connection, report_id: int, now: datetime | None = None) 
     connection.execute(_FINISH, {"id": report_id, "now": now})
 
 
+_KEEP = "interval '400 days'"
+# Primary keys: the oldest come first.
+_FORGET = f"""
+WITH old AS (
+    SELECT id FROM (SELECT id, started_at FROM orchestrator.reports ORDER BY id LIMIT 100) AS first
+    WHERE started_at < {CLOCK} - {_KEEP}
+), checks AS (
+    DELETE FROM orchestrator.report_checks c USING old WHERE c.report_id = old.id
+)
+DELETE FROM orchestrator.reports r USING old WHERE r.id = old.id
+"""
+
+
+def forget(connection: Connection, now: datetime | None = None) -> int:
+    """Delete reports that are older than 400 days, at most a hundred; returns how many."""
+    return connection.execute(_FORGET, {"now": now}).rowcount
+
+
+_LATEST = f"""
+SELECT DISTINCT ON (c.name) r.started_at, {", ".join(f"c.{name}" for name in _FIELDS.split(", "))}
+FROM (SELECT id, started_at FROM orchestrator.reports
+      WHERE (finished_at IS NOT NULL AND NOT given_up) OR id = %(id)s ORDER BY id DESC LIMIT 100) AS r
+JOIN orchestrator.report_checks c ON c.report_id = r.id ORDER BY c.name, r.id DESC
+"""
+
+
+def latest(connection: Connection, report_id: int) -> list[tuple[datetime, Progress]]:
+    """Return each check as it was last, in this report or in the hundred before, and when (primary keys)."""
+    found = connection.execute(_LATEST, {"id": report_id}).fetchall()
+    return [(row[0], Progress(*row[1:])) for row in found]
+
+
 _TREND = """
 SELECT r.id, r.started_at, sum(c.looked_at)::bigint, sum(c.breaks)::bigint, count(c.error)
 FROM (SELECT id, started_at FROM orchestrator.reports

@@ -12,7 +12,7 @@ from celery.beat import BeatLazyFunc, ScheduleEntry
 from celery.schedules import BaseSchedule, crontab, schedstate, schedule, solar
 
 from orchestrator import UsageError, saga
-from orchestrator.celery import entries
+from orchestrator.celery import entries, nightly
 from orchestrator.celery.entries import Asked, Entry
 from orchestrator.celery.schedules import Book
 from orchestrator.client import Client
@@ -154,8 +154,12 @@ def test_what_is_wrong_with_an_entry_is_said(app: Celery, client: Client, entry:
         read(app, client, **entry)
 
 
+def settings(**options: Any) -> Settings:
+    return Settings.from_environment({}, database_url="postgresql://nobody@127.0.0.1:1/nothing", **options)
+
+
 def test_a_bad_entry_is_named_and_harms_no_other(app: Celery, client: Client) -> None:
-    app.orchestrator = type("Stand", (), {"client": client})
+    app.orchestrator = type("Stand", (), {"client": client, "settings": settings(nightly=False)})
     app.conf.result_expires = None  # else Celery adds an entry of its own
     app.conf.beat_schedule = {
         "good": {"task": "plain", "schedule": 60}, "bad": {"task": "plain"}, "worse": 7,
@@ -171,6 +175,16 @@ def test_a_bad_entry_is_named_and_harms_no_other(app: Celery, client: Client) ->
     assert not book.refresh(NOW)
     app.conf.beat_schedule["good"]["schedule"] = 30
     assert book.refresh(NOW) and book.schedules["good"].timetable == Interval(timedelta(seconds=30))
+
+
+def test_beat_reconciles_every_night_and_prunes_if_it_is_told_what_is_old() -> None:
+    def named(configured: dict[str, Any], **options: Any) -> list[str]:
+        return sorted(nightly.entries(settings(**options), configured))
+
+    assert named({}) == ["orchestrator.reconcile"]
+    assert named({}, retention="90d") == ["orchestrator.prune", "orchestrator.reconcile"]
+    assert named({"mine": {"task": "orchestrator.reconcile"}, "bad": 7}) == []
+    assert named({}, nightly=False, retention="90d") == []
 
 
 def test_a_periodic_task_takes_the_options_as_well(app: Celery, client: Client) -> None:

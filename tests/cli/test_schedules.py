@@ -33,7 +33,7 @@ def entries(terminal: Terminal) -> Iterator[None]:
 
 def listed(terminal: Terminal, name: str, *options: str) -> dict[str, object]:
     found = {each["name"]: each for each in terminal.json("schedules", *options)["schedules"]}
-    assert found.keys() == {*ENTRIES, "celery.backend_cleanup"}, "that one is Celery's own"
+    assert found.keys() == {*ENTRIES, "celery.backend_cleanup", "orchestrator.reconcile"}, "Celery's own and ours"
     entry: dict[str, object] = found[name]
     return entry
 
@@ -98,7 +98,7 @@ def test_a_backfill_fires_each_slot_of_a_range_once(terminal: Terminal) -> None:
         (
             ("trigger", "nobody"),
             1,
-            "'nobody'; there are: 'celery.backend_cleanup', 'nightly', 'often', 'plain'",
+            "'nobody'; there are: 'celery.backend_cleanup', 'nightly', 'often', 'orchestrator.reconcile', 'plain'",
         ),
         (("trigger", "lost"), 1, "there is no time zone 'Mars/Olympus'"),
         (("pause", "nobody"), 1, "there is no schedule 'nobody'"),

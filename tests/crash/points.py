@@ -21,6 +21,10 @@ RESTORE = frozenset({
     "restore.buried", "restore.begun", "restore.taken", "restore.telling", "restore.told", "restore.finishing",
     "restore.ended",
 })  # fmt: skip
+NIGHTLY = frozenset({
+    "reconcile.page", "reconcile.page.written", "reconcile.page.after", "reconcile.write", "reconcile.finish",
+    "reconcile.after", "prune.bury", "prune.buried", "prune.deleted", "prune.after",
+})  # fmt: skip
 MIGRATION = frozenset({"migrate.locked", "migrate.applied", "migrate.after"})
 
 # What has to break first: the answer to the commit of the first outcome of a story's only run.

@@ -1,4 +1,4 @@
-"""Runs on a fresh database, played by a worker's child; and no checks but a test's own."""
+"""Runs on a fresh database, played by a worker's child; and no checks and hooks but a test's own."""
 
 from __future__ import annotations
 
@@ -16,4 +16,6 @@ __all__ = ["child", "connection", "new_child"]
 def only_mine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(reconcile, "checks", {})
     monkeypatch.setattr("orchestrator.engine.reconcile.checks", reconcile.checks)
+    monkeypatch.setattr(reconcile, "hooks", [])
+    monkeypatch.setattr("orchestrator.engine.reconcile.hooks", reconcile.hooks)
     yield

@@ -139,7 +139,7 @@ def test_a_check_that_fails_is_an_error_and_the_others_go_on(connection: Connect
     }  # fmt: skip
     assert errors.pop("one page") is None  # a page that is not full is the last
     assert {name: word for name, word in words.items() if word not in (errors[name] or "")} == {}
-    assert report.exit_code == 2 and len(report.files) == 2
+    assert report.exit_code == 2 and len(report.files) == 3
     assert next(each.breaks for each in report.checks if each.name == "a good one") == 10
 
 

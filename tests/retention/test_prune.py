@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import ConflictError, Effect, UsageError, saga, step
+from orchestrator import ConflictError, Effect, UnknownRunError, UsageError, saga, step
 from orchestrator.client import Client
 from orchestrator.retention import Chosen, age, prune
 from orchestrator.settings import Settings
@@ -138,6 +138,11 @@ def test_an_id_is_never_free_again(connection: Connection, child: Child, client:
     with pytest.raises(ConflictError, match="was pruned"):
         client.start_many(plain, [("x",)], {"task_ids": ["mine"]})
     assert (ids(connection), count(connection, "work"), count(connection, "journal")) == ([], 0, 0)
+    for ask in (lambda: client.handle(plain, "mine").status, lambda: client.handle(plain, "mine").get(timeout=30)):
+        with pytest.raises(UnknownRunError, match=r"'mine' of retention.plain ended completed and was pruned on 20"):
+            ask()
+    with pytest.raises(UnknownRunError, match="there is no run 'never' in this database"):
+        client.handle(plain, "never").get(timeout=30)
     client.pool.close()
 
 
