@@ -125,6 +125,27 @@ def test_a_connection_into_the_dark_ends_within_its_bound(scene: Scene) -> None:
     scene.database.restore()
 
 
+def test_an_answer_that_never_comes_is_not_waited_for_for_ever(scene: Scene) -> None:
+    """The peer acknowledges all that it is sent, so that TCP is content, and says nothing."""
+    with open_connection(scene.database.url, name="test", patience_s=1.0) as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+        scene.database.mute()
+        assert _asks(connection, "SELECT 2") < 30.0
+        assert connection.closed
+
+
+@pytest.mark.long
+def test_a_worker_whose_connections_are_never_answered_again_opens_others(scene: Scene) -> None:
+    """Its companion's and its children's: nobody else is there to do the work."""
+    (lonely,) = scene.start_workers(1, proxied=True)
+    load = scene.load(runs=44, ms=30)
+    load.until_ended(10)
+    assert scene.database.mute() > 1
+    scene.fault("connections mute")
+    scene.judge(LOADED, load, within_s=180.0)
+    assert lonely.is_alive and "no answer within" in lonely.said
+
+
 @pytest.mark.long
 def test_a_worker_in_the_dark_is_replaced_and_comes_back(scene: Scene) -> None:
     """Its way to Postgres is dark for longer than it takes a connection to end; another one does the work meanwhile."""
