@@ -54,6 +54,12 @@ class Proxy:
         netloc = f"{user}@127.0.0.1:{self._port}" if user else f"127.0.0.1:{self._port}"
         return urlunsplit(self._parts._replace(netloc=netloc))
 
+    def lead_to(self, url: str) -> None:
+        """Forward connections that are opened from now on to another server."""
+        parts = urlsplit(url)
+        with self._lock:
+            self._server = (parts.hostname or "127.0.0.1", parts.port or 0)
+
     def cut(self) -> None:
         """Refuse connections, and break those that are open."""
         with self._lock:
