@@ -36,7 +36,7 @@ PATIENCE_S = 20.0
 _PATIENCE_S = 60.0
 
 
-class _Patient(psycopg.Connection[Any]):
+class Patient(psycopg.Connection[Any]):
     """Waits for every answer, but not for ever: a peer may take what it is sent and never say anything again."""
 
     patience_s = _PATIENCE_S
@@ -78,7 +78,7 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
     # scanning them when they are full.
     kept: Any = {"options": "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c timezone=UTC"}
     try:
-        connection = _Patient.connect(
+        connection = Patient.connect(
             dsn,
             autocommit=True,
             application_name=f"orchestrator {name}"[:63],
