@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from celery import bootsteps, signals
+from celery.concurrency import solo
 from celery.worker import state
 
 from orchestrator import saga as sagas
@@ -101,7 +102,7 @@ class CompanionStep(bootsteps.StartStopStep):
             pid=os.getpid(),
             queues=sorted(app.amqp.queues.consume_from),
             targets=targets,
-            slots=int(worker.concurrency or 1),
+            slots=_slots(worker),
             incarnation=self._incarnation,
         )
 
@@ -170,6 +171,13 @@ class CompanionStep(bootsteps.StartStopStep):
         self._watching = False
 
     terminate = stop
+
+
+def _slots(worker: Any) -> int:
+    """Return how many can drain at once: whoever is said to be idle is rung for, and has to answer."""
+    if issubclass(worker.pool_cls, solo.TaskPool):
+        return 1  # whatever its concurrency, which is by default the number of CPUs
+    return int(worker.max_concurrency or worker.concurrency or 1)  # the first if it scales by itself
 
 
 def _begin_stop(**_: Any) -> None:

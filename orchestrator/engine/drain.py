@@ -26,7 +26,14 @@ from orchestrator.machine.turn import Script
 from orchestrator.settings import Settings
 from orchestrator.step import StepContext, StepStopped
 from orchestrator.store import liveness, pauses, runs, turns
-from orchestrator.store.connection import UNAVAILABLE, CommitUnknown, Connection, open_connection, unavailable
+from orchestrator.store.connection import (
+    PATIENCE_S,
+    UNAVAILABLE,
+    CommitUnknown,
+    Connection,
+    open_connection,
+    unavailable,
+)
 from orchestrator.store.permits import Permit, Permits
 from orchestrator.store.turns import Taken
 
@@ -531,7 +538,8 @@ class Drainer:
         return self._connection, self._advancer
 
     def _open(self, name: str) -> Connection:
-        return open_connection(self._settings.dsn, name=name, prepare=self._settings.prepared_statements)
+        prepare = self._settings.prepared_statements
+        return open_connection(self._settings.dsn, name=name, prepare=prepare, patience_s=PATIENCE_S)
 
     def _ring(self, connection: Connection, queue: str, rows: int) -> None:
         failpoint("ring.before", connection)

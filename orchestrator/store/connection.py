@@ -5,9 +5,12 @@ Owns how a connection is opened.  One that was opened before a fork must never b
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from time import monotonic
 from typing import Any
 
 import psycopg
+from psycopg.abc import RV, PQGen
 
 from orchestrator.errors import StoreUnavailableError
 
@@ -28,8 +31,45 @@ class TransactionFailed(Exception):
         self.reason = reason
 
 
-def open_connection(dsn: str, *, name: str, prepare: bool = True) -> Connection:
-    """Open an autocommit connection that Postgres shows as `name`.
+PATIENCE_S = 20.0
+"""How long a worker waits for an answer of the database; its statements take milliseconds, and are tried again."""
+_PATIENCE_S = 60.0
+
+
+class Patient(psycopg.Connection[Any]):
+    """Waits for every answer, but not for ever: a peer may take what it is sent and never say anything again."""
+
+    patience_s = _PATIENCE_S
+
+    def wait(self, gen: PQGen[RV], *args: Any, **options: Any) -> RV:
+        """Wait for one answer; raises OperationalError, and is closed, after `patience_s`."""
+        try:
+            return super().wait(_within(gen, self.patience_s), *args, **options)
+        except _Silent:
+            self.close()
+            raise
+
+
+class _Silent(psycopg.OperationalError):
+    """No answer came."""
+
+
+def _within(waiting: PQGen[RV], seconds: float) -> Generator[Any, Any, RV]:
+    """Wait as `waiting` does, which is woken several times a second even if nothing comes, for so many seconds."""
+    until = monotonic() + seconds
+    try:
+        wanted = next(waiting)
+        while True:
+            ready = yield wanted
+            if not ready and monotonic() > until:
+                raise _Silent(f"no answer within {seconds:g} s; the connection was given up")
+            wanted = waiting.send(ready)
+    except StopIteration as ended:
+        return ended.value  # type: ignore[no-any-return]
+
+
+def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: float = _PATIENCE_S) -> Connection:
+    """Open an autocommit connection that Postgres shows as `name`, and that breaks if an answer takes `patience_s`.
 
     `prepare` off is for poolers that lend a connection for one transaction: no statement is prepared, and nothing is
     asked of the session but its time zone, which such poolers carry along.  Raises: StoreUnavailableError.
@@ -38,7 +78,7 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True) -> Connection:
     # scanning them when they are full.
     kept: Any = {"options": "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c timezone=UTC"}
     try:
-        connection = psycopg.connect(
+        connection = Patient.connect(
             dsn,
             autocommit=True,
             application_name=f"orchestrator {name}"[:63],
@@ -50,6 +90,7 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True) -> Connection:
             tcp_user_timeout=25_000,  # keepalives are silent while something is under way and nobody takes it
             **(kept if prepare else {}),
         )
+        connection.patience_s = patience_s
         if not prepare:
             connection.execute("SET timezone TO 'UTC'")
     except psycopg.OperationalError as error:

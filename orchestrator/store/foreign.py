@@ -17,6 +17,7 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session, scoped_session
 
 from orchestrator.errors import SchemaError, UsageError
+from orchestrator.store.forks import refuse_inherited
 
 _NAMED = re.compile(r"%\((\w+)\)s")
 _PENDING = "orchestrator_rings"
@@ -31,15 +32,18 @@ def _sqlalchemy(statement: str) -> Any:
 def execute(transaction: Any, statement: str, values: dict[str, Any]) -> tuple[Any, ...] | None:
     """Run a statement in the caller's transaction and return its first row.
 
-    Raises: UsageError for something that is no connection; SchemaError if its database has no orchestrator schema.
+    Raises: UsageError for something that is no connection, or one that was opened before a fork; SchemaError if its
+    database has no orchestrator schema.
     """
     try:
         if isinstance(transaction, (Session, scoped_session)):
             transaction = transaction.connection()
         if isinstance(transaction, Connection):
+            _refuse_inherited(transaction.connection.driver_connection)
             row = transaction.execute(_sqlalchemy(statement), values).fetchone()
             return tuple(row) if row else None
         if isinstance(transaction, psycopg.Connection):
+            _refuse_inherited(transaction)
             _refuse_autocommit(transaction)
             return transaction.execute(statement, values).fetchone()
         if isinstance(transaction, str):
@@ -59,9 +63,11 @@ async def aexecute(transaction: Any, statement: str, values: dict[str, Any]) -> 
         if _is_async(transaction, "AsyncSession"):
             transaction = await transaction.connection()
         if _is_async(transaction, "AsyncConnection"):
+            _refuse_inherited((await transaction.get_raw_connection()).driver_connection)
             row = (await transaction.execute(_sqlalchemy(statement), values)).fetchone()
             return tuple(row) if row else None
         if isinstance(transaction, psycopg.AsyncConnection):
+            _refuse_inherited(transaction)
             _refuse_autocommit(transaction)
             return await (await transaction.execute(statement, values)).fetchone()
     except _NO_SCHEMA as error:
@@ -109,10 +115,17 @@ def _django(alias: str, statement: str, values: dict[str, Any]) -> tuple[Any, ..
     connection = connections[alias]
     if not connection.in_atomic_block:
         raise UsageError(f"transaction={alias!r}: open `transaction.atomic(using={alias!r})` around the start")
+    _refuse_inherited(connection.connection)
     with connection.cursor() as cursor:
         cursor.execute(statement, values)
         row = cursor.fetchone()
     return tuple(row) if row else None
+
+
+def _refuse_inherited(driver: Any) -> None:
+    """Some drivers do not tell their socket; a connection that is closed has none, and says so itself."""
+    if callable(getattr(driver, "fileno", None)) and not driver.closed:
+        refuse_inherited(driver.fileno())
 
 
 def _refuse_autocommit(connection: Any) -> None:

@@ -44,8 +44,7 @@ class Site:
             "CELERY_BROKER_URL": self.broker.url if proxied else self.broker_url,
             "ACCEPTANCE_WORLD": str(self.folder),
             "ACCEPTANCE_RESULTS": self.broker_url,
-            # So that a retry that is due does not wait for a second; who has one slot is not to be rung without end.
-            "ORCHESTRATOR_PUMP_INTERVAL": "0.5" if POOL == "solo" else "0.1",
+            "ORCHESTRATOR_PUMP_INTERVAL": "0.1",  # so that a retry that is due does not wait for a second
         }
 
     def new_worker(self, *options: str, queue: str = "", proxied: bool = False, **environment: str) -> Worker:

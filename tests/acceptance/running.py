@@ -117,7 +117,7 @@ class Worker:
 
     def until_ready(self) -> None:
         """Wait until it takes work."""
-        until(lambda: re.search(r" ready\.$", self.said, re.M) or not self.is_alive, "the worker is ready", 60.0)
+        until(lambda: re.search(r" ready\.$", self.said, re.M) or not self.is_alive, "the worker is ready", 180.0)
         assert self.is_alive, self.said
 
     @property

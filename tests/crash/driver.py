@@ -228,6 +228,7 @@ def play(request: Request) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     logging.basicConfig(level=logging.INFO, format="%(process)d %(levelname)s %(name)s: %(message)s", force=True)
+    (folder / "effects").touch()  # a story may be over without an effect
     os.environ[effects.VARIABLE] = str(folder / "effects")
     failpoints.arm({failpoints.VARIABLE: request.points, failpoints.FIRED: str(folder / "fired")})
     Day(request).play()

@@ -1,9 +1,9 @@
 """A TCP proxy that misbehaves when it is told to: how tests take a server away, or its answers, without stopping it.
 
 Owns these failures: `cut` (nobody answers, open connections break), `reset` (open connections break, new ones are
-welcome), `hang` (half-open: connections stay, and nothing passes), `lose` (packets vanish below TCP), `delay`
-(everything comes late), and `swallow` (what is asked reaches the server, and the connection breaks before the answer
-does).
+welcome), `hang` (half-open: connections stay, and nothing passes), `mute` (the same for those that are open, while new
+ones are welcome), `lose` (packets vanish below TCP), `delay` (everything comes late), and `swallow` (what is asked
+reaches the server, and the connection breaks before the answer does).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Proxy:
         self._selector = selectors.DefaultSelector()
         self._peers: dict[socket.socket, socket.socket] = {}
         self._servers: set[socket.socket] = set()
+        self._mute: set[socket.socket] = set()
         self._late: deque[tuple[float, socket.socket, bytes]] = deque()
         self._delay_s = 0.0
         self._hangs = False
@@ -52,6 +53,12 @@ class Proxy:
         user = self._parts.netloc.rpartition("@")[0]
         netloc = f"{user}@127.0.0.1:{self._port}" if user else f"127.0.0.1:{self._port}"
         return urlunsplit(self._parts._replace(netloc=netloc))
+
+    def lead_to(self, url: str) -> None:
+        """Forward connections that are opened from now on to another server."""
+        parts = urlsplit(url)
+        with self._lock:
+            self._server = (parts.hostname or "127.0.0.1", parts.port or 0)
 
     def cut(self) -> None:
         """Refuse connections, and break those that are open."""
@@ -75,6 +82,15 @@ class Proxy:
         """Let nothing pass any more, and tell nobody: connections stay open, and new ones are let in."""
         with self._lock:
             self._hangs = True
+
+    def mute(self) -> int:
+        """Let nothing pass any more over the connections that are open; returns how many there were.
+
+        What is sent over them is taken and acknowledged, and never answered.
+        """
+        with self._lock:
+            self._mute |= set(self._peers)
+            return len(self._servers)
 
     def lose(self, share: float) -> None:
         """Let the kernel drop so much, from 0 to 1, of all packets that come here, acknowledgements too; tell nobody.
@@ -153,6 +169,8 @@ class Proxy:
             data = end.recv(65536)
             if not data:
                 raise ConnectionResetError
+            if end in self._mute:
+                return
             if self._delay_s:
                 self._late.append((time.monotonic() + self._delay_s, peer, data))
                 return
@@ -191,6 +209,7 @@ class Proxy:
             if each is not None:
                 self._peers.pop(each, None)
                 self._servers.discard(each)
+                self._mute.discard(each)
                 with contextlib.suppress(KeyError, ValueError):
                     self._selector.unregister(each)
                 each.close()

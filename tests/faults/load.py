@@ -116,7 +116,7 @@ class Load:
             return -1
         return int(row[0]) if row else 0
 
-    def until_ended(self, count: int, within_s: float = 90.0) -> None:
+    def until_ended(self, count: int, within_s: float = 240.0) -> None:
         """Wait until so many runs have ended."""
         until(lambda: self._failure or self.ended() >= count, f"{count} runs of the load have ended", within_s)
 

@@ -31,7 +31,7 @@ LOADED = Demand(faults=1, redeliveries=0, fenced=0, redispatches=0)
 """What every test with a load must have seen: a fault, and runs that ended in each way."""
 BARE = replace(LOADED, states=frozenset())
 """What a test must have seen that has a few runs of its own instead of a load."""
-WITHIN_S = 90.0
+WITHIN_S = 240.0
 
 
 class Scene:

@@ -1,4 +1,4 @@
-"""Servers that a test may kill: a Postgres and a Valkey of this session's own, on ports that they keep.
+"""Servers that a test may kill: a Postgres, its standby, and a Valkey of this session's own, on ports that they keep.
 
 Owns their processes.  Built from the embedded servers, which start them; those know nothing of being killed.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import signal
 import socket
 import subprocess
 import threading
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,8 +23,9 @@ from psycopg import sql
 
 from orchestrator import store
 from orchestrator.embedded import postgres, valkey
-from orchestrator.embedded.place import Place, Programs, settle, take
+from orchestrator.embedded.place import Place, Programs, Settings, settle, take
 from orchestrator.embedded.processes import Processes, await_start
+from tests.acceptance.running import until
 
 
 class Servers:
@@ -77,6 +80,24 @@ class Servers:
         process.wait(30.0)
         psutil.wait_procs(backends, timeout=30.0)
 
+    def kill_postgres(self) -> None:
+        """Kill Postgres with all its processes."""
+        process = self._running["postgres"]
+        family = [process, *psutil.Process(process.pid).children()]
+        kill_all(psutil.Process(process.pid))
+        process.wait(30.0)
+        psutil.wait_procs(family[1:], timeout=30.0)
+
+    def new_standby(self, folder: Path) -> Standby:
+        """Make a replica that every commit waits for."""
+        standby = Standby(self._programs, folder, self._settings)
+        with psycopg.connect(self.postgres_url, autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+            connection.execute("SELECT pg_reload_conf()")
+            inquiry = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
+            until(lambda: connection.execute(inquiry).fetchone() == (1,), "commits wait for the standby", 60.0)
+        return standby
+
     def restart_postgres(self) -> None:
         """Crash Postgres and start it again."""
         self.stop_postgres()
@@ -101,6 +122,40 @@ class Servers:
     def _watch(self) -> None:
         if len(self._running) == 2:
             self._processes.watch(self._running["postgres"], self._running["valkey"])
+
+    def stop(self) -> None:
+        self._processes.stop()
+
+
+class Standby:
+    """A streaming replica of a Postgres, until it is promoted."""
+
+    def __init__(self, programs: Programs, folder: Path, primary: Settings) -> None:
+        self._place = Place(folder.resolve())
+        self._processes = Processes(take(self._place))
+        self._settings = replace(settle(self._place, None, None), password=primary.password)
+        self._copy(programs, postgres.url(primary))
+        process = postgres.run(self._processes, programs, self._place, self._settings)
+        self._processes.watch(process, process)
+        await_start(process, lambda: postgres.is_ready(self._place, process), self._place.log("postgres"))
+
+    def _copy(self, programs: Programs, primary_url: str) -> None:
+        target = self._place.postgres
+        command = [str(programs.postgres_bin / "pg_basebackup"), "-d", primary_url, "-D", str(target), "-R"]
+        subprocess.run([*command, "--checkpoint=fast"], check=True, capture_output=True)
+        if os.geteuid() == 0:  # Postgres refuses to run as root
+            nobody = pwd.getpwnam("nobody")
+            for path in (target, *target.rglob("*")):
+                os.chown(path, nobody.pw_uid, nobody.pw_gid, follow_symlinks=False)
+
+    @property
+    def url(self) -> str:
+        return postgres.url(self._settings)
+
+    def promote(self) -> None:
+        """Make it the primary."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            assert connection.execute("SELECT pg_promote(true, 60)").fetchone() == (True,)
 
     def stop(self) -> None:
         self._processes.stop()

@@ -6,12 +6,13 @@ import os
 import signal
 import socket
 import time
-import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
 import pytest
+from sqlalchemy import create_engine
 
 from orchestrator.client import Client
 from orchestrator.settings import Settings
@@ -65,28 +66,62 @@ def test_two_connections_serve_twenty_threads(scene: Scene) -> None:
     client.pool.close()
 
 
+def _in_a_child(said: Path, ask: Callable[[], object]) -> str:
+    """Return what a forked process has to say."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # hanging for ever would be one way to fail
+        try:
+            said.write_text(str(ask()))
+        except BaseException as error:
+            said.write_text(f"{type(error).__name__}: {error}")
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    return said.read_text()
+
+
 def test_a_connection_of_a_parent_is_not_used_by_its_child(scene: Scene, tmp_path: Path) -> None:
-    """A client that was used before a fork opens a connection of its own; the parent's goes on working."""
+    """A client that was used before a fork opens a connection of its own; the parent's goes on as if nothing were."""
     client = _client(scene, 1)
     start = lambda name: client.start(sagas.trip, ([],), {}, {"task_id": name, "queue": QUEUE}).status  # noqa: E731
-    assert start("before") == "pending"
+    assert [start(f"before-{number}") for number in range(3)] == ["pending"] * 3  # its statements are prepared
+    mine = "SELECT pid, backend_start FROM pg_stat_activity WHERE application_name = 'orchestrator client' "
+    mine += "AND datname = current_database()"
+    (before,) = scene.sql(mine)
     with client._poller._book.lock:  # as if another thread of the parent were just using it
-        child = os.fork()
-        if child == 0:
-            signal.alarm(60)  # hanging for ever would be one way to fail
-            said = "pending"
-            try:
-                said = start("within")
-            except BaseException:
-                said = traceback.format_exc()
-            finally:
-                (tmp_path / "said").write_text(said)
-                os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-    assert (tmp_path / "said").read_text() == "pending"
+        assert _in_a_child(tmp_path / "said", lambda: start("within")) == "pending"
     assert start("after") == "pending"
-    backends = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'orchestrator client'"
-    assert int(scene.sql(f"{backends} AND datname = current_database()")[0][0]) == 1
+    assert until(lambda: len(found := scene.sql(mine)) == 1 and found, "the child's is gone") == [before]
+    client.pool.close()
+
+
+def test_a_callers_connection_from_before_a_fork_is_refused(scene: Scene, tmp_path: Path) -> None:
+    """In the child, with a message; the parent's transaction goes on, and what was started in it is started."""
+    client = _client(scene, 1)
+    engine = create_engine(scene.database_url.replace("postgresql:", "postgresql+psycopg:"))
+
+    def start(name: str, transaction: object) -> str:
+        options = {"task_id": name, "queue": QUEUE, "transaction": transaction}
+        return client.start(sagas.trip, ([],), {}, options).id
+
+    with psycopg.connect(scene.database_url) as plain, engine.connect() as pooled:
+        for number, transaction in enumerate((plain, pooled)):
+            start(f"before-{number}", transaction)
+            said = _in_a_child(tmp_path / "said", lambda transaction=transaction: start("within", transaction))  # type: ignore[misc]
+            assert said.startswith("UsageError: transaction= got a connection that was opened before"), said
+            start(f"after-{number}", transaction)
+            transaction.commit()
+
+    def with_a_new_one() -> str:
+        engine.dispose(close=False)
+        with engine.begin() as transaction:
+            return start("within", transaction)
+
+    assert _in_a_child(tmp_path / "said", with_a_new_one) == "within"
+    found = [row[0] for row in scene.sql("SELECT id FROM orchestrator.runs ORDER BY id")]
+    assert found == ["after-0", "after-1", "before-0", "before-1", "within"]
+    engine.dispose()
     client.pool.close()
 
 
@@ -123,6 +158,27 @@ def test_a_connection_into_the_dark_ends_within_its_bound(scene: Scene) -> None:
         took = [waits.result(120.0), asks.result(120.0)]
     assert all(seconds < BOUND_S + 20.0 for seconds in took), took
     scene.database.restore()
+
+
+def test_an_answer_that_never_comes_is_not_waited_for_for_ever(scene: Scene) -> None:
+    """The peer acknowledges all that it is sent, so that TCP is content, and says nothing."""
+    with open_connection(scene.database.url, name="test", patience_s=1.0) as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+        scene.database.mute()
+        assert _asks(connection, "SELECT 2") < 30.0
+        assert connection.closed
+
+
+@pytest.mark.long
+def test_a_worker_whose_connections_are_never_answered_again_opens_others(scene: Scene) -> None:
+    """Its companion's and its children's: nobody else is there to do the work."""
+    (lonely,) = scene.start_workers(1, proxied=True)
+    load = scene.load(runs=44, ms=30)
+    load.until_ended(10)
+    assert scene.database.mute() > 1
+    scene.fault("connections mute")
+    scene.judge(LOADED, load, within_s=180.0)
+    assert lonely.is_alive and "no answer within" in lonely.said
 
 
 @pytest.mark.long

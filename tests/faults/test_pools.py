@@ -11,6 +11,7 @@ import pytest
 
 from tests.acceptance.running import ROOT
 from tests.faults.scene import LOADED, Scene
+from tests.faults.steps import Stop
 
 POOLS = {"threads": ["-P", "threads"], "solo": ["-P", "solo"], "spawn": []}
 
@@ -24,6 +25,16 @@ def test_a_killed_worker_of_any_pool_loses_no_run(scene: Scene, pool: str) -> No
     scene.signal(first, signal.SIGKILL)
     first.launch()
     scene.judge(LOADED, load)
+
+
+def test_a_busy_worker_of_the_solo_pool_is_not_taken_for_one_that_neglects_its_work(scene: Scene) -> None:
+    """It has one slot, whatever its concurrency: it is not rung for a second one, nor ended for want of an answer."""
+    (worker,) = scene.start_workers(1, *POOLS["solo"], "--concurrency", "4", ORCHESTRATOR_WATCHDOG="3")
+    stops = [Stop(name=f"stop-{number}", kind="look", ms=900) for number in range(10)]
+    scene.start("long", *stops, together=True)
+    scene.until_state("long", "completed", within_s=90.0)
+    assert scene.sql("SELECT slots FROM orchestrator.incarnations") == [(1,)]
+    assert worker.is_alive, worker.said
 
 
 @pytest.mark.long

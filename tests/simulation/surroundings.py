@@ -18,6 +18,7 @@ import pytest
 
 from orchestrator.celery import companion
 from orchestrator.engine import cache, drain, lease, pump
+from orchestrator.store.connection import Patient
 from tests.simulation import steps
 from tests.simulation.scheduler import current
 
@@ -63,6 +64,7 @@ def surrounded(simulation: Simulation) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, _log(simulation):
         for module, name, value in (
             (psycopg, "connect", connect),
+            (Patient, "connect", connect),
             (drain, "time", time),
             (cache, "monotonic", monotonic),
             (pump, "monotonic", monotonic),
