@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import UnknownRunError, UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.states import TERMINAL
 from orchestrator.store import pruning, runs
@@ -207,7 +207,7 @@ def _write(file: BinaryIO, connection: Connection, batch: Sequence[Member]) -> N
     try:
         for each in batch:
             row = runs.run(connection, each.id)
-            if row is not None:
+            with contextlib.suppress(UnknownRunError):  # another prune was faster
                 file.write(json.dumps({**recorded(connection, each.id), "row": row}, default=_plain).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

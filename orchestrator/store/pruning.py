@@ -86,7 +86,7 @@ def families(connection: Connection, heads: Sequence[str]) -> list[Member]:
 _BURY = f"""
 INSERT INTO orchestrator.pruned (id, saga, state, pruned_at)
 SELECT id, saga, state, {CLOCK} FROM orchestrator.runs WHERE id = ANY (%(ids)s) AND state <> 'continued'
-ON CONFLICT (id) DO NOTHING
+ORDER BY id ON CONFLICT (id) DO NOTHING
 """
 
 
@@ -95,10 +95,13 @@ def bury(connection: Connection, ids: Sequence[str], now: datetime | None = None
     connection.execute(_BURY, {"ids": list(ids), "now": now})
 
 
+# Locked in the order of their ids: two that prune at once have batches that overlap, and must not wait in a circle.
 _DELETE = """
-WITH gone AS (
-    DELETE FROM orchestrator.runs r USING unnest(%s::text[], %s::integer[]) AS g (id, position)
-    WHERE r.id = g.id AND r.position = g.position AND r.finished_at IS NOT NULL RETURNING r.id
+WITH mine AS MATERIALIZED (
+    SELECT r.id FROM orchestrator.runs r JOIN unnest(%s::text[], %s::integer[]) AS g (id, position) USING (id, position)
+    WHERE r.finished_at IS NOT NULL ORDER BY r.id FOR UPDATE OF r
+), gone AS (
+    DELETE FROM orchestrator.runs r USING mine WHERE r.id = mine.id RETURNING r.id
 ), rows AS (
     DELETE FROM orchestrator.journal j USING gone WHERE j.run_id = gone.id
 )
