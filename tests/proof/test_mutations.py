@@ -224,7 +224,7 @@ def what_is_in_doubt_is_taken_for_rejected(company: Company, patch: pytest.Monke
     def settle(self: Decisions, step: Step) -> None:
         self.record(Settled(step.key, "rejected", step.attempts, None, step.error))
 
-    patch.setattr(Decisions, "_unknown", settle)
+    patch.setattr(Decisions, "settle_unknown", settle)
 
 
 @breaks(a_run_goes_back, "undos were not begun in reverse order")

@@ -182,7 +182,7 @@ def test_an_order_that_cannot_be_charged_at_all_ends_before_it_began(outside: Ou
     run = testing.run(order, an_order())
 
     assert (run.state, undone(run)) == ("failed", []), "the probe is certain that there was no charge"
-    assert outside.records("charges") == {}
+    assert outside.records("charges") == {"o1": "refused"}, "nor will there be one, if it comes late"
 
 
 @pytest.mark.parametrize("answer", ["given", "lost"])
