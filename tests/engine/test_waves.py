@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator import Effect, RetryPolicy, saga, step
+from orchestrator.engine import drain
 from orchestrator.store import liveness
 from orchestrator.store.connection import Connection
 from tests.engine.proxy import Proxy
@@ -81,6 +82,37 @@ def test_steps_that_are_known_to_be_short_are_begun_together(child: Child, conne
         start(connection, quick, name, run_id=name)
     child.drain()
     assert seen[:3] == [3, 3, 3]
+
+
+def test_where_short_steps_came_several_at_once_those_that_follow_are_waited_for(
+    child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child.drainer._recent_s[short.name] = 0.001
+    paused: list[float] = []
+
+    def pause(seconds: float) -> None:
+        paused.append(seconds)
+        if paused == [drain._GATHER_S]:
+            for name in ("c", "d", "e"):
+                start(connection, quick, name, run_id=name)
+
+    monkeypatch.setattr("orchestrator.engine.drain.time.sleep", pause)
+    for name in ("a", "b"):
+        start(connection, quick, name, run_id=name)
+    child.drain()
+    commits = "SELECT count(DISTINCT xmin::text), count(*) FROM orchestrator.journal WHERE run_id IN ('c', 'd', 'e')"
+    assert connection.execute(commits).fetchone() == (3, 9), "a first turn, an outcome and an end, for three at once"
+
+
+def test_a_run_that_comes_alone_keeps_nobody_waiting_for_others(
+    child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child.drainer._recent_s[short.name] = 0.001
+    paused: list[float] = []
+    monkeypatch.setattr("orchestrator.engine.drain.time.sleep", paused.append)
+    start(connection, quick, "a", run_id="a")
+    child.drain()
+    assert paused and drain._GATHER_S not in paused
 
 
 def test_attempts_that_are_tried_again_at_once_keep_their_own_rows(child: Child, connection: Connection) -> None:
