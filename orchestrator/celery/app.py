@@ -25,9 +25,10 @@ from orchestrator.celery.doorbell import DRAIN, Bell, connection_options
 from orchestrator.client import Client
 from orchestrator.codec import set_limit
 from orchestrator.engine.commit import Scope
-from orchestrator.engine.drain import Drainer, Worker
+from orchestrator.engine.drain import Drainer
 from orchestrator.engine.reconcile import Report
 from orchestrator.engine.schedules import OPTIONS
+from orchestrator.engine.worker import Worker
 from orchestrator.errors import DefinitionError, OrchestratorError, Rejected, StoreUnavailableError, UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.turn import Script

@@ -31,7 +31,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.failpoints import failpoint
 from orchestrator.settings import Settings
 from orchestrator.store import check, liveness
-from orchestrator.store.connection import PATIENCE_S, UNAVAILABLE, Connection, open_connection, unavailable
+from orchestrator.store.connection import UNAVAILABLE, WORKER_PATIENCE_S, Connection, open_connection, unavailable
 
 logger = logging.getLogger(__name__)
 EX_STUCK = 75  # sysexits.h: EX_TEMPFAIL
@@ -136,7 +136,7 @@ class Companion:
                 self._config.dsn,
                 name=f"companion of {self._config.node}",
                 prepare=self._config.prepare,
-                patience_s=PATIENCE_S,
+                patience_s=WORKER_PATIENCE_S,
             )
             check(self._connection)
         return self._connection

@@ -23,7 +23,7 @@ from celery.exceptions import Reject, Retry
 from orchestrator.celery import handlers
 from orchestrator.celery.events import Attempt, StepEvents, task_id
 from orchestrator.codec import FunctionCodec
-from orchestrator.engine.drain import Invocation
+from orchestrator.engine.worker import Invocation
 from orchestrator.errors import PayloadError, Rejected
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import RetryPolicy
@@ -53,7 +53,7 @@ _limit: ContextVar[float] = ContextVar("orchestrator_limit", default=0.0)
 
 
 class Runner:
-    """Runs steps in this process; see `orchestrator.engine.drain.StepRunner`."""
+    """Runs steps in this process; see `orchestrator.engine.worker.StepRunner`."""
 
     def __init__(self, app: Celery, worker: str, transactions: Callable[[], Transactions], events: StepEvents) -> None:
         self.worker = worker

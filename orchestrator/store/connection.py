@@ -31,15 +31,15 @@ class TransactionFailed(Exception):
         self.reason = reason
 
 
-PATIENCE_S = 20.0
+WORKER_PATIENCE_S = 20.0
 """How long a worker waits for an answer of the database; its statements take milliseconds, and are tried again."""
-_PATIENCE_S = 60.0
+_CLIENT_PATIENCE_S = 60.0
 
 
 class Patient(psycopg.Connection[Any]):
     """Waits for every answer, but not for ever: a peer may take what it is sent and never say anything again."""
 
-    patience_s = _PATIENCE_S
+    patience_s = _CLIENT_PATIENCE_S
 
     def wait(self, gen: PQGen[RV], *args: Any, **options: Any) -> RV:
         """Wait for one answer; raises OperationalError, and is closed, after `patience_s`."""
@@ -68,7 +68,7 @@ def _within(waiting: PQGen[RV], seconds: float) -> Generator[Any, Any, RV]:
         return ended.value  # type: ignore[no-any-return]
 
 
-def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: float = _PATIENCE_S) -> Connection:
+def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: float = _CLIENT_PATIENCE_S) -> Connection:
     """Open an autocommit connection that Postgres shows as `name`, and that breaks if an answer takes `patience_s`.
 
     `prepare` off is for poolers that lend a connection for one transaction: no statement is prepared, and nothing is

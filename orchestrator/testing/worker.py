@@ -18,7 +18,8 @@ from celery import current_app
 from orchestrator.celery.app import script_of
 from orchestrator.celery.runner import wants_session
 from orchestrator.engine.commit import Identity, Scope
-from orchestrator.engine.drain import Drainer, Invocation, Worker
+from orchestrator.engine.drain import Drainer
+from orchestrator.engine.worker import Invocation, Worker
 from orchestrator.errors import Rejected
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import RetryPolicy
@@ -89,7 +90,7 @@ class Script:
 
 
 class Player:
-    """Runs the code of steps; see `orchestrator.engine.drain.StepRunner`."""
+    """Runs the code of steps; see `orchestrator.engine.worker.StepRunner`."""
 
     worker = NODE
 

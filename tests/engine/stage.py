@@ -18,7 +18,8 @@ from orchestrator import saga as sagas
 from orchestrator.client import Client
 from orchestrator.codec import FunctionCodec
 from orchestrator.engine.commit import Identity, Scope
-from orchestrator.engine.drain import Drainer, Invocation, Worker
+from orchestrator.engine.drain import Drainer
+from orchestrator.engine.worker import Invocation, Worker
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import RetryPolicy
 from orchestrator.machine.turn import Script

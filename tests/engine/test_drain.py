@@ -500,9 +500,10 @@ def test_a_step_whose_begin_was_not_answered_is_run_in_the_attempt_that_was_begu
     start(connection, in_a_row, ["a"])
     begun = "SELECT count(*) FROM orchestrator.work WHERE fence IS NOT NULL"
     if statement == b"take_1":  # a retry that is due is begun by taking it
-        turn = child.drainer._take(*child.drainer._ready())
+        turn = child.drainer._take()
         connection.execute("UPDATE orchestrator.work SET reserved_at = NULL")
-        first = child.drainer._ready()[1].start_turn(child.drainer._ready()[0], turn[0])[0]
+        own, advancer = child.drainer._session.ready()
+        first = advancer.start_turn(own, turn[0])[0]
         connection.execute(
             "UPDATE orchestrator.work SET fence = NULL, incarnation = NULL, reserved_at = NULL, attempt = 0"
         )

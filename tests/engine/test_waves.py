@@ -76,7 +76,7 @@ def begun_beside(child: Child, connection: Connection, task: str) -> list[int]:
 
 
 def test_steps_that_are_known_to_be_short_are_begun_together(child: Child, connection: Connection) -> None:
-    child.drainer._recent_s[short.name] = 0.001
+    child.drainer._attempts.recent_s[short.name] = 0.001
     seen = begun_beside(child, connection, short.name)
     for name in ("a", "b", "c"):
         start(connection, quick, name, run_id=name)
@@ -87,7 +87,7 @@ def test_steps_that_are_known_to_be_short_are_begun_together(child: Child, conne
 def test_where_short_steps_came_several_at_once_those_that_follow_are_waited_for(
     child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child.drainer._recent_s[short.name] = 0.001
+    child.drainer._attempts.recent_s[short.name] = 0.001
     paused: list[float] = []
 
     def pause(seconds: float) -> None:
@@ -107,7 +107,7 @@ def test_where_short_steps_came_several_at_once_those_that_follow_are_waited_for
 def test_a_run_that_comes_alone_keeps_nobody_waiting_for_others(
     child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child.drainer._recent_s[short.name] = 0.001
+    child.drainer._attempts.recent_s[short.name] = 0.001
     paused: list[float] = []
     monkeypatch.setattr("orchestrator.engine.drain.time.sleep", paused.append)
     start(connection, quick, "a", run_id="a")
@@ -119,7 +119,7 @@ def test_attempts_that_are_tried_again_at_once_keep_their_own_rows(child: Child,
     """Not the row of another outcome of its run: as long as its own is there, there would be two of its key."""
     TRIED.clear()
     for task in (short, shaky):
-        child.drainer._recent_s[task.name] = 0.001
+        child.drainer._attempts.recent_s[task.name] = 0.001
     start(connection, side_by_side, "x")
     child.drain()
     assert (sorted(TRIED), state(connection)) == (["a", "a", "b", "b"], "completed")
@@ -137,7 +137,7 @@ def test_outcomes_of_attempts_that_were_given_to_others_meanwhile_are_refused_wi
 ) -> None:
     TRIED.clear()
     late, heir = new_child(cache_runs=0), new_child()
-    late.drainer._recent_s[shaky.name] = heir.drainer._recent_s[shaky.name] = 0.001
+    late.drainer._attempts.recent_s[shaky.name] = heir.drainer._attempts.recent_s[shaky.name] = 0.001
 
     def interrupt(taken: Any) -> None:
         raise KeyboardInterrupt
@@ -163,7 +163,7 @@ def test_outcomes_of_attempts_that_were_given_to_others_meanwhile_are_refused_wi
 
 
 def test_nothing_that_is_begun_waits_behind_a_long_step(child: Child, connection: Connection) -> None:
-    child.drainer._recent_s[short.name] = 0.001
+    child.drainer._attempts.recent_s[short.name] = 0.001
     seen = begun_beside(child, connection, long.name)
     start(connection, slow, "x", run_id="x")
     start(connection, quick, "a", run_id="a")
@@ -181,7 +181,7 @@ def test_a_shared_commit_that_was_not_answered_makes_no_step_run_twice(
     start(connection, quick, "warm", run_id="warm")  # its statements are prepared before the fault
     start(connection, quick, "up", run_id="up")
     child.drain()
-    child.drainer._recent_s[short.name] = 0.001
+    child.drainer._attempts.recent_s[short.name] = 0.001
     ran: list[tuple[str, str]] = []
 
     def look(taken: Any) -> None:
@@ -209,7 +209,7 @@ def test_what_a_turn_of_several_outcomes_began_is_run_once_though_nobody_answere
     for n in range(3):
         start(connection, three_then_one, "warm", run_id=f"warm {n}")
         child.drain()
-        child.drainer._recent_s[short.name] = 0.001
+        child.drainer._attempts.recent_s[short.name] = 0.001
     ran: list[str] = []
 
     def look(taken: Any) -> None:
@@ -248,7 +248,7 @@ def rows(connection: Connection, run_id: str = "run") -> int:
 
 
 def test_a_run_with_many_short_steps_under_way_goes_on_in_waves(child: Child, connection: Connection) -> None:
-    child.drainer._recent_s[short.name] = 0.0001
+    child.drainer._attempts.recent_s[short.name] = 0.0001
     start(connection, refilled, 100)
     child.drain()
     assert state(connection) == "completed"
@@ -259,7 +259,7 @@ def test_outcomes_of_a_wave_that_another_process_was_quicker_than_are_left_toget
     new_child: Callable[..., Child], connection: Connection
 ) -> None:
     one, two = new_child(), new_child()
-    one.drainer._recent_s[short.name] = two.drainer._recent_s[short.name] = 0.0001
+    one.drainer._attempts.recent_s[short.name] = two.drainer._attempts.recent_s[short.name] = 0.0001
 
     def meanwhile(taken: Any) -> None:
         one.runner.before = lambda taken: None
@@ -280,5 +280,5 @@ def test_the_coroutines_that_are_kept_are_bounded_by_their_size_as_well(
     for name in ("a", "b", "c"):
         start(connection, wide, 99, run_id=name)
         child.drain()
-    assert child.drainer._advancer is not None
-    assert [name in child.drainer._advancer._runs for name in ("a", "b", "c")] == [False, True, True]
+    assert child.drainer._session._advancer is not None
+    assert [name in child.drainer._session._advancer._runs for name in ("a", "b", "c")] == [False, True, True]

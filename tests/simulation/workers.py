@@ -16,7 +16,8 @@ import psycopg
 from orchestrator import saga as sagas
 from orchestrator.celery.companion import Companion, Config, _Child
 from orchestrator.engine.commit import Identity, Scope
-from orchestrator.engine.drain import Drainer, Invocation, Worker
+from orchestrator.engine.drain import Drainer
+from orchestrator.engine.worker import Invocation, Worker
 from orchestrator.errors import StoreUnavailableError
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import RetryPolicy

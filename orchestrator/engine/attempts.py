@@ -1,0 +1,251 @@
+"""One attempt: run its code, say what came of it, record that whatever happens to the connection.
+
+Owns what a child knows of the attempts that it has run.  Must never decide what is taken, or when a drain ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any
+
+from orchestrator.codec import Json, check, encode_any
+from orchestrator.engine.advance import Advancer, AfterCommit
+from orchestrator.engine.commit import new_fence
+from orchestrator.engine.session import Session
+from orchestrator.engine.worker import Invocation, StepRunner
+from orchestrator.errors import PayloadError, Rejected, StoreUnavailableError, describe_exception
+from orchestrator.failpoints import failpoint
+from orchestrator.machine.journal import AttemptEnded
+from orchestrator.step import StepContext, StepStopped
+from orchestrator.store import liveness, turns
+from orchestrator.store.connection import UNAVAILABLE, CommitUnknown, Connection
+from orchestrator.store.turns import Taken
+
+logger = logging.getLogger(__name__)
+
+
+class _LostFence(Exception):
+    """The transaction of a transactional step is to be rolled back: its attempt was taken away."""
+
+
+class Attempts:
+    """Runs and records the attempts of one child."""
+
+    def __init__(self, session: Session, runner: StepRunner, in_hand: Callable[[], Iterable[Taken]]) -> None:
+        self._session, self._runner = session, runner
+        self._in_hand = in_hand  # what this child is about, and what that has begun so far
+        self._run_already: set[tuple[str, str, str, int]] = set()  # what this drain has run, or tried to
+        self.recent_s: dict[str, float] = {}  # how long each task took the last time
+
+    def forget(self) -> None:
+        """Forget what was run: nothing is begun for this child any more."""
+        self._run_already.clear()
+
+    def is_short(self, task: str) -> bool:
+        """Whether a task lately took so little time that others may wait for it."""
+        return self.recent_s.get(task, 1.0) < _TOGETHER_S and not self._runner.is_transactional(task)
+
+    # -- running -------------------------------------------------------------------------------------------------------
+    def run(self, taken: Taken) -> list[Taken]:
+        """Run the code of one attempt and record its outcome; returns the work that was begun by it."""
+        runner = self._runner
+        if taken.role in ("do", "undo") and runner.is_transactional(taken.task):
+            return self._run_in_transaction(taken, self._context(taken))
+        outcome = self.attempt(taken)
+        begun = self.record(taken, outcome)
+        runner.finished(taken, outcome)
+        return begun
+
+    def attempt(self, taken: Taken) -> AttemptEnded:
+        """Run the code of one attempt."""
+        self._run_already.add(_attempt_of(taken))
+        if taken.role == "once":
+            connection, advancer = self._session.ready()
+            function = advancer.function_of(connection, taken)
+            failpoint("once.before", connection)
+            invocation = _run_once(function)
+            failpoint("once.after", connection)
+            return self._outcome(taken, invocation)
+        if self.recent_s.get(taken.task, 1.0) > _SHORT_S:
+            self._session.lend()
+        began = time.monotonic()
+        failpoint("effect.before", self._session.connection)
+        invocation = self._runner.invoke(taken, self._context(taken))
+        failpoint("effect.after", self._session.connection)
+        self.recent_s[taken.task] = time.monotonic() - began
+        return self._outcome(taken, invocation)
+
+    def _run_in_transaction(self, taken: Taken, context: StepContext) -> list[Taken]:
+        after: list[AfterCommit] = []
+        reported: list[AttemptEnded] = []
+        self._run_already.add(_attempt_of(taken))
+        _, advancer = self._session.ready()
+        self._session.lend()
+
+        def settle(connection: Connection, invocation: Invocation) -> None:
+            outcome = self._outcome(taken, invocation, harmless=True)
+            found = advancer.record_within(connection, taken, outcome)
+            if found is None:
+                raise _LostFence
+            after.append(found)
+            reported.append(outcome)
+
+        try:
+            invocation = self._runner.invoke_in_transaction(taken, context, settle)
+        except CommitUnknown as error:
+            # The outcome counts only if the commit did not happen; recording finds out.
+            outcome = self._outcome(taken, Invocation(error=error), harmless=True)
+            return self.record(taken, outcome, broken=True)
+        except _LostFence:
+            logger.warning(
+                "run %s step %s: attempt %s to %s has lost its fence, its transaction is rolled back",
+                taken.run_id, taken.key, taken.attempt, taken.role,
+            )  # fmt: skip
+            return []
+        if invocation.error is None and after:
+            self._runner.finished(taken, reported[0])
+            return self._after_transaction(taken, reported[0], after[0])
+        outcome = self._outcome(taken, invocation, harmless=True)
+        begun = self.record(taken, outcome)
+        self._runner.finished(taken, outcome)
+        return begun
+
+    def _after_transaction(self, taken: Taken, outcome: AttemptEnded, after: AfterCommit) -> list[Taken]:
+        """Go on after the commit; if the connection breaks now, what was begun with it is found as after any other."""
+        try:
+            return after(self._session.ready()[0])
+        except (*UNAVAILABLE, StoreUnavailableError):
+            self._session.drop()
+            return self.record(taken, outcome, broken=True)
+
+    def _context(self, taken: Taken) -> StepContext:
+        call = taken.call or {}
+        suffix = {"undo": ":undo", "probe": ":probe"}.get(taken.role, "")
+        if taken.role == "undo" and call.get("l"):
+            suffix += f":{call['l']}"
+        deadline = taken.deadline or taken.now + timedelta(seconds=call.get("t", 300))
+        run = f"{taken.run_id}~{call['k']}" if call.get("k") else taken.run_id
+        key = f"{run}:{taken.key}"
+        return StepContext(
+            run_id=taken.run_id,
+            key=taken.key,
+            attempt=taken.attempt,
+            idempotency_key=key if taken.role == "probe" else key + suffix,
+            deadline=deadline,
+            heartbeat_details=call.get("d"),
+            undoes=key if taken.role == "undo" else "",
+            beat=lambda details: self._beat(taken, details),
+        )
+
+    def _beat(self, taken: Taken, details: Json) -> None:
+        assert taken.fence is not None
+        connection, _ = self._session.ready()
+        details = encode_any(details, f"the heartbeat details of {taken.task}")
+        taken.call["d"] = details
+        stop = turns.heartbeat(connection, taken.run_id, taken.key, taken.fence, details)
+        if stop is None:
+            raise StepStopped(
+                f"attempt {taken.attempt} of {taken.key} was given up: its lease or its heartbeat was missed"
+            )
+        if stop:
+            raise StepStopped(f"run {taken.run_id} does not want the result of {taken.key} any more")
+
+    def _outcome(self, taken: Taken, invocation: Invocation, harmless: bool = False) -> AttemptEnded:
+        began = taken.now.isoformat()
+        worker = self._runner.worker
+        role = "do" if taken.role == "once" else taken.role
+        error = invocation.error
+        if error is None:
+            try:
+                check(invocation.result, what=f"the result of {taken.task}")
+                return AttemptEnded(taken.key, role, taken.attempt, "succeeded", invocation.result, None, worker, began)
+            except PayloadError as refused:
+                error = refused
+        described = describe_exception(error)
+        verdict = "failed" if harmless or invocation.harmless else "doubt"
+        if isinstance(error, Rejected) or self._refused(taken, described):
+            verdict = "rejected"
+        return AttemptEnded(
+            taken.key, role, taken.attempt, verdict, None, described, worker, began, pause=invocation.pause,
+            details=(taken.call or {}).get("d"),
+        )  # fmt: skip
+
+    def _refused(self, taken: Taken, described: dict[str, Any]) -> bool:
+        policy = self._runner.non_retryable(taken.task)
+        names = set(described.get("mro") or ())
+        return bool(policy and policy.refuses(names)) or any(name in names for name in (taken.call or {}).get("x", ()))
+
+    # -- recording -----------------------------------------------------------------------------------------------------
+    def record(self, taken: Taken, outcome: AttemptEnded, broken: bool = False) -> list[Taken]:
+        """Record an outcome; if the connection breaks, find out what became of it and go on."""
+        pause, until = 0.05, time.monotonic() + _RECORDING_S
+        assert taken.fence is not None
+        fences = [taken.fence]
+        while True:
+            try:
+                connection, advancer = self._session.ready()
+                if broken:
+                    found = self._recover(connection, advancer, taken, outcome, fences)
+                    if found is not None:
+                        return found
+                return advancer.record(connection, taken, outcome)
+            except (*UNAVAILABLE, StoreUnavailableError):
+                broken = True
+                self._session.drop()
+                if time.monotonic() > until:
+                    raise
+                time.sleep(pause)
+                pause = min(pause * 2, 1.0)
+
+    def _recover(
+        self, connection: Connection, advancer: Advancer, taken: Taken, outcome: AttemptEnded, fences: list[int]
+    ) -> list[Taken] | None:
+        """After a connection was lost at a commit: None if the outcome can still be recorded, else what to do next."""
+        fences.append(new_fence())
+        if turns.refence(connection, taken.run_id, taken.key, fences, fences[-1]):
+            taken.fence = fences[-1]
+            return None
+        if not turns.recorded(connection, taken.run_id, taken.key, outcome.role, taken.attempt, outcome.worker):
+            return None  # taken away meanwhile: recording it again reports a late effect
+        identity = advancer.identity
+        held = turns.held(connection, identity.incarnation, identity.child)
+        in_hand = {item.fence for item in self._in_hand()}
+        return [item for item in held if item.run_id == taken.run_id and item.fence not in in_hand]
+
+    def take_up(self, owes: bool) -> list[Taken]:
+        """Return what was begun for this child in a commit whose answer was lost; what it has run is in doubt.
+
+        So is what was begun for another process, whose number this one has been given.
+        """
+        connection, advancer = self._session.ready()
+        incarnation, child = advancer.identity.incarnation, advancer.identity.child
+        held = turns.held(connection, incarnation, child) if owes else []
+        begun = [item for item in held if _attempt_of(item) not in self._run_already]
+        keep = [item.fence for item in begun if item.fence is not None]
+        for queue in liveness.give_back_child(connection, incarnation, child, keep):
+            self._session.ring(connection, queue, 1)
+        return begun
+
+
+def _attempt_of(taken: Taken) -> tuple[str, str, str, int]:
+    """Return what names an attempt for good; its fence may change, and a change may go unanswered."""
+    return taken.run_id, taken.key, taken.role, taken.attempt
+
+
+_TOGETHER_S = 0.01  # steps shorter than this may share a commit
+_SHORT_S = 0.02  # opening a connection takes about half of this
+_RECORDING_S = 600.0  # how long a child tries to record an outcome before it leaves it in doubt
+
+
+def _run_once(function: Callable[[], Any] | None) -> Invocation:
+    if function is None:
+        return Invocation(error=LookupError("the saga does not ask for this any more"), harmless=True)
+    try:
+        return Invocation(function())
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too is a failed attempt, not the end of this process
+        return Invocation(error=error)

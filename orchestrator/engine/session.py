@@ -1,0 +1,137 @@
+"""What a worker's child holds: its connection and the permit for it, its mark as a drainer, its live coroutines.
+
+Owns when they are opened, lent and dropped.  Must never run the code of a step.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+from orchestrator.engine.advance import Advancer
+from orchestrator.engine.commit import Identity, Scope
+from orchestrator.engine.worker import Worker
+from orchestrator.errors import StoreUnavailableError
+from orchestrator.failpoints import failpoint
+from orchestrator.store import liveness, pauses, runs
+from orchestrator.store.connection import UNAVAILABLE, WORKER_PATIENCE_S, Connection, open_connection
+from orchestrator.store.permits import Permit
+
+_KNOWN_S = 1.0  # how long a drain goes by what it has heard of pauses
+
+
+class Session:
+    """One child's hold on the database, under the present incarnation of its worker."""
+
+    def __init__(self, worker: Worker, scope: Scope) -> None:
+        self._worker, self._scope = worker, scope
+        self._permit: Permit | None = None
+        self._advancer: Advancer | None = None
+        self._marked: Identity | None = None
+        self._known_until = 0.0
+        self.connection: Connection | None = None
+        self.paused = pauses.NOTHING
+        self.is_new = False  # whether what was begun for this child may be unknown to it
+
+    def ready(self) -> tuple[Connection, Advancer]:
+        """Return connection and advancer of the present incarnation, opening what is missing."""
+        if self.connection is not None and self.connection.closed:
+            self.drop()
+        if self.connection is None:
+            if self._worker.permits is not None:
+                self._permit = self._worker.permits.take()
+            self.connection = self._open(f"child of {self._worker.runner.worker}")
+            self.is_new = self.is_new or self._advancer is None
+        if self._advancer is None:
+            identity = self._worker.identity()
+            if not self._mark(self.connection, identity):
+                raise StoreUnavailableError("this worker was declared dead and is taking a new incarnation; try again")
+            self._advancer = Advancer(
+                self._worker.script_of,
+                self._scope,
+                identity,
+                self.ring,
+                self._worker.settings.cache_runs,
+                self._worker.seconds,
+            )
+        return self.connection, self._advancer
+
+    def _open(self, name: str) -> Connection:
+        settings = self._worker.settings
+        return open_connection(
+            settings.dsn, name=name, prepare=settings.prepared_statements, patience_s=WORKER_PATIENCE_S
+        )
+
+    # -- the mark that keeps others from ringing -----------------------------------------------------------------------
+    def enter(self) -> bool:
+        """Mark that this child drains; False if the mark is under a new incarnation, as the last was declared dead."""
+        connection, advancer = self.ready()
+        if self._mark(connection, advancer.identity):
+            return True
+        advancer.discard()
+        self._advancer = None
+        self.ready()
+        return False
+
+    def refresh(self) -> None:
+        """Hear again what is paused, if that is a while ago."""
+        if time.monotonic() > self._known_until:
+            connection, advancer = self.ready()
+            self._mark(connection, advancer.identity)
+
+    def leave(self) -> None:
+        """Take the mark back; what is added from now on is rung for."""
+        connection, advancer = self.ready()
+        liveness.leave(connection, advancer.identity.incarnation, advancer.identity.child)
+        self._marked = None
+
+    def leave_for_sure(self) -> None:
+        """Take back a mark that is still there: it would keep everybody from ringing for this child."""
+        marked, self._marked = self._marked, None
+        if marked is None:
+            return
+        with suppress(*UNAVAILABLE, StoreUnavailableError):
+            connection = self.connection or self._open("mark")
+            liveness.leave(connection, marked.incarnation, marked.child)
+            if connection is not self.connection:
+                connection.close()
+
+    def _mark(self, connection: Connection, identity: Identity) -> bool:
+        """Mark that this child drains, and hear what is paused; False if its incarnation was declared dead."""
+        queues = list(self._worker.scope.queues)
+        paused = liveness.enter(connection, identity.incarnation, identity.child, queues)
+        if paused is None:
+            return False
+        self._marked = identity
+        self.paused, self._known_until = paused, time.monotonic() + _KNOWN_S
+        self._scope.queues = [queue for queue in queues if queue not in paused.queues]
+        return True
+
+    def ring(self, connection: Connection, queue: str, rows: int) -> None:
+        """Ring for rows that were committed, as often as slots are free for them."""
+        failpoint("ring.before", connection)
+        times = runs.rings_needed(connection, queue, rows)
+        if times:
+            self._worker.ring(queue, times)
+        failpoint("ring.after", connection)
+
+    # -- letting go ----------------------------------------------------------------------------------------------------
+    def drop(self) -> None:
+        """Close the connection and drop the live coroutines, which may be ahead of what is committed."""
+        if self._advancer is not None:
+            self._advancer.discard()
+            self._advancer = None
+        self._close()
+
+    def lend(self) -> None:
+        """Where connections are scarce, hold none while a step runs or a child idles."""
+        if self._worker.permits is not None:
+            self._close()
+
+    def _close(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+        if self._permit is not None:
+            self._permit.give_back()
+            self._permit = None
