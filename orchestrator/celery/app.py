@@ -68,7 +68,7 @@ class Orchestrator:
         set_router(self._route)
         step_type = type("WorkerStep", (worker.CompanionStep,), {"orchestrator": self, "__module__": __name__})
         app.steps["worker"].add(step_type)
-        app.steps["consumer"].add(events.ShareEvents)
+        app.steps["consumer"].update((worker.CompanionHeard, events.ShareEvents))
         self._register_drain()
         step_registry.listen(self._bind_step)
         sagas.registry.listen(self._bind_saga)

@@ -54,7 +54,7 @@ def _share_stop(folder: Path) -> None:
 
 
 class CompanionStep(bootsteps.StartStopStep):
-    """Starts the companion before the pool, and again if it dies."""
+    """Starts the companion before the pool, which does not wait for it, and again if it dies."""
 
     requires = ("celery.worker.components:Timer",)
     orchestrator: ClassVar[Any]
@@ -67,7 +67,7 @@ class CompanionStep(bootsteps.StartStopStep):
         self._forking = threading.Lock()
 
     def create(self, worker: Any) -> None:
-        """Start the companion; what it cannot live with ends the worker with one sentence."""
+        """Start the companion's process; `hear` waits for it while the worker is about to take its first message."""
         quiet_logs(self.orchestrator.settings.show_payloads)
         self._folder = tempfile.mkdtemp(prefix="orchestrator-")
         _share_stop(Path(self._folder))
@@ -80,14 +80,20 @@ class CompanionStep(bootsteps.StartStopStep):
                 "slots": self._config.slots,
             }
         )
-        try:
-            self._spawn()
-        except OrchestratorError as error:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise SystemExit(f"orchestrator: {error}") from None
         signals.worker_shutting_down.connect(_begin_stop, weak=False)
         signals.worker_ready.connect(self._ring_own_queues, weak=False)
         self.exclude_forks()
+        self._launch()
+
+    def hear(self) -> None:
+        """Wait until the companion lives; what it cannot live with ends the worker with one sentence."""
+        if self._incarnation is not None:
+            return
+        try:
+            self._await_life()
+        except OrchestratorError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise SystemExit(f"orchestrator: {error}") from None
         threading.Thread(target=self._watch, name="orchestrator companion", daemon=True).start()
 
     def _configure(self, worker: Any) -> Config:
@@ -116,6 +122,10 @@ class CompanionStep(bootsteps.StartStopStep):
         )
 
     def _spawn(self) -> None:
+        self._launch()
+        self._await_life()
+
+    def _launch(self) -> None:
         with self._forking:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "orchestrator.celery.companion"],
@@ -124,9 +134,12 @@ class CompanionStep(bootsteps.StartStopStep):
                 text=True,
                 start_new_session=True,
             )
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asdict(self._config)) + "\n")
         self._process.stdin.flush()
+
+    def _await_life(self) -> None:
+        assert self._process is not None and self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], _START_S)
         line = self._process.stdout.readline().strip() if ready else ""
         if not line.startswith("incarnation "):
@@ -171,6 +184,18 @@ class CompanionStep(bootsteps.StartStopStep):
         self._watching = False
 
     terminate = stop
+
+
+class CompanionHeard(bootsteps.StartStopStep):
+    """Waits for the companion after the neighbours were asked for a second, and before any message is taken."""
+
+    requires = ("celery.worker.consumer.mingle:Mingle",)
+
+    def start(self, consumer: Any) -> None:
+        """Raises: SystemExit if the companion cannot live."""
+        for step in consumer.controller.steps:
+            if isinstance(step, CompanionStep):
+                step.hear()
 
 
 def _slots(worker: Any) -> int:

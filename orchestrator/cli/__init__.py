@@ -2,44 +2,45 @@
 
 Owns arguments, output and exit codes: 0 done, 1 failed, refused or not found, 2 wrong usage.  Must never decide what
 happens to a run: it leaves orders with the client, and reads.
+
+Every ``celery`` command loads this module, a worker's start too: a command is imported when it is asked for.
 """
 
 from __future__ import annotations
 
-import click
+from importlib import import_module
 
-from orchestrator.cli.bulk import bulk
-from orchestrator.cli.command import EXIT_CODES
-from orchestrator.cli.dev import dev
-from orchestrator.cli.diagram import diagram
-from orchestrator.cli.doctor import doctor
-from orchestrator.cli.explain import explain
-from orchestrator.cli.history import history
-from orchestrator.cli.lint import lint
-from orchestrator.cli.orders import cancel, pause, resolve, resume, retry, signal, skip, terminate
-from orchestrator.cli.prune import prune
-from orchestrator.cli.reconcile import reconcile
-from orchestrator.cli.replay import replay
-from orchestrator.cli.runs import list_, migrate, show, start
-from orchestrator.cli.schedules import schedules
+import click
 
 __all__ = ["saga"]
 
+_MODULES = {
+    "dev": "dev", "migrate": "runs", "start": "runs", "list": "runs", "show": "runs", "history": "history",
+    "explain": "explain", "signal": "orders", "cancel": "orders", "terminate": "orders", "pause": "orders",
+    "resume": "orders", "retry": "orders", "skip": "orders", "resolve": "orders", "bulk": "bulk",
+    "schedules": "schedules", "doctor": "doctor", "reconcile": "reconcile", "prune": "prune", "diagram": "diagram",
+    "lint": "lint", "replay": "replay",
+}  # fmt: skip
+
 
 class _Group(click.Group):
-    """Lists the commands in the order in which they are met, not by the alphabet."""
+    """Lists the commands in the order in which they are met, and imports those that are asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return list(_MODULES)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _MODULES:
+            return None
+        module = import_module(f"orchestrator.cli.{_MODULES[name]}")
+        command: click.Command = getattr(module, "list_" if name == "list" else name)
+        return command
 
 
-@click.group(name="saga", cls=_Group, epilog=f"{EXIT_CODES} Every command has --help.")
+@click.group(
+    name="saga",
+    cls=_Group,
+    epilog="Exit codes: 0 done, 1 it failed, was refused or was not found, 2 wrong usage. Every command has --help.",
+)
 def saga() -> None:
     """Start, watch and mend sagas."""
-
-
-for _command in (
-    dev, migrate, start, list_, show, history, explain, signal, cancel, terminate, pause, resume, retry, skip, resolve,
-    bulk, schedules, doctor, reconcile, prune, diagram, lint, replay,
-):  # fmt: skip
-    saga.add_command(_command)

@@ -40,7 +40,11 @@ class Drainer:
         self._steps = 0
         self._together = False  # whether the steps of the last take shared commits, and whether it left some behind
         self._more_due = False
+        self._took_at = -math.inf  # when it looked the last time
         self._in_vain = 0  # how often in a row nothing came while it lingered
+        self._looking = False  # whether the last look found nothing, so that others left it work without a ring
+        self._unheard = False  # whether there may be more of that than it has taken
+        self._others_look = False  # whether another child of this worker lingers as well
         self._owes = False  # whether something may be begun for this child that nobody else will do
         self._wave: list[Taken] = []  # the attempts that this child is about, and what they have begun so far
         self._begun: list[Taken] = []
@@ -115,26 +119,30 @@ class Drainer:
     def _linger(self) -> list[Taken]:
         """Take what is due; after work, wait a moment for more of it, which is cheaper than a doorbell for each.
 
-        Where short steps come several at once, the wait comes first: the more are taken together, the less each costs,
-        and whoever starts them gets the CPU meanwhile.  Where nothing came the last times, one look has to do.
+        After a look that left nothing behind, and short work, the wait comes first.  It is longer where short steps come
+        several at once: the more are taken together, the less each costs, and whoever starts them gets the CPU
+        meanwhile.  Where nothing came the last times, or another child of this worker looks as well, it is short.
         """
-        pauses = self._worker.linger if self._steps else ()
-        gather = bool(pauses) and self._together and not self._more_due
-        taken = [] if gather else self._take()
-        if taken:
-            return taken
+        pauses = list(self._worker.linger) if self._steps else []
         if self._in_vain % _TRY_AGAIN >= _IN_VAIN:
-            pauses = pauses[-1:]
-        for pause in (_GATHER_S, *pauses) if gather else pauses:
-            if not self._may_begin():
-                return []
-            time.sleep(pause)
+            del pauses[:-1]
+        if pauses and self._together and not self._more_due:
+            pauses.insert(0, _GATHER_S)
+        elif not pauses or self._more_due or time.monotonic() - self._took_at > _BRIEF_S:
+            pauses.insert(0, 0.0)
+        self._others_look = False
+        taken: list[Taken] = []
+        for pause in pauses:
+            if pause:
+                if self._others_look or not self._may_begin():
+                    break
+                time.sleep(pause)
             taken = self._take()
             if taken:
-                self._in_vain = 0
-                return taken
-        self._in_vain += bool(pauses)
-        return []
+                break
+        if self._steps:
+            self._in_vain = 0 if taken else self._in_vain + 1
+        return taken
 
     def _may_begin(self) -> bool:
         """Whether this drain goes on: other tasks of this worker get their turn, a worker that stops begins nothing."""
@@ -142,6 +150,8 @@ class Drainer:
         return within and not self._worker.stopping()
 
     def _ring_if_due(self) -> None:
+        """Ring for what this child leaves to others."""
+        self._unheard = False
         connection, _ = self._session.ready()
         for queue, rows in liveness.due(connection, self._settings.reservation).items():
             if queue in self._worker.scope.queues:
@@ -158,7 +168,8 @@ class Drainer:
         if not queues:
             return []
         self._owes = True
-        taken = turns.take(
+        self._took_at = time.monotonic()
+        found = turns.take(
             connection,
             queues=queues,
             targets=[*scope.targets, turns.ANYONE],
@@ -168,9 +179,13 @@ class Drainer:
             short=list(short),
             reservation=self._settings.reservation,
         )
+        taken = found or []
+        self._others_look = found is None
         self._more_due = len(taken) == batch
         if self._more_due:
             self._session.ring(connection, taken[-1].queue, len(taken))
+        self._unheard = bool(taken) and (self._unheard or self._looking)
+        self._looking = not taken
         return taken
 
     def _perform(self, taken: list[Taken]) -> None:
@@ -194,6 +209,8 @@ class Drainer:
                 self._together = True
                 self._begun.extend(self._run_together(short))
                 attempts = [item for item in attempts if item not in short]
+            if self._unheard and not all(self._attempts.is_short(item.task) for item in attempts):
+                self._ring_if_due()
             for item in attempts:
                 self._begun.extend(self._attempts.run(item))
 
@@ -271,6 +288,7 @@ def _batch(seconds: float) -> int:
     return min(_LARGEST_BATCH, max(_BATCH, int(_WAVE_S / max(seconds, 1e-6))))
 
 
+_BRIEF_S = 0.02  # work that was shorter than this leaves little to be found at once
 _IN_VAIN, _TRY_AGAIN = 2, 16  # after so many times in vain one look has to do, but each so many-th time
 _BATCH = 8
 _LARGEST_BATCH = 32

@@ -295,7 +295,7 @@ def wake_forgotten(connection: Connection, limit: int = 500, now: datetime | Non
 _ENTER = """
 INSERT INTO orchestrator.drainers (incarnation, child, queues)
 SELECT id, %(child)s, %(queues)s FROM orchestrator.incarnations WHERE id = %(incarnation)s AND dead_at IS NULL
-ON CONFLICT (incarnation, child) DO UPDATE SET queues = EXCLUDED.queues
+ON CONFLICT (incarnation, child) DO UPDATE SET queues = EXCLUDED.queues, looking = false
 RETURNING ARRAY(SELECT name FROM orchestrator.pauses WHERE kind = 'queue'),
     ARRAY(SELECT name FROM orchestrator.pauses WHERE kind = 'saga' AND NOT lifted)
 """

@@ -122,11 +122,11 @@ def outcomes(connection: Connection, run_ids: Sequence[str]) -> dict[str, Outcom
     return {row[0]: Outcome(*row) for row in rows}
 
 
-_RINGS = "SELECT orchestrator.rings_1(%s, %s)"  # the function rings_1 of migration 0001
+_RINGS = "SELECT orchestrator.rings_1(%s, %s)"  # the function rings_1 of migration 0005
 
 
 def rings_needed(connection: Connection, queue: str, rows: int) -> int:
-    """Return how many doorbells help: one for each new row, as long as there are slots that do not drain.
+    """Return how many doorbells help: one for each new row that no looker takes, while there are slots that idle.
 
     To be read after the commit that added the rows, so that a drainer that leaves meanwhile looks again and sees them.
     """

@@ -169,6 +169,7 @@ drainers = Table(
     Column("incarnation", BigInteger, primary_key=True, autoincrement=False),
     Column("child", Integer, primary_key=True, autoincrement=False),
     Column("queues", ARRAY(Text), nullable=False),
+    Column("looking", Boolean, nullable=False),
     prefixes=["UNLOGGED"],
 )
 

@@ -21,8 +21,24 @@ from orchestrator.store.connection import Connection
 
 CLOCK = "coalesce(%(now)s::timestamptz, orchestrator.now())"
 
-# The body is the function take_1 of migration 0001: a statement per priority and queue, each over index work_due.
-_TAKE = "SELECT * FROM orchestrator.take_1(%s, %s, %s, %s, %s, %s::bigint[], %s, %s)"
+# The body is the function take_1 of migration 0001: a statement per priority and queue, each over index work_due.  Who
+# finds nothing says in its mark that it is looking, but for one of a worker's children is enough (primary key of
+# drainers).
+_TAKE = """
+WITH taken AS MATERIALIZED (
+    SELECT * FROM orchestrator.take_1(%(queues)s, %(targets)s, %(short)s, %(incarnation)s, %(child)s,
+        %(fences)s::bigint[], %(reservation)s, %(now)s)
+), others AS MATERIALIZED (
+    SELECT EXISTS (
+        SELECT FROM orchestrator.drainers WHERE incarnation = %(incarnation)s AND child < %(child)s AND looking
+    ) AS look
+), told AS (
+    UPDATE orchestrator.drainers d SET looking = NOT d.looking FROM others
+    WHERE d.incarnation = %(incarnation)s AND d.child = %(child)s AND d.looking = EXISTS (SELECT FROM taken)
+      AND (d.looking OR NOT others.look)
+)
+SELECT taken.* FROM others LEFT JOIN taken ON true WHERE others.look OR taken.run_id IS NOT NULL
+"""
 
 
 @dataclass(slots=True)
@@ -89,14 +105,23 @@ def take(
     reservation: timedelta,
     short: Sequence[str] = (),
     now: datetime | None = None,
-) -> list[Taken]:
+) -> list[Taken] | None:
     """Hold what is due, highest priority first, then the longest due; at most as much as there are `fences`.
 
-    Turns are reserved.  Steps are begun: those of the tasks that are `short` together, any other one alone.
+    Turns are reserved.  Steps are begun: those of the tasks that are `short` together, any other one alone.  The mark
+    of this child as a drainer says from now on whether it is looking, that is, whether it found nothing.
+
+    Returns None if it found nothing and another child of its worker is looking, which is enough.
     """
-    values = (queues, targets, list(short), incarnation, child, list(fences), reservation, now)
+    values = {
+        "queues": queues, "targets": targets, "short": list(short), "incarnation": incarnation, "child": child,
+        "fences": list(fences), "reservation": reservation, "now": now,
+    }  # fmt: skip
     failpoint("take.before", connection)
-    taken = [_taken(row) for row in connection.execute(_TAKE, values).fetchall()]
+    rows = connection.execute(_TAKE, values).fetchall()
+    if rows and rows[0][0] is None:
+        return None
+    taken = [_taken(row) for row in rows]
     if taken and taken[0].fence is None:
         failpoint("take.reserved", connection)
     elif taken:
