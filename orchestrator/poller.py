@@ -11,6 +11,7 @@ import os
 import threading
 import weakref
 from concurrent.futures import Future
+from time import monotonic
 from typing import Protocol, TypeVar
 
 from orchestrator.errors import StoreUnavailableError, UnknownRunError
@@ -20,6 +21,7 @@ from orchestrator.store.missing import unknown_run
 from orchestrator.store.pool import ClientPool
 
 _SHORTEST_PAUSE_S = 0.001
+_LONGEST_HEAD_START_S = 0.01
 _AHEAD = 100
 
 
@@ -44,10 +46,20 @@ class _Book:
         self.thread: threading.Thread | None = None
         self.pause = _SHORTEST_PAUSE_S
         self.somebody_new = False
+        self.asked_at = 0.0  # when the last caller came
+        self.usual_s = 0.0  # how long callers had to wait lately
+
+    def next_pause(self) -> float:
+        """Return how long to wait before the next look: until half of the usual time, then 1 ms, and ever longer."""
+        head_start = min(self.usual_s / 2, _LONGEST_HEAD_START_S) - (monotonic() - self.asked_at)
+        if head_start > _SHORTEST_PAUSE_S:
+            return head_start
+        pause, self.pause = self.pause, min(self.pause * 1.25, 0.25)
+        return pause
 
 
 class Poller:
-    """Asks for all waiting callers of a process at once; from 1 ms up to 250 ms apart.
+    """Asks for all waiting callers of a process at once; from 1 ms up to 250 ms apart, and not sooner than it is usual.
 
     Who starts many runs and then waits for one after the other asks once for many: the first statement for a new caller
     also asks for the oldest handles that the process holds.
@@ -70,7 +82,7 @@ class Poller:
         book = self._own_book()
         with book.lock:
             book.waiting.setdefault(run_id, []).append(future)
-            book.pause, book.somebody_new = _SHORTEST_PAUSE_S, True
+            book.pause, book.somebody_new, book.asked_at = _SHORTEST_PAUSE_S, True, monotonic()
             if book.thread is None:
                 book.thread = threading.Thread(
                     target=self._poll, args=(book,), name="orchestrator results", daemon=True
@@ -116,8 +128,7 @@ class Poller:
             except BaseException as error:
                 _fail(book, ids, error)
             with book.lock:
-                book.lock.wait(book.pause)  # a new caller is answered at once, whatever the pause has grown to
-                book.pause = min(book.pause * 1.25, 0.25)
+                book.lock.wait(book.next_pause())  # a new caller is answered at once, whatever the pause has grown to
 
 
 def _settle(book: _Book, ids: list[str], found: dict[str, runs.Outcome], missing: dict[str, UnknownRunError]) -> None:
@@ -136,6 +147,7 @@ def _settle(book: _Book, ids: list[str], found: dict[str, runs.Outcome], missing
                 if outcome is None:
                     future.set_exception(missing[run_id])
                 else:
+                    book.usual_s += (monotonic() - book.asked_at - book.usual_s) / 4
                     future.set_result(outcome)
 
 

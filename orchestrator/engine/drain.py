@@ -119,8 +119,8 @@ class Drainer:
     def _linger(self) -> list[Taken]:
         """Take what is due; after work, wait a moment for more of it, which is cheaper than a doorbell for each.
 
-        After a look that left nothing behind, and short work, the wait comes first.  It is longer where short steps come
-        several at once: the more are taken together, the less each costs, and whoever starts them gets the CPU
+        After a look that left nothing behind, and short work, the wait comes first.  It is longer where short steps
+        come several at once: the more are taken together, the less each costs, and whoever starts them gets the CPU
         meanwhile.  Where nothing came the last times, or another child of this worker looks as well, it is short.
         """
         pauses = list(self._worker.linger) if self._steps else []
