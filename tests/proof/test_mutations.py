@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from orchestrator import Effect
-from orchestrator.engine import advance, commit, drain
+from orchestrator.engine import advance, attempts, commit, drain
 from orchestrator.engine.advance import Advancer
 from orchestrator.machine.decide import Decisions
 from orchestrator.machine.fold import Fold, Step
@@ -135,7 +135,7 @@ def rule_3_attempts_are_not_counted_before_they_run(company: Company, patch: pyt
 @breaks(a_worker_is_late_in_the_middle, STALE)
 @breaks(a_transaction_is_late, STALE)
 def rule_4_every_attempt_has_the_same_fence(company: Company, patch: pytest.MonkeyPatch) -> None:
-    for module in (commit, drain):
+    for module in (attempts, commit, drain):
         patch.setattr(module, "new_fence", lambda: 7)
 
 

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from orchestrator.celery import companion
-from orchestrator.engine import cache, drain, lease, pump
+from orchestrator.engine import attempts, cache, drain, lease, pump, session
 from orchestrator.store.connection import Patient
 from tests.simulation import steps
 from tests.simulation.scheduler import current
@@ -65,7 +65,9 @@ def surrounded(simulation: Simulation) -> Iterator[None]:
         for module, name, value in (
             (psycopg, "connect", connect),
             (Patient, "connect", connect),
+            (attempts, "time", time),
             (drain, "time", time),
+            (session, "time", time),
             (cache, "monotonic", monotonic),
             (pump, "monotonic", monotonic),
             (companion, "monotonic", monotonic),
