@@ -17,7 +17,7 @@ from orchestrator.store.connection import Connection
 from orchestrator.store.gates import LINE
 from orchestrator.store.turns import CLOCK
 
-# The body is the function start_runs_1 of migration 0001.  CAST, not "::", so that any driver can run it in a caller's
+# The body is the function start_runs_1 of migration 0003.  CAST, not "::", so that any driver can run it in a caller's
 # transaction.
 START = """
 SELECT run_id FROM orchestrator.start_runs_1(CAST(%(runs)s AS json), CAST(%(now)s AS timestamptz))

@@ -21,7 +21,7 @@ from orchestrator.store.connection import Connection
 
 CLOCK = "coalesce(%(now)s::timestamptz, orchestrator.now())"
 
-# The body is the function take_1 of migration 0001: a statement per priority and queue, each over index work_due.  Who
+# The body is the function take_1 of 0001_first.sql: a statement per priority and queue, each over index work_due.  Who
 # finds nothing says in its mark that it is looking, but for one of a worker's children is enough (primary key of
 # drainers).
 _TAKE = """
@@ -302,7 +302,7 @@ class Committed:
     posted: Sequence[str] | None = None
 
 
-# The body is the function commit_turn_1 of migration 0001.  Lock order: the run's row by its position, the attempt's
+# The body is the function commit_turn_1 of 0001_first.sql.  Lock order: the run's row by its position, the attempt's
 # row by its fence (primary key), then journal, other work of the run, arrivals (primary keys).
 _COMMIT = "SELECT * FROM orchestrator.commit_turn_1(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
 _FENCE_LOST = "OR001"
@@ -338,7 +338,7 @@ def _is_idle(connection: Connection) -> bool:
     return connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 
-# The body is the function commit_turns_1 of migration 0001: one statement for all.  Lock order: the runs' rows in the
+# The body is the function commit_turns_1 of 0001_first.sql: one statement for all.  Lock order: the runs' rows in the
 # order of their ids, then their attempts, then the rest, all by primary keys.
 _COMMIT_MANY = "SELECT * FROM orchestrator.commit_turns_1(%s, %s, %s, %s)"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import click
 import pytest
 from celery import Celery
 from celery.bin.base import CLIContext
@@ -16,7 +17,7 @@ COMMANDS = ["dev", "migrate", "start", "list", "show", "history", "explain", "si
 
 
 def test_these_are_the_commands() -> None:
-    assert list(saga.commands) == COMMANDS
+    assert saga.list_commands(click.Context(saga)) == COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
