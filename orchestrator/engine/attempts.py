@@ -25,6 +25,9 @@ from orchestrator.store.connection import UNAVAILABLE, CommitUnknown, Connection
 from orchestrator.store.turns import Taken
 
 logger = logging.getLogger(__name__)
+_TOGETHER_S = 0.01  # steps shorter than this may share a commit
+_SHORT_S = 0.02  # opening a connection takes about half of this
+_RECORDING_S = 600.0  # how long a child tries to record an outcome before it leaves it in doubt
 
 
 class _LostFence(Exception):
@@ -233,11 +236,6 @@ class Attempts:
 def _attempt_of(taken: Taken) -> tuple[str, str, str, int]:
     """Return what names an attempt for good; its fence may change, and a change may go unanswered."""
     return taken.run_id, taken.key, taken.role, taken.attempt
-
-
-_TOGETHER_S = 0.01  # steps shorter than this may share a commit
-_SHORT_S = 0.02  # opening a connection takes about half of this
-_RECORDING_S = 600.0  # how long a child tries to record an outcome before it leaves it in doubt
 
 
 def _run_once(function: Callable[[], Any] | None) -> Invocation:

@@ -24,6 +24,12 @@ from orchestrator.store.turns import Taken
 
 logger = logging.getLogger(__name__)
 _GATHER_S = 0.012  # how long to let short work gather where it comes fast: a wave of 16 costs half of four of 4
+_BRIEF_S = 0.02  # work that was shorter than this leaves little to be found at once
+_IN_VAIN, _TRY_AGAIN = 2, 16  # after so many times in vain one look has to do, but each so many-th time
+_BATCH = 8
+_LARGEST_BATCH = 32
+_WAVE_S = 0.02
+_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, *[1.0] * 30)  # between looks whether the database is back
 
 
 class Drainer:
@@ -92,9 +98,7 @@ class Drainer:
                 self._session.leave()
                 self._owes = False
                 self._attempts.forget()
-                if self._worker.stopping():
-                    return
-                if full:
+                if full or self._worker.stopping():
                     return self._ring_if_due()
                 # Look once more after the mark is gone: who added work before that saw the mark and did not ring.
                 taken = self._take()
@@ -286,11 +290,3 @@ def _batch(seconds: float) -> int:
     Where none is known to be short, one step at most is begun, and turns take no time to speak of.
     """
     return min(_LARGEST_BATCH, max(_BATCH, int(_WAVE_S / max(seconds, 1e-6))))
-
-
-_BRIEF_S = 0.02  # work that was shorter than this leaves little to be found at once
-_IN_VAIN, _TRY_AGAIN = 2, 16  # after so many times in vain one look has to do, but each so many-th time
-_BATCH = 8
-_LARGEST_BATCH = 32
-_WAVE_S = 0.02
-_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, *[1.0] * 30)  # between looks whether the database is back

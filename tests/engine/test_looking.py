@@ -116,3 +116,18 @@ def test_where_nothing_came_twice_one_look_has_to_do(
         child.drain()
         looks.append(len(paused))
     assert looks[0] == looks[1] > 1 and looks[2:] == [1, 1]
+
+
+def test_a_worker_that_stops_while_it_looks_rings_for_what_was_left_to_it(
+    child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_slots(child, 2)
+
+    def stop() -> None:
+        start(connection, one_act, "b", run_id="b")
+        child.stopping = True
+
+    after_first_look(monkeypatch, stop)
+    start(connection, one_act, "a", run_id="a")
+    child.drain()
+    assert (child.rings, state(connection, "b")) == ([QUEUE], "pending")
