@@ -47,7 +47,7 @@ class Drainer:
         self._together = False  # whether the steps of the last take shared commits, and whether it left some behind
         self._more_due = False
         self._took_at = -math.inf  # when it looked the last time
-        self._in_vain = 0  # how often in a row nothing came while it lingered
+        self._in_vain = 1  # how often in a row nothing came while it lingered
         self._looking = False  # whether the last look found nothing, so that others left it work without a ring
         self._unheard = False  # whether there may be more of that than it has taken
         self._others_look = False  # whether another child of this worker lingers as well
@@ -99,7 +99,10 @@ class Drainer:
                 self._owes = False
                 self._attempts.forget()
                 if full or self._worker.stopping():
-                    return self._ring_if_due()
+                    if not (self._ring_if_due() or self._in_vain or self._worker.stopping()):
+                        # More is about to come: some child is to be there for it, after other tasks had their turn.
+                        self._worker.ring(self._queues[0], 1)
+                    return
                 # Look once more after the mark is gone: who added work before that saw the mark and did not ring.
                 taken = self._take()
                 if not taken:
@@ -127,7 +130,7 @@ class Drainer:
         come several at once: the more are taken together, the less each costs, and whoever starts them gets the CPU
         meanwhile.  Where nothing came the last times, or another child of this worker looks as well, it is short.
         """
-        pauses = list(self._worker.linger) if self._steps else []
+        pauses = list(self._worker.linger) if self._steps or not self._in_vain else []
         if self._in_vain % _TRY_AGAIN >= _IN_VAIN:
             del pauses[:-1]
         if pauses and self._together and not self._more_due:
@@ -136,15 +139,17 @@ class Drainer:
             pauses.insert(0, 0.0)
         self._others_look = False
         taken: list[Taken] = []
+        waited = False
         for pause in pauses:
             if pause:
                 if self._others_look or not self._may_begin():
                     break
+                waited = True
                 time.sleep(pause)
             taken = self._take()
             if taken:
                 break
-        if self._steps:
+        if waited:
             self._in_vain = 0 if taken else self._in_vain + 1
         return taken
 
@@ -153,13 +158,14 @@ class Drainer:
         within = time.monotonic() < self._until and self._steps < self._settings.drain_steps
         return within and not self._worker.stopping()
 
-    def _ring_if_due(self) -> None:
-        """Ring for what this child leaves to others."""
+    def _ring_if_due(self) -> bool:
+        """Ring for what this child leaves to others; tells whether there is something."""
         self._unheard = False
         connection, _ = self._session.ready()
-        for queue, rows in liveness.due(connection, self._settings.reservation).items():
-            if queue in self._worker.scope.queues:
-                self._session.ring(connection, queue, rows)
+        due = liveness.due(connection, self._settings.reservation)
+        for queue in due.keys() & set(self._worker.scope.queues):
+            self._session.ring(connection, queue, due[queue])
+        return bool(due)
 
     def _take(self) -> list[Taken]:
         connection, advancer = self._session.ready()

@@ -110,6 +110,7 @@ def test_where_nothing_came_twice_one_look_has_to_do(
     paused: list[float] = []
     monkeypatch.setattr("orchestrator.engine.drain.time.sleep", paused.append)
     looks = []
+    child.drainer._in_vain = 0
     for number in range(4):
         paused.clear()
         start(connection, one_act, "a", run_id=str(number))
@@ -131,3 +132,22 @@ def test_a_worker_that_stops_while_it_looks_rings_for_what_was_left_to_it(
     start(connection, one_act, "a", run_id="a")
     child.drain()
     assert (child.rings, state(connection, "b")) == ([QUEUE], "pending")
+
+
+def test_a_drain_that_is_over_while_work_keeps_coming_has_another_one_begin(
+    new_child: Callable[..., Child], connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = new_child(drain_steps=2)
+    after_first_look(monkeypatch, lambda: start(connection, one_act, "b", run_id="b"))
+    start(connection, one_act, "a", run_id="a")
+    child.drain()
+    assert (states(connection), child.rings) == ({"a": "completed", "b": "completed"}, [QUEUE])
+    monkeypatch.setattr("orchestrator.engine.drain.time.sleep", lambda seconds: start_once(connection, "c"))
+    child.drain()
+    assert state(connection, "c") == "completed", "the next one waits for work that is not there yet"
+    assert child.rings == [QUEUE], "and what came no more is waited for no more"
+
+
+def start_once(connection: Connection, run_id: str) -> None:
+    if run_id not in states(connection):
+        start(connection, one_act, run_id, run_id=run_id)
