@@ -9,8 +9,7 @@ from rich.text import Text
 
 from orchestrator.cli.command import STATE_STYLES, Command, as_json, console, print_json, reading, run_argument, run_of
 from orchestrator.cli.reasons import Case, Reason, reasons
-from orchestrator.machine.fold import Fold, RunInfo
-from orchestrator.machine.journal import decode_entry
+from orchestrator.engine.folding import fold_of
 from orchestrator.store import runs
 from orchestrator.store.connection import Connection
 from orchestrator.store.pauses import pauses_of
@@ -48,26 +47,11 @@ def read_case(connection: Connection, run_id: str) -> Case:
     """Read all that is known of a run, in one snapshot.  Raises: UnknownRunError."""
     with runs.snapshot(connection):
         run = run_of(connection, run_id)
-        fold = _fold(run, runs.history(connection, run_id))
+        fold = fold_of(run, runs.history(connection, run_id))
         work = runs.outstanding(connection, run_id)
         ahead = runs.ahead(connection, run_id)
         held = pauses_of(connection, run["saga"], [item.queue for item in work])
         return Case(run, fold, work, runs.inbox(connection, run_id), runs.serving(connection), held, ahead)
-
-
-def parent_of(run: dict[str, Any]) -> str:
-    """Return the parent of a child; a correcting run and an ended link are no children of what they belong to."""
-    return run["parent_id"] if run["root_id"] != run["id"] else ""
-
-
-def _fold(run: dict[str, Any], rows: list[Any]) -> Fold:
-    fold = Fold(
-        RunInfo(run["id"], run["saga"], run["version"], run["input"], run["started_at"], run["queue"],
-                run["deadline_at"], run["priority"], parent_of(run), run["link"], run["since"])
-    )  # fmt: skip
-    for _, at, entries in rows:
-        fold.apply_row(at, [decode_entry(entry) for entry in entries])
-    return fold
 
 
 def _json(reason: Reason) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from time import monotonic
 
+from orchestrator.engine.circles import break_circles
 from orchestrator.failpoints import failpoint
 from orchestrator.store import gates, liveness, pauses, runs
 from orchestrator.store.connection import Connection
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 _DOUBT_ROUNDS = 3
+_CIRCLE_ROUNDS = 5
 
 
 @dataclass(slots=True)
@@ -79,6 +81,8 @@ class Pump:
                 pumped.rung[queue] += times
         self._waited = {queue: rounds for queue, rounds in self._waited.items() if queue in due}
         failpoint("pump.rung", connection)
+        if not due or self._rounds % _CIRCLE_ROUNDS == 0:
+            break_circles(connection)
         pumped.next_due_s = liveness.next_due(connection)
         self._rounds += 1
         if self._rounds % 60 == 0:

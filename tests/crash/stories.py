@@ -192,4 +192,5 @@ TRICKS: dict[str, Trick] = {
     "held": held,
     "broken": broken,
     "family": families,
+    "circle": lambda day: None,
 }

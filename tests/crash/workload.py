@@ -182,6 +182,24 @@ async def family(names: list[str]) -> list[str]:
     return done
 
 
+@saga.define(name="crash.behind")
+async def behind(names: list[str]) -> str:
+    async with saga.lock(*names):
+        return await saga.step(take, names[0])
+
+
+@saga.define(name="crash.circle")
+async def in_a_circle(names: list[str]) -> str:
+    """Hold the first lock that is named and ask for the second: in a child, if there is a third name."""
+    async with saga.lock(names[0]):
+        await saga.step(take, names[0])
+        await saga.sleep(timedelta(milliseconds=200))  # the others are to hold theirs by then
+        if names[2:]:
+            return await saga.child(behind, names[1:2])
+        async with saga.lock(names[1]):
+            return await saga.step(take, names[1])
+
+
 @dataclass(frozen=True)
 class Planned:
     """A run to be started, and what it must end as."""
@@ -246,6 +264,10 @@ FAMILY = {
     "linked": Planned(family, ["link", "signal"], "completed"),
     "cancelled": Planned(in_a_row, ["a", "wait"], "cancelled"),
 }
+CIRCLE = {
+    "parent": Planned(in_a_circle, ["x", "y", "child"], "completed compensated"),
+    "other": Planned(in_a_circle, ["y", "x"], "completed compensated"),
+}
 BROKEN = {"broken": Planned(in_a_row, ["a", "b", "c"], "completed")}
 STORIES = {
     "ordinary": ORDINARY,
@@ -258,4 +280,5 @@ STORIES = {
     "held": HELD,
     "broken": BROKEN,
     "family": FAMILY,
+    "circle": CIRCLE,
 }

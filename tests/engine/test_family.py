@@ -1,4 +1,4 @@
-"""Children, scopes, locks and links on a real database: what is undone with whom, who waits for whom, what goes on."""
+"""Children, scopes and links on a real database: what is undone with whom, what goes on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from orchestrator import (
     ChildFailed,
     ConflictError,
-    DeadlockError,
     Effect,
     Rejected,
     RetryPolicy,
@@ -351,141 +350,6 @@ def test_a_timeout_that_leaves_a_scope_undoes_it(child: Child, client: Client, c
     assert DONE == ["inside", "undo inside", "after"]
 
 
-# -- locks -------------------------------------------------------------------------------------------------------------
-@saga.define
-async def locking(name: str, then: str = "") -> str:
-    async with saga.lock("account", 7):
-        await saga.step(do, name)
-        await saga.wait_signal("go")
-        await saga.step(do, f"{name} again")
-        if then == "fail":
-            raise ValueError("no")
-    return name
-
-
-@saga.define
-async def in_order(first: str, second: str) -> None:
-    async with saga.lock(first):
-        await saga.wait_signal("go")
-        async with saga.lock(second):
-            await saga.step(do, f"{first} {second}")
-
-
-@saga.define
-async def impatient(name: str) -> str:
-    try:
-        async with saga.lock("account", 7, timeout=timedelta(seconds=1)):
-            return "got it"
-    except TimeoutError:
-        return "gave up"
-
-
-@saga.define
-async def briefly(name: str) -> str:
-    async with saga.lock(name, timeout=timedelta(seconds=1)):
-        return name
-
-
-@saga.define
-async def under_a_lock(first: str, second: str) -> str:
-    async with saga.lock(first):
-        try:
-            return await saga.child(briefly, second)
-        except ChildFailed as error:
-            return error.error_type
-
-
-@saga.define
-async def nested(name: str) -> str:
-    async with saga.lock("account", 7), saga.lock("account", 7):
-        return str(await saga.child(locked_child, name))
-
-
-@saga.define
-async def locked_child(name: str) -> str:
-    async with saga.lock("account", 7):
-        return name
-
-
-def locks(connection: Connection) -> list[tuple[str, bool]]:
-    return connection.execute("SELECT run_id, granted_at IS NOT NULL FROM orchestrator.locks ORDER BY id").fetchall()
-
-
-def test_who_comes_first_has_the_lock_and_the_next_gets_it_then(
-    child: Child, client: Client, connection: Connection
-) -> None:
-    one, two, three = (run(client, child, locking, name, run_id=name) for name in ("one", "two", "three"))
-    assert DONE == ["one"]
-    assert locks(connection) == [("one", True), ("two", False), ("three", False)]
-    one.signal("go")
-    two.signal("go")
-    child.drain()
-    assert DONE == ["one", "one again", "two", "two again", "three"]
-    three.signal("go")
-    child.drain()
-    assert (locks(connection), three.get(timeout=10)) == ([], "three")
-
-
-def test_what_was_done_under_a_lock_is_undone_under_it(child: Child, client: Client, connection: Connection) -> None:
-    one = run(client, child, locking, "one", "fail", run_id="one")
-    two = run(client, child, locking, "two", run_id="two")
-    one.signal("go")
-    child.drain()
-    assert DONE == ["one", "one again", "undo one again", "undo one", "two"]
-    two.cancel()
-    child.drain()
-    assert (locks(connection), state(connection, "two")) == ([], "cancelled")
-
-
-def test_a_run_that_is_terminated_frees_its_locks(child: Child, client: Client, connection: Connection) -> None:
-    one = run(client, child, locking, "one", run_id="one")
-    run(client, child, locking, "two", run_id="two")
-    one.terminate()
-    child.drain()
-    assert locks(connection) == [("two", True)]
-
-
-def test_who_gives_up_leaves_the_queue(child: Child, client: Client, connection: Connection) -> None:
-    run(client, child, locking, "one", run_id="one")
-    result = run(client, child, impatient, "two", run_id="two")
-    until(child, result.ready)
-    assert (result.get(timeout=10), locks(connection)) == ("gave up", [("one", True)])
-
-
-def test_runs_that_wait_for_each_other_are_told(child: Child, client: Client, connection: Connection) -> None:
-    one = run(client, child, in_order, "x", "y", run_id="one")
-    two = run(client, child, in_order, "y", "x", run_id="two")
-    one.signal("go")
-    child.drain()
-    two.signal("go")
-    child.drain()
-    with pytest.raises(SagaFailed, match=r"DeadlockError.*would never be free.*two"):
-        two.get(timeout=10)
-    one.get(timeout=10)
-    assert (DONE, locks(connection)) == (["x y"], [])
-    assert issubclass(DeadlockError, Exception)
-
-
-def test_a_circle_through_a_child_that_is_awaited_ends_by_its_timeout(
-    child: Child, client: Client, connection: Connection
-) -> None:
-    other = run(client, child, in_order, "y", "x", run_id="other")
-    parent_ = run(client, child, under_a_lock, "x", "y", run_id="parent")
-    other.signal("go")
-    child.drain()
-    assert sorted(locks(connection), key=str)[0] == ("other", False), "nobody has been refused"
-    until(child, other.ready)
-    assert (parent_.get(timeout=10), DONE, locks(connection)) == ("TimeoutError", ["y x"], [])
-
-
-def test_a_run_and_its_children_do_not_keep_each_other_out(
-    child: Child, client: Client, connection: Connection
-) -> None:
-    assert run(client, child, nested, "me").get(timeout=10) == "me"
-    child.drain()
-    assert locks(connection) == []
-
-
 # -- links -------------------------------------------------------------------------------------------------------------
 @saga.define
 async def counting(n: int) -> str:
@@ -509,6 +373,15 @@ async def carrying(n: int) -> str:
 
 
 @saga.define
+async def impatient(name: str) -> str:
+    try:
+        async with saga.lock("account", 7, timeout=timedelta(seconds=1)):
+            return "got it"
+    except TimeoutError:
+        return "gave up"
+
+
+@saga.define
 async def careless(n: int) -> None:
     saga.step(do, "not awaited")
     saga.continue_as_new(n)
@@ -518,6 +391,10 @@ async def careless(n: int) -> None:
 async def inside_a_scope(n: int) -> None:
     async with saga.scope():
         saga.continue_as_new(n)
+
+
+def locks(connection: Connection) -> list[tuple[str, bool]]:
+    return connection.execute("SELECT run_id, granted_at IS NOT NULL FROM orchestrator.locks ORDER BY id").fetchall()
 
 
 def test_a_run_goes_on_with_a_fresh_journal_under_its_id(child: Child, client: Client, connection: Connection) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from orchestrator.store import gates, liveness, pauses, runs, turns
+from orchestrator.store import circles, gates, liveness, pauses, runs, turns
 from orchestrator.store.connection import Connection
 from orchestrator.store.turns import Commit, Committed, Taken
 
@@ -589,6 +589,7 @@ HOT: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         lambda c: (pause(c), pauses.tell(c, "s"), pauses.lift(c, "saga", "s", "ann", ""), pauses.tell(c, "s")),
         {"runs_pkey", "work_pkey", "paused_runs_pkey"},
     ),
+    "children": (lambda c: circles.children(c, ["r7", "r8"]), {"runs_by_parent"}),
     "neglects": (lambda c: liveness.neglects(c, 1, ["q"], ["t"], RESERVATION), {"work_due"}),
 }
 LARGE = re.compile(r"Seq Scan on (runs|journal|work|arrivals)\b")
