@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery import Task, chain, chord, shared_task
+from celery import Task, chain, chord, group, shared_task
 
 from orchestrator import StepFailed, saga
 from tests.acceptance import steps
@@ -21,11 +21,35 @@ def total(numbers: list[int]) -> int:
     return sum(numbers)
 
 
+@shared_task(name="links.last")
+def last(values: list[Any]) -> Any:
+    return values[-1]
+
+
 @shared_task(name="links.act")
 def act(value: Any, name: str, words: list[str]) -> Any:
     """Pass `value` on, after doing what the word for this attempt says."""
     steps.behave(steps.word_of(words), "do", name)
     return value
+
+
+@shared_task(name="links.replaced", bind=True)
+def replaced(self: Any, value: Any, by: str) -> Any:
+    """Let another canvas run in place of this task."""
+    canvas: dict[str, Any] = {
+        "a task": add.s(value, 1),
+        "a chain": chain(add.s(value, 1), add.s(1)),
+        "a group": group(add.s(value, 1), add.s(value, 2)),
+        "a chord": chord([add.s(value, 1), add.s(value, 2)], total.s()),
+        "itself": self.s(value, "a task"),
+        "what fails": act.s(value, "bad", ["error"]),
+    }
+    return self.replace(canvas[by])
+
+
+@shared_task(name="links.adds_to_chord", bind=True)
+def adds_to_chord(self: Any) -> Any:
+    return self.add_to_chord(add.s(1, 2))
 
 
 class OwnQueue(Task):

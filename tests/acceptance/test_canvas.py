@@ -17,11 +17,14 @@ from tests.acceptance.app import app, orchestrator
 from tests.acceptance.links import (
     act,
     add,
+    adds_to_chord,
     canvas_between,
     elsewhere,
     hear,
     hear_error,
     hear_slowly,
+    last,
+    replaced,
     total,
 )
 from tests.acceptance.running import Worker, World, until
@@ -109,6 +112,39 @@ def test_a_message_starts_a_canvas(worker: Worker) -> None:
 def _runs(run_id: str) -> set[str]:
     with orchestrator.client.pool.connection() as connection:
         return {row[0] for row in connection.execute("SELECT id FROM orchestrator.runs WHERE id = %s", [run_id])}
+
+
+# -- tasks that change their canvas ------------------------------------------------------------------------------------
+REPLACED = {"a task": 3, "a chain": 4, "a group": [3, 4], "a chord": 7, "itself": 3}
+
+
+@pytest.mark.parametrize("by", REPLACED)
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda link: chain(add.s(1, 1), link),
+        lambda link: chain(add.s(1, 1), group(add.s(1), link), last.s()),
+        lambda link: chord([add.s(1, 1)], chain(last.s(), link)),
+    ],
+    ids=["in a chain", "in a header", "in a body"],
+)
+def test_what_replaces_a_link_gives_its_result(worker: Worker, place: Callable[[Any], Any], by: str) -> None:
+    assert durable(place(replaced.s(by))).delay().get(timeout=30) == REPLACED[by]
+
+
+def test_a_replacement_that_fails_is_a_failed_attempt_of_its_link(worker: Worker, world: World) -> None:
+    result = durable(chain(add.s(1, 1), replaced.s("what fails"), add.s(1)), retry=ONCE).apply_async(
+        link_error=hear.s()
+    )
+    with pytest.raises(SagaFailed, match=r"links\.replaced#0 .* RuntimeError: do of bad failed"):
+        result.get(timeout=30)
+    assert heard(world, result) == [f"{result}:links.replaced#0"]
+
+
+def test_no_link_can_be_added_to_a_header_that_runs(worker: Worker) -> None:
+    result = durable(chord([adds_to_chord.s()], total.s()), retry=ONCE).delay()
+    with pytest.raises(SagaFailed, match="ValueError: Current task is not member of any chord"):
+        result.get(timeout=30)
 
 
 # -- tasks that are not there, and queues ------------------------------------------------------------------------------

@@ -139,6 +139,31 @@ def test_a_handler_that_fails_is_on_record_and_the_canvas_fails_with_the_error_o
     assert [call.name for call in run.calls] == ["canvas.fail", "canvas.refuse"]
 
 
+def test_a_handler_that_stumbles_is_tried_again_and_the_canvas_ends_after_it() -> None:
+    run = testing.run(
+        durable(chain(fail.s(), same.s()).on_error(hear.s())), stubs={hear: [ConnectionError("no"), None]}
+    )
+    assert run.state == "failed" and "boom" in run.error["message"]  # type: ignore[index]
+    assert len({call.key for call in run.calls if call.name == "canvas.hear"}) == 1
+    assert [call.error is None for call in run.calls if call.name == "canvas.hear"] == [False, True]
+
+
+BODIES: dict[str, Callable[[], Any]] = {
+    "a task": lambda: say.s(),
+    "a chain": lambda: chain(same.s(), say.s()),
+    "a group": lambda: group(say.s(), say.s()),
+    "a chord": lambda: chord([say.s()], say.s()),
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_when_a_header_fails_nothing_of_the_body_runs_whatever_it_is(body: str, said: list[Any]) -> None:
+    whole = chord([same.s(1), fail.s(), fail.s()], BODIES[body]())
+    run = testing.run(durable(chain(same.s(1), whole).on_error(hear.s()), retry=ONCE))
+    assert run.state == "failed" and len(said) == 1
+    assert {call.name for call in run.calls} == {"canvas.same", "canvas.fail", "canvas.hear"}
+
+
 def test_a_callback_gets_the_result_and_its_failure_changes_nothing(said: list[Any]) -> None:
     first = add.s(1, 1)
     first.link(say.s())
@@ -149,6 +174,20 @@ def test_a_callback_gets_the_result_and_its_failure_changes_nothing(said: list[A
     run = testing.run(durable(whole, retry=ONCE))
     assert (run.result(), sorted(said)) == (3, [2, 3])
     assert [item["key"] for item in run.left] == ["1/canvas.fail#0"]  # type: ignore[index,call-overload]
+
+
+def test_callbacks_are_told_the_result_of_what_they_are_attached_to(said: list[Any]) -> None:
+    inner = chain(add.s(1), add.s(1))
+    inner.link(say.s("inner chain"))
+    members = group(same.s(7), same.s(8))
+    for member in members.tasks:
+        member.link(say.s("member"))
+    members.link(say.s("group"))  # Celery puts it on the first member, and makes it immutable
+    joined = chord([same.s(1), same.s(2)], total.s())
+    joined.link(say.s("chord"))  # ... and this one on the body
+    for canvas in (chain(same.s(1), inner, add.s(1)), members, joined):
+        testing.run(durable(canvas))
+    assert sorted(said, key=str) == [(3, "chord"), (3, "inner chain"), (7, "member"), (8, "member"), "group"]
 
 
 def test_callbacks_end_before_a_canvas_that_fails() -> None:

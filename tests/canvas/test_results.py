@@ -131,6 +131,14 @@ def test_every_canvas_gives_what_celery_gives_when_it_runs_it_here(signature: Si
 
 
 @settings(max_examples=60, deadline=None)
+@given(st.recursive(_tasks, _nested, max_leaves=6), st.lists(st.integers(0, 9), min_size=1, max_size=2))
+def test_partial_arguments_go_where_celery_puts_them(signature: Signature, args: list[int]) -> None:
+    assume(not (isinstance(signature, group) and len(signature.tasks) == 1))
+    expected = signature.clone().apply(args=args).get()
+    assert testing.run(durable(signature), *args).result() == expected
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.recursive(_tasks, _nested, max_leaves=8))
 def test_a_canvas_is_the_same_after_it_was_stored(signature: Signature) -> None:
     canvas = durable(signature).canvas
