@@ -69,6 +69,11 @@ def ping(name: str) -> None:
     note("begin", name)
 
 
+@step(effect=Effect.NONE, retry=AT_ONCE)
+def tick(n: int) -> None:
+    note("begin", f"{n}")
+
+
 @saga.define(name="limits.calls")
 async def calls(providers: list[str], seconds: float) -> None:
     await asyncio.gather(*(saga.step(call, provider, seconds) for provider in providers))
@@ -82,3 +87,9 @@ async def single(name: str) -> None:
 @saga.define(name="limits.pings")
 async def pings(number: int) -> None:
     await asyncio.gather(*(saga.step(ping, f"{n}") for n in range(number)))
+
+
+@saga.define(name="limits.mapped")
+async def mapped(number: int) -> None:
+    """Tick for each of so many items, twenty a second over all workers, in pages of thirty."""
+    await saga.map(tick, range(number), concurrency=number, rate="20/s", page=30)

@@ -9,16 +9,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
+import pytest
 
 from orchestrator.client import Client
+from orchestrator.saga import Saga
 from tests.acceptance.running import Worker, until
-from tests.limits.steps import Moment, calls, moments, most_at_once, pings, single
+from tests.limits.steps import Moment, calls, mapped, moments, most_at_once, pings, single
 
 
 def end(client: Client, saga: Any, *args: Any) -> None:
     """Let a run come to its end."""
     client.start(saga, args, {}, {}).get(timeout=60)
+
+
+def worker_of(pid: int, workers: list[Worker]) -> int:
+    """Return the number of the worker whose child a process is."""
+    mains = [worker.process.pid for worker in workers if worker.process is not None]
+    return mains.index(psutil.Process(pid).ppid())
 
 
 def by_name(found: list[Moment]) -> dict[str, list[Moment]]:
@@ -39,13 +48,16 @@ def test_never_more_than_that_many_run_at_once_for_each_key(
     assert most_at_once(found) > 2, "one key does not wait for the other"
 
 
-def test_a_rate_is_neither_exceeded_nor_wasted(
-    client: Client, new_worker: Callable[[], Worker], tmp_path: Path
+@pytest.mark.parametrize("saga", [pings, mapped], ids=["of a step", "of a map"])
+def test_a_rate_over_two_workers_is_neither_exceeded_nor_wasted(
+    client: Client, new_worker: Callable[[], Worker], tmp_path: Path, saga: Saga[Any, Any]
 ) -> None:
-    for _ in range(2):
-        new_worker()
-    end(client, pings, 80)
-    begun = [moment.at for moment in moments(tmp_path)]
+    workers = [new_worker() for _ in range(2)]
+    end(client, saga, 80)
+    found = moments(tmp_path)
+    begun = [moment.at for moment in found]
+    assert sorted(int(moment.name) for moment in found) == list(range(80)), "each began once"
+    assert {worker_of(moment.pid, workers) for moment in found} == set(range(2)), "both workers took part"
     took = begun[-1] - begun[0]
     assert took > 79 / 20 - 0.5, "not faster than twenty a second"
     assert took < 2.5 * 79 / 20, "and not much slower, on a machine that does other things as well"
