@@ -116,9 +116,10 @@ def test_a_sync_that_ends_early_leaves_the_rest_to_the_next(env: Environment, ou
     assert postings(books) == 700
 
 
-@pytest.mark.parametrize(
-    "step", [banking.fetch, banking.enrich, banking.categorise, banking.detect_anomalies, banking.book], ids=str
-)
+OF_A_SYNC = [banking.fetch, banking.enrich, banking.categorise, banking.detect_anomalies, banking.book]
+
+
+@pytest.mark.parametrize("step", OF_A_SYNC, ids=str)
 def test_a_crash_at_a_step_of_a_sync_changes_nothing(env: Environment, books: Engine, step: Any) -> None:
     env.fail(step, "crash", at="after")
     assert env.run(sync, SYNC).output == ALL
@@ -232,9 +233,10 @@ def test_compliance_that_does_not_answer_at_first_is_told_once(
     assert set(outside.records("reports").values()) == {"done"}
 
 
-@pytest.mark.parametrize(
-    "step", [steps.begin, steps.batches, steps.check, steps.report, steps.send_to_compliance], ids=str
-)
+OF_A_NIGHT = [steps.begin, steps.batches, steps.check, steps.report, steps.send_to_compliance]
+
+
+@pytest.mark.parametrize("step", OF_A_NIGHT, ids=str)
 def test_a_crash_at_a_step_of_a_reconciliation_changes_nothing(
     env: Environment, books: Engine, planted: set[str], outside: Outside, step: Any
 ) -> None:

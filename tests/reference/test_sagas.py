@@ -27,6 +27,7 @@ from tasks.money import Money, eur
 from tasks.outside.client import Refused
 from tasks.outside.rules import DECLINED, FORGED, SOLD_OUT
 from tests.reference.conftest import Outside
+from tests.reference.regretted import regretted
 
 TRANSFER = Transfer(id="t1", source="ann", target="bob", money=eur(40))
 
@@ -147,6 +148,25 @@ def test_a_credit_that_cannot_be_made_returns_the_pull(conn: Connection, outside
 
     assert testing.run(transfer, FROM_BANK, connection=conn).state == "compensated"
     assert outside.records("debits") == {"t1": "undone"}
+
+
+def test_a_transfer_that_was_made_is_taken_back_with_what_it_is_a_part_of(conn: Connection) -> None:
+    run = testing.run(regretted, TRANSFER, connection=conn)
+
+    assert (run.state, undone(run)) == ("compensated", ["tasks.transfers.undo_credit", "tasks.transfers.undo_debit"])
+    assert balances(conn) == (eur(100), eur(0))
+
+
+def test_what_the_target_has_spent_already_waits_for_a_person(conn: Connection) -> None:
+    def give_then_lose_it(request: Transfer) -> ledger.Posting:
+        posting = transfers.credit.function(conn, request)
+        ledger.post(conn, "spent", "elsewhere", "bob", House.EQUITY.account("EUR"), eur(10))
+        return posting
+
+    run = testing.run(regretted, TRANSFER, connection=conn, stubs={transfers.credit: give_then_lose_it})
+
+    assert (run.state, undone(run)) == ("compensating", [])
+    assert balances(conn) == (eur(60), eur(30)), "nothing is created or lost while a person decides"
 
 
 # Order
