@@ -1,8 +1,8 @@
 """The reference application for workers that die, and for a beat whose nights are short.
 
 A pool child ends as SIGKILL ends it, where an order says so. An order is a file ``<run> <task>``: the child that runs
-this task for this run, or for a child of it, dies when the task's code is through and before its outcome is committed, the moment that hurts
-most. An order is obeyed once.
+this task for this run, or for a child of this run, dies when the task's code is through and before its outcome is
+committed, the moment that hurts most. An order is obeyed once.
 """
 
 from __future__ import annotations

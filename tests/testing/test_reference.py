@@ -163,7 +163,7 @@ def test_a_training_serves_its_model_or_leaves_no_file(
     explore: Explore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     numbers = count()
-    job = TrainingJob(id="j1", account="labelled-200", epochs=1, gate=0.0)
+    job = TrainingJob(id="j1", account="labelled-200", epochs=2, gate=0.0)
     monkeypatch.setattr(models, "CERTAIN", {})  # so little training teaches little
 
     def anew() -> None:
@@ -173,6 +173,7 @@ def test_a_training_serves_its_model_or_leaves_no_file(
         with ledger_engine().connect() as conn:
             serving = models.serving(conn, job.alias)
         assert (serving is not None) == (run.state == "completed")
+        assert serving is None or serving.epoch == job.epochs, "trained to the end, wherever it was interrupted"
         assert any(Path(os.environ["MODELS_DIR"]).glob("j1/*")) == (run.state == "completed")
 
     explore(training, job, serves, anew)
