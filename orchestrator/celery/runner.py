@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery, states
 from celery.app.trace import build_tracer
 from celery.exceptions import Reject, Retry
+from celery.result import allow_join_result
 
 from orchestrator.celery import handlers
 from orchestrator.celery.events import Attempt, StepEvents, task_id
@@ -138,6 +139,7 @@ class Runner:
     ) -> Invocation:
         tracer = self._tracers.get(taken.task)
         if tracer is None:
+            _let_replace(task)
             tracer = build_tracer(taken.task, task, loader=self._app.loader, hostname=self.worker, app=self._app)
             self._tracers[taken.task] = tracer
         request = {
@@ -167,6 +169,17 @@ class Runner:
             current_step.reset(current)
             _limit.reset(limit)
         return _translate(taken, traced)
+
+
+def _let_replace(task: Any) -> None:
+    """Let what replaces a task run in its place and be waited for, which Celery refuses in a worker."""
+    on_replace = task.on_replace
+
+    def replace(sig: Any) -> Any:
+        with allow_join_result() if _invoked.get() else contextlib.nullcontext():
+            return on_replace(sig)
+
+    task.on_replace = replace
 
 
 def steps_base() -> type:
