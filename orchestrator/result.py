@@ -141,9 +141,8 @@ class SagaResult:
         self._client.operate(self.id, "resolve", key, by=by, reason=reason, value=value, no_effect=no_effect)
 
     def _late(self, timeout: float | None) -> TimeoutError:
-        return TimeoutError(
-            f"run {self.id} was not finished within {timeout} s; it goes on, ask again, or see `saga explain {self.id}`"
-        )
+        how = f"it may be parked or go on: ask again, or see `saga explain {self.id}`"
+        return TimeoutError(f"run {self.id} was not finished within {timeout} s; {how}")
 
     def _value(self, outcome: runs.Outcome, propagate: bool) -> Any:
         if outcome.state == "completed":

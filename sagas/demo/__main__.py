@@ -108,8 +108,10 @@ def _let_them_run(console: Console, on: Stage, acts: Sequence[Act], jobs: Sequen
         watch.say("[red]✗[/]", f"The worker is killed with SIGKILL, {left.under_way} runs under way; starts go on")
         watch.until(lambda _: time.monotonic() - dead_since >= DOWN_SECONDS, LONGEST_SECONDS)
         on.worker.start()
+        watch.say(" ", "A new worker is started")
+        watch.until(lambda _: on.worker.is_ready, LONGEST_SECONDS)
         outage = Outage(killed_at, datetime.now(UTC))
-        watch.say("[green]✓[/]", f"The worker is started again, {watch.tally.under_way} runs wait for it")
+        watch.say("[green]✓[/]", f"The new worker is up, {watch.tally.under_way} runs wait for it")
         ended = watch.until(lambda tally: _over(tally, feed, jobs), LONGEST_SECONDS)
         if ended:
             watch.say("[green]✓[/]", "Every run has ended, or is parked as planned")

@@ -114,7 +114,7 @@ def command(console: Console, title: str, *arguments: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """Hold when no worker was alive, as aware UTC instants."""
+    """Hold when no worker was up, as aware UTC instants."""
 
     began_at: datetime
     ended_at: datetime

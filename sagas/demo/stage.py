@@ -48,9 +48,14 @@ class Worker:
                 start_new_session=True,
             )
 
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether the worker has said since its start that it is ready."""
+        return b"ready." in self._log.read_bytes()[self._read_from :]
+
     def wait_until_ready(self) -> None:
         """Wait until the worker says that it is ready. Raises: WorkerDiedError."""
-        while b"ready." not in self._log.read_bytes()[self._read_from :]:
+        while not self.is_ready:
             self.require_alive()
             time.sleep(0.05)
 
