@@ -44,7 +44,7 @@ def children(connection: Connection, run_ids: Iterable[str]) -> list[tuple[str, 
     return connection.execute(_CHILDREN, {"ids": list(run_ids), "most": MOST}).fetchall()
 
 
-# One transaction at a time for the queue, as in locks_1 of migration 0001, whose order this keeps: first the name.
+# One transaction at a time for the queue, as in locks_1 of migration 0006, whose order this keeps: first the name.
 _ALONE = "SELECT pg_advisory_xact_lock(hashtextextended('orchestrator.lock ' || %(name)s, 0))"
 _LEAVE = "DELETE FROM orchestrator.locks WHERE id = %(id)s AND granted_at IS NULL RETURNING run_id"
 _TELL = "INSERT INTO orchestrator.arrivals (run_id, arrival) VALUES (%(run_id)s, %(arrival)s::json)"

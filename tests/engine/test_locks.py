@@ -15,6 +15,7 @@ from orchestrator.client import Client
 from orchestrator.engine.circles import break_circles
 from orchestrator.engine.pump import Pump
 from orchestrator.result import SagaResult
+from orchestrator.saga import Saga
 from orchestrator.store import circles
 from orchestrator.store.connection import Connection
 from tests.engine.stage import Child, kinds, run, state, states, until
@@ -317,3 +318,43 @@ def test_a_run_and_its_children_do_not_keep_each_other_out(
     assert run(client, child, nested, "me").get(timeout=10) == "me"
     child.drain()
     assert locks(connection) == []
+
+
+# -- a family in one line ----------------------------------------------------------------------------------------------
+@saga.define
+async def twice(name: str) -> str:
+    async def again() -> str:
+        async with saga.lock("account", 7):
+            return "again"
+
+    other = asyncio.create_task(again())
+    await asyncio.sleep(0)
+    async with saga.lock("account", 7):
+        return f"{name} {await other}"
+
+
+@saga.define
+async def with_a_child_in_line(name: str) -> str:
+    async def hold(child: Awaitable[str]) -> str:
+        async with saga.lock("account", 7):
+            return f"{name} {await child}"
+
+    holding = asyncio.create_task(hold(below := saga.child(account_7)))
+    await asyncio.sleep(0)
+    await saga.wait([holding, below])
+    return await holding
+
+
+@pytest.mark.parametrize("family", [twice, with_a_child_in_line])
+def test_a_family_that_stands_in_line_twice_is_let_in_together(
+    child: Child, client: Client, connection: Connection, family: Saga[[str], str]
+) -> None:
+    first = run(client, child, locking, "first", run_id="first")
+    result = run(client, child, family, "second")
+    third = run(client, child, account_7, run_id="third")
+    assert [granted for _, granted in locks(connection)] == [True, False, False, False]
+    first.signal("go")
+    child.drain()
+    assert result.get(timeout=10) == f"second {'again' if family is twice else 'account'}"
+    child.drain()
+    assert (third.get(timeout=10), locks(connection)) == ("account", [])
