@@ -273,7 +273,7 @@ class Client:
             raise UsageError("the name and id of a signal must be text of 1 to 500 printable bytes")
         outcome = self._open(run_id, "signalled")
         signal_id = signal_id or str(uuid.uuid4())
-        self._order(run_id, Signal(name, signal_id, _payload(saga_of(outcome), name, payload)))
+        self._order(run_id, Signal(name, signal_id, _payload(run_id, saga_of(outcome), name, payload)))
         return signal_id
 
     def operate(
@@ -470,18 +470,21 @@ class Client:
             return call()
 
 
-def _payload(saga: Saga[Any, Any] | None, name: str, payload: Any) -> Json:
+def _payload(run_id: str, saga: Saga[Any, Any] | None, name: str, payload: Any) -> Json:
     """Encode what a signal carries, as the saga declares it if it does."""
     encoded = encode_any(payload, f"signal {name!r}")
     declared = saga.options.signals if saga else None
     if declared is None:
         return encoded
     if name not in declared:
-        raise UsageError(f"its saga has no signal {name!r}; it has {', '.join(sorted(declared)) or 'none'}")
+        raise UsageError(
+            f"run {run_id}: its saga has no signal {name!r}; it has {', '.join(sorted(declared)) or 'none'}"
+        )
     try:
         ValueCodec(declared[name], what=f"signal {name!r}").decode(encoded)
     except ValueError as error:
-        raise PayloadError(f"signal {name!r} is to carry {declared[name]!r}: {first_line(error)}") from error
+        wanted = getattr(declared[name], "__name__", declared[name])
+        raise PayloadError(f"run {run_id}: signal {name!r} is to carry {wanted}: {first_line(error)}") from error
     return encoded
 
 
