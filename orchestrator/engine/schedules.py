@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import cached_property
 from itertools import islice
 
 from orchestrator.engine.timetable import Timetable, between, latest
 from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
-from orchestrator.machine.journal import Cancel, encode
-from orchestrator.store import runs, turns
+from orchestrator.machine.journal import Cancel, Restore, encode
+from orchestrator.store import restores, runs, turns
 from orchestrator.store import schedules as store
 from orchestrator.store.connection import Connection
 
@@ -220,14 +221,14 @@ class _Deciding:
             state = "running" if self._schedule.start else "sending"
             store.change(self._connection, self._app, self._schedule.name, first.slot, state)
             if self._schedule.start:
-                self._start(first.slot, first.run_id)
+                self._start(first.slot, first.run_id, first.at)
             self.decisions.append(Decision(first.slot, "started", first.run_id))
 
     def decide(self, slot: datetime, origin: str) -> None:
         """Decide a slot, unless that was done before."""
         state, because = self._verdict(origin)
         if self._write(slot, origin, state, because) and state in ("started", "running"):
-            self._start(slot, self.decisions[-1].run_id)
+            self._start(slot, self.decisions[-1].run_id, slot if origin == "schedule" else None)
 
     def _write(self, slot: datetime, origin: str, state: str, because: str | None) -> bool:
         own_id = run_id(self._app, self._schedule.name, slot)
@@ -274,8 +275,19 @@ class _Deciding:
                 queue = turns.leave_arrival(self._connection, each.run_id, order, self._now, anyone=True)
                 self.rings[queue or ""] += 1
 
-    def _start(self, slot: datetime, own_id: str) -> None:
+    def _start(self, slot: datetime, own_id: str, since: datetime | None) -> None:
+        """Start the run of a slot; `since` is from when on it may have run already, had the database not been set back.
+
+        Such a run hears of the restore before anything else, as those do that were there.
+        """
         assert self._schedule.start is not None
         new = self._schedule.start(own_id, slot)
-        runs.start(self._connection, new, self._now)
+        is_new = runs.start(self._connection, new, self._now)
+        if is_new and since and self._restored and since <= self._restored[0]:
+            told = encode(Restore(self._restored[1]))
+            turns.leave_arrival(self._connection, own_id, told, self._now, anyone=True)
         self.rings[new.queue] += 1
+
+    @cached_property
+    def _restored(self) -> tuple[datetime, str] | None:
+        return restores.last(self._connection)

@@ -77,6 +77,14 @@ def open_sweep(connection: Connection, *, hold: bool = False) -> Sweep | None:
     return Sweep(*row) if row else None
 
 
+_LAST = "SELECT began_at, by FROM orchestrator.restores ORDER BY id DESC LIMIT 1"
+
+
+def last(connection: Connection) -> tuple[datetime, str] | None:
+    """Return when somebody began to look after the last restore, and who; None if nobody ever did (primary key)."""
+    return connection.execute(_LAST).fetchone()
+
+
 def advance(connection: Connection, sweep: int, swept_to: str, found: Json) -> None:
     """Write down how far a sweep has come, and what it found up to there."""
     connection.execute(

@@ -230,7 +230,7 @@ WHERE app = %(app)s AND schedule = %(name)s AND state = 'running'
   AND NOT EXISTS (SELECT FROM orchestrator.runs r WHERE r.id = s.run_id AND r.finished_at IS NULL)
 """
 _OPEN = """
-SELECT s.slot, s.state, s.run_id, coalesce(NOT r.past_pivot AND r.state <> 'compensating', false)
+SELECT s.slot, s.state, s.run_id, s.at, coalesce(NOT r.past_pivot AND r.state <> 'compensating', false)
 FROM orchestrator.slots s LEFT JOIN orchestrator.runs r ON r.id = s.run_id
 WHERE s.app = %(app)s AND s.schedule = %(name)s AND s.state IN ('waiting', 'running') ORDER BY s.slot
 """
@@ -243,6 +243,7 @@ class Open:
     slot: datetime
     state: str
     run_id: str
+    at: datetime  # when that was decided
     goes_forward: bool  # and can still be told to go back
 
 

@@ -16,7 +16,7 @@ from orchestrator import Effect, UsageError, saga, step
 from orchestrator.celery.entries import _timetable
 from orchestrator.engine.schedules import EVER, CatchUp, Decision, Overlap, Schedule, Schedules, run_id
 from orchestrator.engine.timetable import Interval
-from orchestrator.store import runs
+from orchestrator.store import restores, runs
 from orchestrator.store import schedules as store
 from orchestrator.store.connection import Connection, open_connection
 from tests.beat.test_timetable import YEAR, expected_slots
@@ -250,6 +250,40 @@ def test_overlap_cancel_has_the_run_before_undone_and_begins_when_it_has_ended(
         assert states[superseded.run_id] == "skipped" and states[third.run_id] == "running"
     finally:
         child.close()
+
+
+# -- a restore of the database -----------------------------------------------------------------------------------------
+def told_of_a_restore(connection: Connection) -> list[str]:
+    query = "SELECT run_id FROM orchestrator.arrivals WHERE arrival ->> 'e' = 'restore' ORDER BY run_id"
+    return [own_id for (own_id,) in connection.execute(query).fetchall()]
+
+
+def test_the_runs_of_slots_that_a_restore_may_have_forgotten_hear_of_it_and_later_ones_do_not(
+    connection: Connection,
+) -> None:
+    hourly = schedule(catch_up=CatchUp(each=EVER))
+    lead(connection, BEGIN, hourly)
+    fire(connection, hourly, BEGIN + HOUR)
+    restores.begin(connection, "ann", BEGIN + 3 * HOUR)
+    told = fire(connection, hourly, BEGIN + 4 * HOUR)
+    assert began(told) == [BEGIN + n * HOUR for n in (2, 3, 4)]
+    assert told_of_a_restore(connection) == [each.run_id for each in told[:2]]
+    App.trigger(connection, hourly, BEGIN + 4 * HOUR + MINUTE)
+    assert len(App.backfill(connection, hourly, BEGIN - HOUR, BEGIN, BEGIN + 5 * HOUR)) == 2
+    assert len(told_of_a_restore(connection)) == 2, "what a person orders afterwards has not been there before"
+
+
+def test_a_slot_that_waited_when_a_restore_came_may_have_run_and_its_run_hears_of_it(connection: Connection) -> None:
+    hourly = schedule(overlap=Overlap.QUEUE)
+    lead(connection, BEGIN, hourly)
+    (first,) = fire(connection, hourly, BEGIN + HOUR)
+    (second,) = fire(connection, hourly, BEGIN + 2 * HOUR)
+    restores.begin(connection, "ann", BEGIN + 2 * HOUR + MINUTE)
+    (third,) = fire(connection, hourly, BEGIN + 3 * HOUR)
+    for ended, next_one in ((first, second), (second, third)):
+        end(connection, ended.run_id)
+        assert began(fire(connection, hourly, BEGIN + 3 * HOUR)) == [next_one.slot]
+    assert told_of_a_restore(connection) == [second.run_id]
 
 
 # -- people ------------------------------------------------------------------------------------------------------------

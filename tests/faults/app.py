@@ -5,6 +5,7 @@ Doorbells may be written to another broker than they are read from, so that a po
 
 from __future__ import annotations
 
+import json
 import os
 
 from celery import Celery
@@ -16,8 +17,12 @@ if os.environ.get("FAULTS_NEWER"):
     app.conf.include = [*app.conf.include, "tests.faults.newer"]
 if os.environ.get("FAULTS_BEAT_S"):
     app.conf.beat_schedule = {
-        "often": {"task": "faults.trip", "schedule": float(os.environ["FAULTS_BEAT_S"]), "args": ([],)}
-    }
+        "often": {
+            "task": "faults.trip", "schedule": float(os.environ["FAULTS_BEAT_S"]),
+            "args": (json.loads(os.environ.get("FAULTS_BEAT_STOPS", "[]")),),
+            "options": {"catch_up": os.environ.get("FAULTS_BEAT_CATCH_UP", "last")},
+        }
+    }  # fmt: skip
 app.conf.broker_connection_retry_on_startup = True
 app.conf.worker_prefetch_multiplier = 1
 app.conf.broker_heartbeat = 2
