@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -54,6 +54,7 @@ class Check:
     sql: str = ""
     function: Page | None = None
     corrected_by: Correction = None
+    page: int = 200  # things that are looked at in one transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +73,17 @@ class Statement:
         path = Path(self.file())
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=self.delimiter)
-            missing = sorted(set(self.columns.values()) - set(reader.fieldnames or ()))
-            if missing:
-                there = ", ".join(reader.fieldnames or ()) or "none"
-                raise UsageError(f"{path.name} has no column {', '.join(map(repr, missing))}; it has {there}")
-            for row in reader:
-                yield reader.line_num, self._line(row)
+            try:
+                self._refuse_other_columns(path, reader.fieldnames or ())
+                for row in reader:
+                    yield reader.line_num, self._line(row)
+            except UnicodeDecodeError:
+                raise UsageError(f"{path.name} is not UTF-8 after line {reader.line_num}; convert it first") from None
+
+    def _refuse_other_columns(self, path: Path, found: Sequence[str]) -> None:
+        if missing := sorted(set(self.columns.values()) - set(found)):
+            there = ", ".join(found) or "none"
+            raise UsageError(f"{path.name} has no column {', '.join(map(repr, missing))}; it has {there}")
 
     def _line(self, row: Mapping[str, str | None]) -> Looked:
         key = (row[self.columns["key"]] or "").strip()

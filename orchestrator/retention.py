@@ -17,13 +17,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from orchestrator.errors import UnknownRunError, UsageError
+from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.states import TERMINAL
-from orchestrator.store import pruning, runs
+from orchestrator.store import pruning
 from orchestrator.store.connection import Connection
 from orchestrator.store.pruning import Member
-from orchestrator.store.recorded import recorded
+from orchestrator.store.recorded import head, several
+from orchestrator.store.runs import snapshot
 
 _PAGE = 300  # runs that are looked at, or go, in one transaction
 _ROWS = 10_000  # journal rows that go in one transaction; a single run may have more
@@ -203,16 +204,29 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _write(file: BinaryIO, connection: Connection, batch: Sequence[Member]) -> None:
-    """Write runs, one a line, and wait until they are on the disk.  Raises: UsageError."""
+    """Write runs, one a line, and wait until they are on the disk; one that another prune took is not there any more.
+
+    Raises: UsageError.
+    """
     try:
-        for each in batch:
-            row = runs.run(connection, each.id)
-            with contextlib.suppress(UnknownRunError):  # another prune was faster
-                file.write(json.dumps({**recorded(connection, each.id), "row": row}, default=_plain).encode() + b"\n")
+        with snapshot(connection):
+            for row, journal in several(connection, [each.id for each in batch]):
+                for part in _line(row, journal):
+                    file.write(part.encode())
         file.flush()
         os.fsync(file.fileno())
     except OSError as error:
         raise UsageError(f"prune: cannot write to the archive: {error.strerror}; what it was to hold stays") from None
+
+
+def _line(row: dict[str, Any], journal: Iterator[tuple[datetime, str]]) -> Iterator[str]:
+    """Yield a run as JSON on one line, piece by piece; entries are copied as they are stored."""
+    yield f'{json.dumps(head(row))[:-1]}, "journal": ['
+    comma = ""
+    for at, entries in journal:
+        yield f'{comma}["{at.isoformat()}", {entries.replace(chr(10), " ")}]'
+        comma = ", "
+    yield f'], "row": {json.dumps(row, default=_plain)}}}\n'
 
 
 def _plain(value: Any) -> str:

@@ -19,6 +19,7 @@ from orchestrator.codec.text import (
     first_line,
     is_name,
     loads,
+    read_stored,
     set_limit,
 )
 from orchestrator.codec.values import ValueCodec, encode_any
@@ -39,5 +40,6 @@ __all__ = [
     "first_line",
     "is_name",
     "loads",
+    "read_stored",
     "set_limit",
 ]

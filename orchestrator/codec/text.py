@@ -94,6 +94,15 @@ def loads(text: str | bytes) -> Json:
     return value
 
 
+def read_stored(text: str | bytes) -> Json:
+    """Return the value of JSON that the database holds: it was checked when it was written, and is read quickly."""
+    try:
+        value: Json = from_json(text)
+    except ValueError:  # what only others than this package can have written: the type json takes lone surrogates
+        value = json.loads(text)
+    return value
+
+
 def canonical_text(value: Json) -> str:
     """Return the text that is equal for equal values: sorted keys, and one way to write each number.
 

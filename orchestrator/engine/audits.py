@@ -10,13 +10,14 @@ from collections.abc import Iterator
 
 from orchestrator.engine.commit import columns_of
 from orchestrator.machine.fold import Fold, RunInfo
-from orchestrator.machine.journal import decode_entry
+from orchestrator.machine.journal import Late, decode_entry
 from orchestrator.machine.states import TERMINAL, IllegalTransition, RunState
 from orchestrator.reconcile import Check, Looked
 from orchestrator.store import audits as store
 from orchestrator.store.audits import Audited
 from orchestrator.store.connection import Connection
 
+_PAGE = 1000
 _UNFOLDABLE = (IllegalTransition, LookupError, StopIteration, TypeError, ValueError, AttributeError)
 _ROLLED_BACK = {RunState.FAILED, RunState.COMPENSATED, RunState.CANCELLED}
 
@@ -28,23 +29,32 @@ def _runs(connection: Connection, after: str, limit: int) -> Iterator[Looked]:
 
 def _problem(connection: Connection, run: Audited) -> str | None:
     """Return the first thing that is wrong with a run."""
-    fold, wrong = _folded(run)
+    late: list[str] = []
+    fold, wrong = _folded(run, late)
     if fold is None:
         return wrong
-    return _of_the_row(run, fold) or _of_the_undo(run, fold) or _of_the_family(run) or _stuck(connection, run, fold)
+    return (
+        _of_the_row(run, fold) or _of_the_undo(run, fold) or _of_late_effects(connection, late)
+        or _of_the_family(run) or _stuck(connection, run, fold)
+    )  # fmt: skip
 
 
-def _folded(run: Audited) -> tuple[Fold | None, str]:
+def _folded(run: Audited, late: list[str]) -> tuple[Fold | None, str]:
+    """Fold the journal of a run; `late` gets the runs that had to undo what landed after its end."""
     parent = run["parent_id"] or "" if run["root_id"] != run["id"] else ""
     fold = Fold(RunInfo(
-        run["id"], run["saga"], run["version"], run["input"], run["started_at"], run["queue"],
+        run["id"], run["saga"], run["version"], None, run["started_at"], run["queue"],  # its input is not looked at
         parent=parent, link=run["link"], since=run["since"],
     ))  # fmt: skip
     try:
         for seq, at, entries in run.journal:
             if seq != fold.position:
                 return None, f"its journal has no row {fold.position}"
-            fold.apply_row(at, [decode_entry(entry) for entry in entries])
+            for entry in map(decode_entry, entries):
+                fold.apply(entry)
+                if type(entry) is Late and fold.ended and fold.steps[entry.key].owes_late_undo:
+                    late.append(f"{run['id']}/late/{entry.key}/{entry.attempt}")
+            fold.close_row(at)
     except _UNFOLDABLE as error:
         return None, f"row {fold.position} of its journal contradicts those before it: {type(error).__name__}"
     if fold.position != run["position"]:
@@ -57,16 +67,21 @@ def _of_the_row(run: Audited, fold: Fold) -> str | None:
         return f"it is {run['state']}, and {fold.state} by its journal"
     told = columns_of(fold)
     compared = told if fold.ended else {name: told[name] for name in ("parked", "past_pivot")}
-    differ = [name for name, value in compared.items() if run[name] != value]
+    differ = [name for name, value in compared.items() if run[name] != (None if value == [] else value)]
     return f"{', '.join(differ)} of its row and of its journal differ" if differ else None
 
 
 def _of_the_undo(run: Audited, fold: Fold) -> str | None:
     if run["state"] not in _ROLLED_BACK:
         return None
-    left = {item["key"] for item in run["left_effects"]}
+    left = {item["key"] for item in run["left_effects"] or ()}
     owed = [step.key for step in fold.steps.values() if step.owes_undo and step.key not in left]
     return f"it ended {run['state']}, and {', '.join(owed)} was not undone" if owed else None
+
+
+def _of_late_effects(connection: Connection, corrections: list[str]) -> str | None:
+    missing = set(corrections) - store.known(connection, corrections) if corrections else ()
+    return f"an effect landed after its end, and there is no run {min(missing)} to undo it" if missing else None
 
 
 def _of_the_family(run: Audited) -> str | None:
@@ -114,7 +129,7 @@ def _rows(table: str, connection: Connection, after: str, limit: int) -> Iterato
 AUDITS = {
     each.name: each
     for each in (
-        Check("engine: runs", function=_runs),
-        *(Check(f"engine: {table}", function=functools.partial(_rows, table)) for table in store.TABLES),
+        Check("engine: runs", function=_runs, page=_PAGE),
+        *(Check(f"engine: {table}", function=functools.partial(_rows, table), page=_PAGE) for table in store.TABLES),
     )
 }

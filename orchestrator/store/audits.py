@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import groupby
 from typing import Any
 
-from orchestrator.store.connection import Connection
+from psycopg.types.json import set_json_loads
 
-_FETCH = 500  # journal rows at once
+from orchestrator.codec import read_stored
+from orchestrator.store.connection import Connection
+from orchestrator.store.journals import with_journals
+
+_AT_ONCE = 100
 
 
 @dataclass(slots=True)
@@ -27,42 +30,39 @@ class Audited:
         return self.row[name]
 
 
-_COLUMNS = (
-    "id", "saga", "version", "state", "input", "output", "error", "left_effects", "parked", "parent_id", "root_id",
-    "queue", "priority", "position", "past_pivot", "link", "since", "started_at", "deadline_at", "finished_at",
-)  # fmt: skip
-# Primary key of runs, and for what is outstanding the indexes by run.
-_RUNS = f"""
-SELECT {", ".join(f"r.{name}" for name in _COLUMNS)}, p.id IS NOT NULL AS has_parent, root.state AS root_state,
-    root.link AS root_link,
+# Primary key of runs, and for what is outstanding the indexes by run.  LIMIT keeps any table from being read whole: a
+# join or EXISTS is planned so when tables are small, and the plan is kept.  Empty lists need not be decoded.
+_RUNS = """
+SELECT r.id, r.saga, r.version, r.state, r.output, r.error, nullif(r.left_effects, '[]') AS left_effects,
+    nullif(r.parked, '[]') AS parked, r.parent_id, r.root_id, r.queue, r.position, r.past_pivot, r.link, r.since,
+    r.started_at, p.id IS NOT NULL AS has_parent, root.state AS root_state, root.link AS root_link,
     ARRAY(SELECT key FROM orchestrator.work w WHERE w.run_id = r.id) AS work,
-    EXISTS (SELECT FROM orchestrator.arrivals a WHERE a.run_id = r.id) AS unread,
+    (SELECT true FROM orchestrator.arrivals a WHERE a.run_id = r.id LIMIT 1) IS NOT NULL AS unread,
     ARRAY(SELECT key FROM orchestrator.locks l WHERE l.run_id = r.id AND l.granted_at IS NULL) AS in_line
 FROM (SELECT * FROM orchestrator.runs WHERE id > %s ORDER BY id LIMIT %s) AS r
-LEFT JOIN orchestrator.runs p ON p.id = r.parent_id
-LEFT JOIN orchestrator.runs root ON root.id = r.root_id
+LEFT JOIN LATERAL (SELECT id FROM orchestrator.runs WHERE id = r.parent_id LIMIT 1) AS p ON true
+LEFT JOIN LATERAL (
+    SELECT state, link FROM orchestrator.runs WHERE id = r.root_id AND r.root_id <> r.id LIMIT 1
+) AS root ON true
 ORDER BY r.id
 """
-# The primary key of journal has the order.
-_JOURNALS = "SELECT run_id, seq, at, entries FROM orchestrator.journal WHERE run_id = ANY (%s) ORDER BY run_id, seq"
 
 
 def runs(connection: Connection, after: str, limit: int) -> Iterator[Audited]:
-    """Yield the next runs by their ids; only the journal of one is in memory at a time."""
-    found = connection.execute(_RUNS, (after, limit))
-    names = [column.name for column in found.description or ()]
-    rows = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
-    with connection.cursor(name="journals") as cursor:
-        cursor.itersize = _FETCH
-        cursor.execute(_JOURNALS, ([row["id"] for row in rows],))
-        groups = groupby(cursor, key=lambda row: row[0])
-        run_id, group = next(groups, ("", iter(())))
-        for row in rows:
-            if run_id == row["id"]:
-                yield Audited(row, ((seq, at, entries) for _, seq, at, entries in group))
-                run_id, group = next(groups, ("", iter(())))
-            else:
-                yield Audited(row, iter(()))
+    """Yield the next runs by their ids; few rows of them and only the journal of one are in memory at a time."""
+    with connection.cursor() as cursor:
+        set_json_loads(read_stored, cursor)
+        while limit > 0:
+            cursor.execute(_RUNS, (after, min(limit, _AT_ONCE)))
+            names = [column.name for column in cursor.description or ()]
+            rows = {row[0]: dict(zip(names, row, strict=True)) for row in cursor}
+            if not rows:
+                return
+            *_, last = rows
+            where = "run_id > %s AND run_id <= %s"
+            for row, journal in with_journals(connection, rows, where, (after, last), "seq, at, entries"):
+                yield Audited(row, journal)
+            after, limit = last, limit - len(rows)
 
 
 _OPEN = "SELECT id FROM orchestrator.runs WHERE id = ANY (%s) AND finished_at IS NULL"
@@ -71,6 +71,17 @@ _OPEN = "SELECT id FROM orchestrator.runs WHERE id = ANY (%s) AND finished_at IS
 def still_open(connection: Connection, run_ids: Sequence[str]) -> set[str]:
     """Return which of these runs have not ended (primary key)."""
     return {row[0] for row in connection.execute(_OPEN, (list(run_ids),)).fetchall()}
+
+
+_KNOWN = """
+SELECT id FROM orchestrator.runs WHERE id = ANY (%(ids)s)
+UNION ALL SELECT id FROM orchestrator.pruned WHERE id = ANY (%(ids)s)
+"""
+
+
+def known(connection: Connection, run_ids: Sequence[str]) -> set[str]:
+    """Return which of these runs are there, or were until they were pruned (primary keys)."""
+    return {row[0] for row in connection.execute(_KNOWN, {"ids": list(run_ids)}).fetchall()}
 
 
 TABLES = ("arrivals", "journal", "locks", "work")
@@ -83,11 +94,14 @@ WITH RECURSIVE owner (run_id, n) AS (
     SELECT (SELECT t.run_id FROM orchestrator.{table} t WHERE t.run_id > o.run_id ORDER BY t.run_id LIMIT 1), n + 1
     FROM owner o WHERE o.run_id IS NOT NULL AND n < %s
 )
-SELECT o.run_id, r.state, {settling} FROM owner o LEFT JOIN orchestrator.runs r ON r.id = o.run_id
+SELECT o.run_id, r.state, {settling} FROM owner o LEFT JOIN LATERAL (
+    SELECT state, finished_at FROM orchestrator.runs WHERE id = o.run_id LIMIT 1
+) AS r ON true
 WHERE o.run_id IS NOT NULL ORDER BY o.run_id
 """
-_RUNNING = f"""coalesce(r.finished_at > orchestrator.now() - {_SETTLING}, true) OR EXISTS (
-    SELECT FROM orchestrator.work w WHERE w.run_id = o.run_id AND w.expires_at > orchestrator.now())"""
+_RUNNING = f"""coalesce(r.finished_at > orchestrator.now() - {_SETTLING}, true) OR (
+    SELECT true FROM orchestrator.work w WHERE w.run_id = o.run_id AND w.expires_at > orchestrator.now() LIMIT 1
+) IS NOT NULL"""
 
 
 @dataclass(frozen=True, slots=True)

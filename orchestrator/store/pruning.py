@@ -63,17 +63,21 @@ class Member:
     free: bool  # it has ended, and nothing of it is outstanding
 
 
-# Indexes runs_by_parent and runs_pkey; those of work, arrivals and locks by their run.  Heads come last.
+# Indexes runs_by_parent and runs_pkey; those of work, arrivals and locks by their run.  OFFSET and LIMIT keep any of
+# these from being read whole: a join or NOT EXISTS is planned so when tables are small, and the plan is kept.  Heads
+# come last.
 _FAMILIES = """
 WITH RECURSIVE family (head, id, depth) AS (
     SELECT id, id, 0 FROM unnest(%s::text[]) AS id
-    UNION ALL SELECT f.head, r.id, f.depth + 1 FROM family f JOIN orchestrator.runs r ON r.parent_id = f.id
+    UNION ALL SELECT f.head, r.id, f.depth + 1
+    FROM family f CROSS JOIN LATERAL (SELECT id FROM orchestrator.runs WHERE parent_id = f.id OFFSET 0) AS r
 )
 SELECT f.head, r.id, r.saga, r.state, r.position, r.position - r.since, r.finished_at IS NOT NULL
-    AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.run_id = r.id)
-    AND NOT EXISTS (SELECT FROM orchestrator.arrivals a WHERE a.run_id = r.id)
-    AND NOT EXISTS (SELECT FROM orchestrator.locks l WHERE l.run_id = r.id)
-FROM family f JOIN orchestrator.runs r ON r.id = f.id ORDER BY f.head, f.depth DESC, r.id
+    AND (SELECT true FROM orchestrator.work w WHERE w.run_id = r.id LIMIT 1) IS NULL
+    AND (SELECT true FROM orchestrator.arrivals a WHERE a.run_id = r.id LIMIT 1) IS NULL
+    AND (SELECT true FROM orchestrator.locks l WHERE l.run_id = r.id LIMIT 1) IS NULL
+FROM family f CROSS JOIN LATERAL (SELECT * FROM orchestrator.runs WHERE id = f.id OFFSET 0) AS r
+ORDER BY f.head, f.depth DESC, r.id
 """
 
 
@@ -98,12 +102,13 @@ def bury(connection: Connection, ids: Sequence[str], now: datetime | None = None
 # Locked in the order of their ids: two that prune at once have batches that overlap, and must not wait in a circle.
 _DELETE = """
 WITH mine AS MATERIALIZED (
-    SELECT r.id FROM orchestrator.runs r JOIN unnest(%s::text[], %s::integer[]) AS g (id, position) USING (id, position)
-    WHERE r.finished_at IS NOT NULL ORDER BY r.id FOR UPDATE OF r
+    SELECT r.id FROM orchestrator.runs r JOIN unnest(%(ids)s::text[], %(positions)s::integer[]) AS g (id, position)
+        USING (id, position)
+    WHERE r.id = ANY (%(ids)s) AND r.finished_at IS NOT NULL ORDER BY r.id FOR UPDATE OF r
 ), gone AS (
-    DELETE FROM orchestrator.runs r USING mine WHERE r.id = mine.id RETURNING r.id
+    DELETE FROM orchestrator.runs WHERE id = ANY (ARRAY(SELECT id FROM mine)) RETURNING id
 ), rows AS (
-    DELETE FROM orchestrator.journal j USING gone WHERE j.run_id = gone.id
+    DELETE FROM orchestrator.journal WHERE run_id = ANY (ARRAY(SELECT id FROM gone))
 )
 SELECT count(*) FROM gone
 """
@@ -111,6 +116,6 @@ SELECT count(*) FROM gone
 
 def delete(connection: Connection, members: Sequence[Member]) -> bool:
     """Delete runs with their journals; False if one of them has moved since, and then the caller rolls back."""
-    values = ([each.id for each in members], [each.position for each in members])
+    values = {"ids": [each.id for each in members], "positions": [each.position for each in members]}
     row = connection.execute(_DELETE, values).fetchone()
     return row is not None and row[0] == len(members)

@@ -135,12 +135,12 @@ def rings_needed(connection: Connection, queue: str, rows: int) -> int:
     return int(found[0])
 
 
-_RUN = """
-SELECT id, saga, version, state, input, output, error, left_effects, parked, published, tags, parent_id, root_id, queue,
-    priority, position, past_pivot, link, since, started_at, deadline_at, finished_at
-FROM orchestrator.runs WHERE id = %(id)s
-"""
-RUN_COLUMNS = tuple(_RUN.replace("SELECT", "").partition("FROM")[0].replace(",", " ").split())
+RUN_COLUMNS = (
+    "id", "saga", "version", "state", "input", "output", "error", "left_effects", "parked", "published", "tags",
+    "parent_id", "root_id", "queue", "priority", "position", "past_pivot", "link", "since", "started_at", "deadline_at",
+    "finished_at",
+)  # fmt: skip
+_RUN = f"SELECT {', '.join(RUN_COLUMNS)} FROM orchestrator.runs WHERE id = %(id)s"
 
 
 def run(connection: Connection, run_id: str) -> dict[str, Any] | None:

@@ -8,6 +8,8 @@ import pytest
 
 from orchestrator import saga, step
 from orchestrator.engine.reconcile import reconcile
+from orchestrator.machine.journal import LateSuccess, encode
+from orchestrator.store import turns
 from orchestrator.store.connection import Connection
 from tests.engine.stage import Child, start
 
@@ -68,6 +70,7 @@ def world(connection: Connection, child: Child) -> None:
     """Runs in every situation in which a run may rightly be."""
     start(connection, plain, False, run_id="good")
     start(connection, plain, True, run_id="undone")
+    start(connection, plain, True, run_id="late")
     start(connection, asleep, run_id="asleep")
     start(connection, told, run_id="told")
     start(connection, locked, run_id="locked")
@@ -76,6 +79,9 @@ def world(connection: Connection, child: Child) -> None:
     start(connection, linked, 2, run_id="linked")
     child.drain()
     start(connection, locked, run_id="locked-2")
+    with connection.transaction():
+        effect = LateSuccess(f"{do.name}#0", "do", 1, "x")  # of an attempt that was overtaken, after the end
+        turns.leave_arrival(connection, "late", encode(effect))
     child.drain()
     start(connection, plain, False, run_id="new")
 
@@ -93,11 +99,13 @@ def test_a_clean_database_has_none(connection: Connection) -> None:
         "completed", "compensated", "running", "pending",
     }  # fmt: skip
     assert breaks(connection) == []
+    assert states[CORRECTION] == "compensated"
     report = reconcile(connection)
     assert report.checks[2].name == "engine: locks" and report.checks[2].looked_at == 2
     assert report.exit_code == 0 and report.earlier[0].breaks == 0
 
 
+CORRECTION = f"late/late/{do.name}#0/1"
 _ENDED = "finished_at = now() - interval '2 hours'"
 PLANTED = {
     "a row is missing": (
@@ -125,6 +133,11 @@ PLANTED = {
         "UPDATE orchestrator.journal SET entries = (SELECT json_agg(e) FROM json_array_elements(entries) e "
         "WHERE e ->> 'e' NOT IN ('undoing', 'undone')) WHERE run_id = 'undone'",
         "runs", "undone", "was not undone",
+    ),
+    "a late effect is undone by nobody": (
+        f"DELETE FROM orchestrator.journal WHERE run_id = '{CORRECTION}'; "
+        f"DELETE FROM orchestrator.runs WHERE id = '{CORRECTION}'",
+        "runs", "late", f"there is no run {CORRECTION} to undo it",
     ),
     "its timer is gone": ("DELETE FROM orchestrator.work WHERE run_id = 'asleep'", "runs", "asleep", "no rule"),
     "its first turn is gone": ("DELETE FROM orchestrator.work WHERE run_id = 'new'", "runs", "new", "no rule"),

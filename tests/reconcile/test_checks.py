@@ -221,7 +221,16 @@ def test_a_file_with_other_columns_or_none_is_an_error(connection: Connection, t
     reconcile.statement("gone", file=tmp_path / "gone.csv", columns={"key": "a"}, sql=OURS)
     bank, gone = run(connection, ["bank", "gone"]).checks
     assert "no column 'Amount', 'Ccy', 'Reference'; it has a, b" in str(bank.error)
+    assert str(bank.error).startswith("bank.csv has"), "a sentence, without the name of a class"
     assert "No such file" in str(gone.error)
+
+
+def test_a_file_in_another_encoding_is_an_error_that_names_it(connection: Connection, tmp_path: Path) -> None:
+    (tmp_path / "bank.csv").write_bytes(
+        "Date,Reference,Amount,Ccy\nd,t0001,0.5,USD\nd,Müller,1,EUR\n".encode("latin-1")
+    )
+    statement(tmp_path / "bank.csv")
+    assert "bank.csv is not UTF-8" in str(run(connection, ["bank"]).checks[0].error)
 
 
 def test_a_check_sees_one_moment_and_may_not_write(connection: Connection, database_url: str) -> None:
