@@ -6,16 +6,20 @@ has of itself: an application's own entry for one of these tasks takes the place
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery.schedules import crontab
 
+from orchestrator.engine.report_page import sentence
 from orchestrator.retention import age
 from orchestrator.settings import Settings
 
 if TYPE_CHECKING:
     from orchestrator.celery.app import Orchestrator
+
+logger = logging.getLogger(__name__)
 
 
 class Prune:
@@ -35,6 +39,7 @@ class Prune:
     ) -> dict[str, Any]:
         """Prune; returns what has gone."""
         told = self.orchestrator.prune(age(older_than), states=states, saga=saga, limit=limit, archive=archive)
+        logger.info("prune: %s runs are gone, %s were kept", told.total, told.kept)
         return told.as_json()
 
 
@@ -48,6 +53,12 @@ class Reconcile:
     def run(self, checks: Sequence[str] = (), directory: str | None = "reports") -> dict[str, Any]:
         """Reconcile; returns what the report came to."""
         report = self.orchestrator.reconcile(checks, directory=directory)
+        for each in report.checks:
+            if each.error:
+                logger.error("reconcile: check %r could not be completed: %s", each.name, each.error)
+        for problem in report.problems:
+            logger.error("reconcile: %s", problem)
+        logger.log(logging.WARNING if report.breaks else logging.INFO, "reconcile %s: %s", report.id, sentence(report))
         return {"report": report.id, "breaks": report.breaks, "exit_code": report.exit_code}
 
 

@@ -38,6 +38,6 @@ def schedule(given: Any) -> Any:
 
 
 app.conf.beat_schedule = {
-    name: {**entry, "schedule": schedule(entry["schedule"])}
+    name: {**entry, "schedule": schedule(entry.get("schedule"))} if isinstance(entry, dict) else entry
     for name, entry in json.loads(os.environ.get("BEATS", "{}")).items()
 }

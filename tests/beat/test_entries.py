@@ -158,6 +158,11 @@ def settings(**options: Any) -> Settings:
     return Settings.from_environment({}, database_url="postgresql://nobody@127.0.0.1:1/nothing", **options)
 
 
+def test_31_february_is_refused_by_celery_itself_where_it_is_written() -> None:
+    with pytest.raises(ValueError, match="31"):
+        crontab(minute=0, hour=0, day_of_month=31, month_of_year=2)
+
+
 def test_a_bad_entry_is_named_and_harms_no_other(app: Celery, client: Client) -> None:
     app.orchestrator = type("Stand", (), {"client": client, "settings": settings(nightly=False)})
     app.conf.result_expires = None  # else Celery adds an entry of its own

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import signal
+import time
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from celery import Celery
 
 from orchestrator import failpoints, store
 from tests.acceptance.running import ROOT
-from tests.beat.conftest import REPORT, Hall
+from tests.beat.conftest import REPORT, Beat, Hall
 from tests.crash.points import BEAT
 from tests.engine.proxy import Proxy
 from tests.faults.rabbitmq import MissingProgram
@@ -42,6 +45,73 @@ def test_leaders_that_are_killed_and_frozen_lose_and_double_no_slot(hall: Hall, 
     frozen.signal(signal.SIGCONT)
     hall.until_more("plain")
     hall.judge("saga", "plain", died=2)
+
+
+# -- for minutes -------------------------------------------------------------------------------------------------------
+# Each returns how many senders may have died with a message sent that is not noted.
+def _kill(hall: Hall, victim: Beat) -> int:
+    victim.signal(signal.SIGKILL)
+    hall.start()
+    return 1
+
+
+def _stop(hall: Hall, victim: Beat) -> int:
+    victim.stop()
+    hall.start()
+    return 1
+
+
+def _freeze(hall: Hall, victim: Beat) -> int:
+    victim.signal(signal.SIGSTOP)
+    hall.until_leads(but=victim)
+    hall.until_more("saga")
+    victim.signal(signal.SIGCONT)
+    return 1
+
+
+def _kill_all(hall: Hall, victim: Beat) -> int:
+    alive = [beat for beat in hall.beats if beat.is_alive]
+    for beat in alive:
+        beat.signal(signal.SIGKILL)
+    for _ in alive:
+        hall.start()
+    return 1
+
+
+def _jump(hall: Hall, victim: Beat) -> int:
+    """Let the database's clock jump ahead, and back when those slots have fired."""
+    hall.sql(_JUMP.format("15 s"))
+    hall.until_more("saga", 16)
+    hall.sql(_JUMP.format("0 s"))
+    return 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("beats", [2, 3])
+def test_minutes_of_everything_that_can_befall_beats_lose_and_double_no_slot(hall: Hall, beats: int) -> None:
+    dice = random.Random(beats)
+    hall.entries["minutes"] = {"task": REPORT, "schedule": "* * * * *", "options": {"catch_up": "all"}}
+    for _ in range(beats):
+        hall.start()
+    befell: Counter[str] = Counter()
+    died = 0
+    until = time.monotonic() + 180.0
+    while time.monotonic() < until:
+        leader = hall.until_leads()
+        others = [beat for beat in hall.beats if beat.is_alive and beat is not leader]
+        harm = dice.choice([_kill, _kill, _freeze, _freeze, _stop, _kill_all, _jump])
+        victim = leader if harm is _freeze or dice.random() < 0.7 else dice.choice(others)
+        died += harm(hall, victim)
+        hall.until_leads(but=None if victim.is_alive else victim)
+        hall.until_more("saga", dice.randrange(1, 4))
+        befell[harm.__name__] += 1
+    print(dict(befell))
+    hall.judge("saga", "plain", died=died)
+    fired = hall.slots("saga")
+    full = [slot for slot in fired[:-2] if slot.second == 0]
+    assert [slot for slot in hall.slots("minutes") if slot < fired[-2]] == full
+    assert len(fired) > 120 and len(full) >= 2 and len(befell) >= 4
 
 
 def test_a_leader_that_is_stopped_hands_over_at_once(hall: Hall) -> None:
@@ -142,6 +212,25 @@ def test_a_database_clock_that_jumps_loses_and_doubles_no_slot(hall: Hall) -> No
     assert len(hall.slots("often")) == count
     assert {(later - earlier).total_seconds() for earlier, later in pairwise(hall.slots("saga"))} == {60.0}
     hall.judge("often")
+
+
+def test_bad_entries_are_named_and_the_others_fire(hall: Hall) -> None:
+    bad = {
+        "no such zone": {"task": REPORT, "schedule": "0 3 * * *", "options": {"timezone": "Mars/Olympus"}},
+        "no schedule": {"task": REPORT, "schedule": "every night"},
+        "no such argument": {"task": REPORT, "schedule": 1.0, "kwargs": {"wrong": 1}},
+        "no task": {"schedule": 1.0},
+        "garbage": 7,
+    }
+    hall.entries |= bad
+    beat = hall.start()
+    hall.until_more("saga")
+    hall.until_more("plain", 1)
+    said = [line for line in beat.said.splitlines() if "beat: entry" in line]
+    assert [sum(f"entry {name!r}: it cannot be used" in line for line in said) for name in bad] == [1] * len(bad), said
+    rows = dict(hall.sql("SELECT name, problem FROM orchestrator.schedules"))
+    assert {name for name, problem in rows.items() if problem} == bad.keys()
+    hall.judge("saga", "plain")
 
 
 @pytest.mark.debian

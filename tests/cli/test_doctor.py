@@ -9,6 +9,8 @@ from typing import Any
 import psycopg
 import pytest
 import redis
+from kombu import Connection as BrokerConnection
+from kombu import Queue
 
 from orchestrator.celery.doctor import broker as ask_broker
 from tests.cli.conftest import Terminal, eventually
@@ -117,6 +119,25 @@ def test_what_is_not_there_is_said_and_the_exit_code_is_2(
     code, told, found = examine(on(database.get(which, terminal.database_url), broker))
     assert (code, found.get("broker" if which == "broker" else "database")) == (2, "broken")
     assert any("saga migrate" in each["what"] for each in told["findings"]) == (which == "schema")
+
+
+@pytest.mark.debian
+def test_after_rabbitmq_lost_its_messages_the_doctor_rings_for_what_is_due(
+    terminal: Terminal, on: Callable[[str, str], Terminal], sql: psycopg.Connection[Any], rabbitmq: RabbitMQ
+) -> None:
+    terminal = on(terminal.database_url, rabbitmq.new_url())
+    with BrokerConnection(terminal.broker_url) as connection:
+        queue = Queue("celery", routing_key="celery", channel=connection.default_channel)
+        queue.declare()
+        terminal.ok("start", "checkout", ORDER)
+        sql.execute(_WORKER, [["tests.cli.shop.checkout@1"]])
+        sql.execute(_OLD)
+        queue.purge()
+        code, told, found = examine(terminal, "--no-ring")
+        assert (code, told["rung"], found["unclaimed"]) == (1, [], "warning")
+        assert any("holds 0 messages" in each["means"] for each in told["findings"])
+        assert examine(terminal)[1]["rung"] == ["celery"]
+        assert eventually(lambda: queue.queue_declare(passive=True).message_count == 1)
 
 
 @pytest.mark.debian

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import psycopg
@@ -35,7 +36,16 @@ def test_the_exit_code_says_clean_breaks_or_not_checked(terminal: Terminal, tmp_
     assert terminal.run("reconcile", "nothing").exit_code == 1
 
 
-def test_beat_has_it_as_a_task(terminal: Terminal, tmp_path: Path) -> None:
+def test_beat_has_it_as_a_task_whose_log_says_what_it_came_to(
+    terminal: Terminal, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     told = terminal.shop.app.tasks["orchestrator.reconcile"](directory=str(tmp_path))
     assert (told["breaks"], told["exit_code"]) == (0, 0)
     assert (tmp_path / f"reconciliation-{told['report']}.json").exists()
+    reconcile.check("broken", sql="SELECT")
+    (tmp_path / "file").touch()
+    caplog.set_level(logging.INFO)
+    terminal.shop.app.tasks["orchestrator.reconcile"](directory=str(tmp_path / "file"))
+    said = [record.getMessage() for record in caplog.records if record.name == "orchestrator.celery.nightly"]
+    assert any("check 'broken' could not be completed: " in each for each in said)
+    assert any("could not be written" in each for each in said) and "0 breaks in 6 checks" in said[-1]
