@@ -110,7 +110,8 @@ class Scheduler(celery.beat.Scheduler):
             return round_s
         changed = self._book.refresh(lead.now)
         for name, problem in self._book.problems.items() if changed else ():
-            logger.error("beat: entry %r: %s", name, problem)
+            level = logging.WARNING if name in self._book.schedules else logging.ERROR
+            logger.log(level, "beat: entry %r: %s", name, problem)
         if changed or not self._leads:
             self._declare(connection, lead)
         pause = self._fire_due(connection, lead.now)

@@ -18,7 +18,7 @@ from celery.beat import BeatLazyFunc
 from celery.schedules import BaseSchedule, crontab, maybe_schedule, schedule
 
 from orchestrator import saga as sagas
-from orchestrator.engine.schedules import EVER, LATE, OPTIONS, CatchUp, Overlap, Schedule
+from orchestrator.engine.schedules import EVER, LATE, OPTIONS, SENT, CatchUp, Overlap, Schedule
 from orchestrator.engine.timetable import Crontab, Interval, Rounded, Timetable
 from orchestrator.errors import UsageError
 from orchestrator.store import runs
@@ -81,7 +81,7 @@ def read(app: Celery, prepare: Prepare, name: str, raw: Any, now: datetime) -> t
     if start is not None and not entry.is_lazy:
         start("check", now)  # arguments that do not fit are told now, not at night
     catch_up = _catch_up(own.get("catch_up"), _deadline(app, timetable))
-    problem = None if start or task in app.tasks else f"task {task} is not registered here; it is sent all the same"
+    problem = None if start or task in app.tasks else f"task {task} is not registered here; {SENT}"
     return Schedule(
         name=name, task=task, reads=reads, timetable=timetable, start=start, catch_up=catch_up, overlap=overlap,
         problem=problem,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -76,17 +77,25 @@ def _facts(orchestrator: Any, connection: Connection) -> Facts:
     waiting, living = store.waiting(connection), store.living(connection)
     named = _named_queues(app)
     name = app.main or "celery"
-    known = [row for row in schedules_store.listing(connection, name) if row["gone_at"] is None]
+    schedules = _schedules(app, schedules_store.listing(connection, name))
     leader = schedules_store.leader(connection, name)
     return Facts(
         server=server, host_clock=host_clock, waiting=waiting, living=living, stuck=store.stuck(connection),
         oldest=store.oldest_transaction(connection), sizes=store.sizes(connection),
         broker=ask_broker(app, sorted(named | {each.queue for each in waiting})), named_queues=frozenset(named),
-        pauses=pauses.listed(connection), schedules=[(row["name"], row["problem"]) for row in known],
+        pauses=pauses.listed(connection), schedules=schedules,
         lineage=None if server.in_recovery else restores.lineage(connection),
         restoring=restores.open_sweep(connection) is not None,
         leader_unseen=max(schedules_store.clock(connection) - leader[1], timedelta(0)) if leader else None,
     )  # fmt: skip
+
+
+def _schedules(app: Any, declared: list[dict[str, Any]]) -> list[tuple[str, str | None]]:
+    """Return schedules with their problems: those that a beat has declared, and those of the code besides."""
+    known = {row["name"]: row["problem"] for row in declared if row["gone_at"] is None}
+    configured = app.conf.beat_schedule if isinstance(app.conf.beat_schedule, Mapping) else {}
+    mine = [str(name) for name in configured if name != "celery.backend_cleanup"]  # which Celery adds by itself
+    return list((dict.fromkeys(mine) | known).items())
 
 
 def _named_queues(app: Any) -> set[str]:

@@ -45,7 +45,8 @@ def _print(ctx: click.Context, report: Report) -> None:
     table = grid("CHECK", "LOOKED AT", "BREAKS")
     for each in report.checks:
         style = "red" if each.breaks or each.error else "green"
-        table.add_row(each.name, f"{each.looked_at:,}", Text(f"{each.breaks:,}", style=style))
+        more = ", not completed" if each.error else ""
+        table.add_row(each.name, f"{each.looked_at:,}", Text(f"{each.breaks:,}{more}", style=style))
     out.print(table)
     for each in (each for each in report.checks if each.breaks or each.error):
         out.print(Text(f"\n{each.name}", style="bold"))

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from itertools import chain
 
+from orchestrator.engine.schedules import SENT
 from orchestrator.store.doctor import Living, Old, Server, Size, Stuck, Waiting
 from orchestrator.store.pauses import Pause
 from orchestrator.store.restores import Lineage
@@ -400,7 +401,15 @@ def _of_schedules(facts: Facts) -> Iterator[Finding]:
             "start one, or two: celery -A <your app> beat",
         )
     for name, problem in facts.schedules:
-        if problem:
+        if problem and problem.endswith(SENT):
+            yield Finding(
+                "schedule",
+                Level.ADVICE,
+                f"schedule {name!r}: {problem}",
+                "if no worker of another service has that task either, its messages are refused",
+                "correct the name, if it is no other service's",
+            )
+        elif problem:
             yield Finding(
                 "schedule", Level.WARNING, f"schedule {name!r}: {problem}", "it may not fire", "correct its entry"
             )

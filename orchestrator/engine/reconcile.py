@@ -74,7 +74,8 @@ def reconcile(
     """
     known: dict[str, Check | Statement] = {**AUDITS, **checks}
     if unknown := sorted(set(names) - known.keys()):
-        raise UsageError(f"there is no check {', '.join(map(repr, unknown))}; there are {', '.join(sorted(known))}")
+        there = ", ".join(map(repr, sorted(known)))
+        raise UsageError(f"there is no check {', '.join(map(repr, unknown))}; there are {there}")
     wanted = sorted(set(names) or known)
     report_id, started_at = reports.open_report(connection, wanted, now)
     while todo := [each for each in reports.progress(connection, report_id) if not each.done]:

@@ -26,6 +26,9 @@ from orchestrator.store.connection import Connection
 OPTIONS = frozenset({"catch_up", "overlap", "timezone", "slot_argument"})
 """What the `options` of an entry may hold for us, besides what Celery's `apply_async` and a saga's take."""
 
+SENT = "it is sent all the same"
+"""How a problem ends that keeps no slot from firing."""
+
 LATE = timedelta(minutes=1)  # a slot is missed if nobody has looked at it for so long; until then it is late
 EVER = timedelta(days=100_000)
 _MOMENT = timedelta(microseconds=1)

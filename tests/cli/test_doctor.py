@@ -103,6 +103,16 @@ def test_schedules_without_a_beat_and_messages_that_wait_are_found(
     assert {"no-beat", "schedule", "unsent"} <= examine(terminal)[2].keys()
 
 
+def test_schedules_of_the_code_for_which_no_beat_was_ever_started_are_found(terminal: Terminal) -> None:
+    terminal.shop.app.conf.beat_schedule = {"nightly": {"task": "tests.cli.shop.checkout", "schedule": 60}}
+    try:
+        _, told, found = examine(terminal)
+    finally:
+        terminal.shop.app.conf.beat_schedule = {}
+    assert found["no-beat"] == "warning"
+    assert any("there are 1 schedules and no beat" in each["what"] for each in told["findings"])
+
+
 def test_unsafe_settings_are_found(terminal: Terminal, sql: psycopg.Connection[Any]) -> None:
     name = sql.info.dbname
     sql.execute(f'ALTER DATABASE "{name}" SET synchronous_commit = off')  # type: ignore[arg-type]
@@ -138,6 +148,7 @@ def test_after_rabbitmq_lost_its_messages_the_doctor_rings_for_what_is_due(
         assert any("holds 0 messages" in each["means"] for each in told["findings"])
         assert examine(terminal)[1]["rung"] == ["celery"]
         assert eventually(lambda: queue.queue_declare(passive=True).message_count == 1)
+        terminal.shop.orchestrator.bell.close()
 
 
 @pytest.mark.debian

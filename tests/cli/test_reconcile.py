@@ -33,6 +33,7 @@ def test_the_exit_code_says_clean_breaks_or_not_checked(terminal: Terminal, tmp_
     reconcile.check("broken", sql="SELECT")
     result = terminal.run("reconcile", *where)
     assert result.exit_code == 2 and "1 check could not be completed" in result.output
+    assert "0, not completed" in result.output
     assert terminal.run("reconcile", "nothing").exit_code == 1
 
 

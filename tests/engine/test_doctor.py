@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.engine.doctor import EXIT_CODE, Broker, Facts, Level, Queue, judge, lost_doorbells
+from orchestrator.engine.schedules import SENT
 from orchestrator.store.doctor import Living, Old, Server, Size, Stuck, Waiting
 from orchestrator.store.pauses import Pause
 
@@ -86,6 +87,7 @@ def test_nothing_is_found_where_all_is_well() -> None:
         ("no-beat", Level.WARNING, but(leader_unseen=None)),
         ("no-beat", Level.WARNING, but(leader_unseen=HOUR)),
         ("schedule", Level.WARNING, but(schedules=[("nightly", "there is no time zone")])),
+        ("schedule", Level.ADVICE, but(schedules=[("nightly", f"task x is not registered here; {SENT}")])),
     ],
 )
 def test_each_fault_is_found_alone_and_says_what_it_means_and_what_to_do(code: str, level: Level, facts: Facts) -> None:
