@@ -54,7 +54,6 @@ class Check:
     sql: str = ""
     function: Page | None = None
     corrected_by: Correction = None
-    page: int = 200  # things that are looked at in one transaction
 
 
 @dataclass(frozen=True, slots=True)

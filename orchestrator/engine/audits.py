@@ -17,7 +17,6 @@ from orchestrator.store import audits as store
 from orchestrator.store.audits import Audited
 from orchestrator.store.connection import Connection
 
-_PAGE = 1000
 _UNFOLDABLE = (IllegalTransition, LookupError, StopIteration, TypeError, ValueError, AttributeError)
 _ROLLED_BACK = {RunState.FAILED, RunState.COMPENSATED, RunState.CANCELLED}
 
@@ -129,7 +128,7 @@ def _rows(table: str, connection: Connection, after: str, limit: int) -> Iterato
 AUDITS = {
     each.name: each
     for each in (
-        Check("engine: runs", function=_runs, page=_PAGE),
-        *(Check(f"engine: {table}", function=functools.partial(_rows, table), page=_PAGE) for table in store.TABLES),
+        Check("engine: runs", function=_runs),
+        *(Check(f"engine: {table}", function=functools.partial(_rows, table)) for table in store.TABLES),
     )
 }

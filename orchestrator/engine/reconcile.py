@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -31,6 +31,7 @@ from orchestrator.store.reports import Earlier, Progress
 logger = logging.getLogger(__name__)
 Prepare = Callable[[Saga[Any, Any], str, Looked], runs.Start]  # saga, run id, break
 
+PAGE = 200  # things that are looked at in one transaction
 EXAMPLES = 1000  # breaks of a check that are kept, and start runs; all are counted
 _TIMEOUT = "SET LOCAL statement_timeout = '60s'"
 _LONGEST = 500
@@ -154,10 +155,10 @@ class _Page:
                 self._count(looked)
             at.done = True
             return
-        found = _asked(connection, self.check, at.cursor)
+        found = _checked(_asked(connection, self.check, at.cursor), at.cursor)
         for looked in found:
             self._count(looked)
-        at.done = len(found) < self.check.page
+        at.done = len(found) < PAGE
         at.cursor = found[-1].key if found else at.cursor
 
     def _count(self, looked: Looked) -> None:
@@ -189,32 +190,31 @@ class _Page:
 
 
 def _asked(connection: Connection, check: Check, after: str) -> list[Looked]:
-    """Return a page of what a check finds.  Raises: UsageError if that is not what a check returns."""
     with runs.snapshot(connection):
         connection.execute(_TIMEOUT)
         if check.function is not None:
-            found = list(islice(check.function(connection, after, check.page), check.page + 1))
-        else:
-            found = _rows(connection, check, after)
-    return _checked(found, check.page, after)
+            return list(islice(check.function(connection, after, PAGE), PAGE + 1))
+        return _rows(connection, check.sql, after)
 
 
-def _rows(connection: Connection, check: Check, after: str) -> list[Looked]:
-    cursor = connection.execute(check.sql, {"after": after, "limit": check.page})
+def _rows(connection: Connection, sql: str, after: str) -> list[Looked]:
+    cursor = connection.execute(sql, {"after": after, "limit": PAGE})
     names = [column.name for column in cursor.description or ()]
     if not {"key"} <= set(names) <= {"key", "problem", "amount", "currency"}:
         raise UsageError(f"its SQL returns {', '.join(names)}; a check returns key, problem, amount, currency")
-    return [Looked(**dict(zip(names, row, strict=True))) for row in cursor.fetchmany(check.page + 1)]
+    return [Looked(**dict(zip(names, row, strict=True))) for row in cursor.fetchmany(PAGE + 1)]
 
 
-def _checked(rows: Sequence[Any], limit: int, after: str) -> list[Looked]:
+def _checked(found: Iterable[Any], after: str) -> list[Looked]:
+    """Return what a check found.  Raises: UsageError if that is not what a check returns."""
+    rows = list(found)
     for each in rows:
         if not _is_looked(each):
             raise UsageError(f"it returned {each!r:.200}; a check yields Looked: key and problem text, amount Decimal")
     keys = [each.key for each in rows]
-    if len(rows) > limit or len(set(keys)) < len(keys) or after in keys:
+    if len(rows) > PAGE or len(set(keys)) < len(keys) or after in keys:
         raise UsageError(f"it does not page: it must return at most `limit` keys, each once, beyond {after!r:.80}")
-    return list(rows)
+    return rows
 
 
 def _is_looked(each: Any) -> bool:
@@ -266,7 +266,7 @@ def _loaded(theirs: sqlite3.Connection, check: Statement) -> Iterator[Looked]:
 
 def _ours(connection: Connection, theirs: sqlite3.Connection, check: Statement) -> Iterator[Looked]:
     after, query = "", Check(check.name, check.sql)
-    while page := _asked(connection, query, after):
+    while page := _checked(_asked(connection, query, after), after):
         for mine in page:
             its = theirs.execute("SELECT amount, currency, met FROM theirs WHERE key = ?", (mine.key,)).fetchone()
             theirs.execute("UPDATE theirs SET met = 1 WHERE met = 0 AND key = ?", (mine.key,))
