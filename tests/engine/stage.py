@@ -113,7 +113,8 @@ class Child:
     """One child of a worker of its own: an incarnation, a drainer, and what it ran."""
 
     def __init__(self, database_url: str, *, dsn: str = "", **settings: Any) -> None:
-        self.settings = Settings.from_environment({}, database_url=dsn or database_url, **settings)
+        patient = {"drain_seconds": 60.0, **settings}  # a machine may be so busy that nothing much is done in one
+        self.settings = Settings.from_environment({}, database_url=dsn or database_url, **patient)
         self.connection = open_connection(database_url, name="test")
         self.number = next(_children)
         self.targets = [*steps.steps, *(saga.target for saga in sagas.registry.sagas.values())]
