@@ -14,7 +14,7 @@ from typing import Any
 from orchestrator.codec import Json, check, encode_any
 from orchestrator.engine.advance import Advancer, AfterCommit
 from orchestrator.engine.commit import new_fence
-from orchestrator.engine.session import Session
+from orchestrator.engine.session import OrphanedError, Session
 from orchestrator.engine.worker import Invocation, StepRunner
 from orchestrator.errors import PayloadError, Rejected, StoreUnavailableError, describe_exception
 from orchestrator.failpoints import failpoint
@@ -195,10 +195,10 @@ class Attempts:
                     if found is not None:
                         return found
                 return advancer.record(connection, taken, outcome)
-            except (*UNAVAILABLE, StoreUnavailableError):
+            except (*UNAVAILABLE, StoreUnavailableError) as error:
                 broken = True
                 self._session.drop()
-                if time.monotonic() > until:
+                if isinstance(error, OrphanedError) or time.monotonic() > until:
                     raise
                 time.sleep(pause)
                 pause = min(pause * 2, 1.0)

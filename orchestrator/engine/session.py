@@ -20,6 +20,10 @@ from orchestrator.store.permits import Permit
 _KNOWN_S = 1.0  # how long a drain goes by what it has heard of pauses
 
 
+class OrphanedError(StoreUnavailableError):
+    """The worker stops and has lost its incarnation: nobody makes it another one, and what it began is in doubt."""
+
+
 class Session:
     """One child's hold on the database, under the present incarnation of its worker."""
 
@@ -45,6 +49,8 @@ class Session:
         if self._advancer is None:
             identity = self._worker.identity()
             if not self._mark(self.connection, identity):
+                if self._worker.stopping():
+                    raise OrphanedError("this worker was declared dead while it was stopping")
                 raise StoreUnavailableError("this worker was declared dead and is taking a new incarnation; try again")
             self._advancer = Advancer(
                 self._worker.script_of,

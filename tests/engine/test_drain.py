@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Connection as SqlConnection
 from sqlalchemy import text
 
-from orchestrator import Effect, Rejected, RetryPolicy, saga, step
+from orchestrator import Effect, Rejected, RetryPolicy, StoreUnavailableError, saga, step
 from orchestrator.client import Client
 from orchestrator.machine.journal import Cancel, Operate, encode
 from orchestrator.machine.turn import Script
@@ -242,6 +242,22 @@ def lose_the_lease(connection: Connection, child: Child) -> None:
     connection.execute("UPDATE orchestrator.work SET deadline_at = orchestrator.now() WHERE fence IS NOT NULL")
     liveness.give_back_dead(connection)
     child.reborn()
+
+
+def test_a_child_that_stops_and_was_declared_dead_waits_for_no_other_life(child: Child, connection: Connection) -> None:
+    """Its companion is not started again: for ten minutes it tried to record what had come of its step."""
+
+    def orphan(taken: Any) -> None:
+        assert liveness.declare_dead(connection, child.incarnation)
+        child.stopping = True
+        held = child.drainer._session.connection
+        assert held is not None
+        held.close()
+
+    child.runner.after = orphan
+    start(connection, in_a_row, ["a"])
+    with pytest.raises(StoreUnavailableError, match="while it was stopping"):
+        child.drain()
 
 
 def test_a_late_success_is_an_entry_and_changes_nothing_if_another_attempt_succeeded(
