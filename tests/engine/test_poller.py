@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import pytest
 
-from orchestrator.poller import _Book
+from orchestrator.poller import _Book, _settle
+from orchestrator.store.runs import Outcome
 
 NOW = 1000.0
 
@@ -28,3 +31,12 @@ def test_from_then_on_pauses_grow_from_a_millisecond_to_a_quarter_of_a_second(bo
     book.usual_s, book.asked_at = 0.01, NOW - 1.0
     pauses = [book.next_pause() for _ in range(40)]
     assert (pauses[0], pauses[1], pauses[-1]) == (0.001, 0.00125, 0.25)
+
+
+def test_how_long_callers_wait_is_learned(book: _Book) -> None:
+    ended = Outcome("run", "completed", None, None, [], "shop", 1, False, [], None)
+    book.asked_at = NOW - 0.008
+    for _ in range(20):
+        book.waiting["run"] = [Future()]
+        _settle(book, ["run"], {"run": ended}, {})
+    assert book.usual_s == pytest.approx(0.008, rel=0.01)
