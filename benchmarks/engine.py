@@ -83,6 +83,27 @@ async def rolls_back() -> None:
     await saga.step(refuse)
 
 
+@step(effect=Effect.NONE)
+def numbers(after: int | None, count: int) -> tuple[list[int], int | None]:
+    first = after or 0
+    last = min(first + 500, count)
+    return list(range(first, last)), last if last < count else None
+
+
+@step
+def undo_item(item: int, result: int | None) -> None: ...
+
+
+@step(compensate=undo_item)
+def do_item(item: int) -> int:
+    return item
+
+
+@saga.define
+async def mapping(count: int) -> int:
+    return (await saga.map(do_item, numbers, args=(count,))).succeeded
+
+
 @saga.define
 async def slow_steps(run: int) -> None:
     for number in range(3):
@@ -150,6 +171,14 @@ def parallel(steps: int) -> dict[str, float]:
     return clock
 
 
+def mapped(items: int) -> dict[str, object]:
+    """One run that maps a step, which can be undone, over many items from a paging step."""
+    with clocked() as clock:
+        result = mapping.delay(items)
+        assert result.get(timeout=PATIENCE_S + items / 100) == items
+    return {**clock, "run": result.id}
+
+
 def rollbacks(runs: int) -> dict[str, float]:
     """Runs whose third step is rejected, so that two are undone."""
     with clocked() as clock:
@@ -173,5 +202,5 @@ def nap(runs: int, begin: float) -> dict[str, list[str]]:
     return {"runs": [sleeps.delay(instant).id for instant in due]}
 
 
-_ALL = (three, steadily, in_bulk, queues, one_at_a_time, sequence, parallel, rollbacks, crash, nap)
+_ALL = (three, steadily, in_bulk, queues, one_at_a_time, sequence, parallel, mapped, rollbacks, crash, nap)
 LOADS = {load.__name__: load for load in _ALL}

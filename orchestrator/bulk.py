@@ -17,7 +17,7 @@ from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Arrival, Cancel, Operate, Terminate, encode
 from orchestrator.machine.states import RunState
-from orchestrator.store import filters, turns
+from orchestrator.store import arrivals, filters
 from orchestrator.store.connection import Connection
 from orchestrator.store.filters import Found
 
@@ -191,9 +191,9 @@ def _tell(connection: Connection, order: Order, told: list[Found]) -> Counter[st
     failpoint("bulk.before", connection)
     with connection.transaction():
         failpoint("bulk.begun", connection)
-        for anyone, arrivals in left.items():
-            if arrivals:
-                queues.update(turns.leave_arrivals(connection, arrivals, anyone=anyone))
+        for anyone, these in left.items():
+            if these:
+                queues.update(arrivals.leave_many(connection, these, anyone=anyone))
         failpoint("bulk.left", connection)
     failpoint("bulk.after", connection)
     return queues

@@ -6,22 +6,19 @@ Owns what a caller sees.  Must never run saga code or a step.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import getpass
 import logging
 import os
-import re
-import secrets
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from orchestrator import starting
 from orchestrator.codec import Json, ValueCodec, canonical_text, check, encode_any, first_line, is_name
 from orchestrator.engine.reconcile import Report, reconcile
 from orchestrator.errors import (
@@ -40,10 +37,8 @@ from orchestrator.reconcile import Looked
 from orchestrator.result import SagaResult, saga_of
 from orchestrator.retention import Chosen, Pruned, prune
 from orchestrator.saga import Saga
-from orchestrator.saga.face import is_tag
 from orchestrator.settings import Settings
-from orchestrator.step import current_step, route
-from orchestrator.store import pauses, runs, turns
+from orchestrator.store import arrivals, pauses, runs
 from orchestrator.store.connection import Connection
 from orchestrator.store.missing import unknown_run
 from orchestrator.store.pool import ClientPool
@@ -55,15 +50,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Ring = Callable[[str, int], None]
 
-_OPTIONS = frozenset({"task_id", "countdown", "eta", "priority", "transaction", "deadline", "queue", "tags"})
-_CELERY_NOISE = frozenset({
-    "producer", "connection", "router", "ignore_result", "shadow", "expires", "retry", "serializer", "routing_key",
-    "exchange", "headers", "root_id", "parent_id", "time_limit", "soft_time_limit", "add_to_parent", "group_id",
-    "group_index", "periodic_task_name",
-})  # fmt: skip
-_LONGEST_S = 1000 * 365 * 86400.0
 _PAGE = 500  # runs that start_many starts with one commit
-_CANVAS = {"link": "", "link_error": "", "chain": "", "chord": ""}
 
 
 class Client:
@@ -98,7 +85,7 @@ class Client:
             failpoint("join.after")
             if not created:
                 self._compare(saga, new, foreign.execute(transaction, runs.IDENTITY, {"id": new.id}))
-            elif _due_now(new):
+            elif starting.is_due(new):
                 foreign.after_commit(transaction, functools.partial(self._ring_quietly, new.queue))
             return SagaResult(self, new.id, saga)
         return self._start_committed(saga, [new])[0]
@@ -139,7 +126,7 @@ class Client:
         created = await foreign.aexecute(transaction, runs.START, new.values()) is not None
         if not created:
             self._compare(saga, new, await foreign.aexecute(transaction, runs.IDENTITY, {"id": new.id}))
-        elif _due_now(new):
+        elif starting.is_due(new):
             foreign.after_commit(transaction, functools.partial(self._ring_quietly, new.queue))
         return SagaResult(self, new.id, saga)
 
@@ -163,39 +150,8 @@ class Client:
                     self._compare(saga, each, runs.identity(connection, each.id))
 
     def prepare(self, saga: Saga[Any, Any], encoded: Json, options: dict[str, Any]) -> tuple[runs.Start, Any]:
-        """Return what is to be started for an encoded input and start options, and the caller's transaction if any.
-
-        Raises: PayloadError, UsageError.
-        """
-        for name in options:
-            if name in _CANVAS and options[name]:
-                raise UsageError(
-                    f"{name}= on saga {saga.name}: Celery's canvas would lose it; make what comes after a step "
-                    "of the saga, or run a canvas of tasks with orchestrator.durable(...)"
-                )
-            if name not in _OPTIONS and name not in _CELERY_NOISE and name not in _CANVAS:
-                raise UsageError(f"saga {saga.name} has no start option {name}=; it has {', '.join(sorted(_OPTIONS))}")
-        check(encoded, what=f"the input of {saga.name}")
-        context = current_step.get()
-        run_id, transaction = options.get("task_id"), options.get("transaction")
-        if context is not None and run_id is None:
-            run_id = f"{context.idempotency_key}:{context.starts}"
-            context.starts += 1
-            transaction = transaction if transaction is not None else context.connection
-        deadline = options.get("deadline", saga.options.deadline)
-        new = runs.Start(
-            id=_valid_id(run_id) if run_id is not None else _new_id(),
-            saga=saga.name,
-            version=saga.options.version,
-            input=encoded,
-            queue=_queue(options.get("queue") or saga.options.queue or route(saga.name) or self._default_queue()),
-            priority=_priority(options.get("priority"), saga),
-            delay=_seconds("countdown", options.get("countdown") or 0),
-            eta=_aware(options.get("eta")),
-            deadline=None if deadline is None else _seconds("deadline", deadline),
-            tags=_tags(options.get("tags")),
-        )
-        return new, transaction
+        """Return what is to be started, and the caller's transaction if any; see `starting.prepare`."""
+        return starting.prepare(saga, encoded, options, self._default_queue)
 
     def _compare(self, saga: Saga[Any, Any], new: runs.Start, known: tuple[Any, ...] | None) -> None:
         if known is None:
@@ -370,7 +326,7 @@ class Client:
         from orchestrator.bulk import Filter, Order, give  # and SQLAlchemy with it
 
         for option in ("started_after", "started_before"):
-            chosen[option] = _aware(chosen.get(option), option)
+            chosen[option] = starting.aware(option, chosen.get(option))
         saga = chosen.get("saga", "")
         try:
             wanted = Filter(**{**chosen, "saga": getattr(saga, "name", saga)})
@@ -433,7 +389,7 @@ class Client:
             failpoint("order.before", connection)
             with connection.transaction():
                 failpoint("order.begun", connection)
-                queue = turns.leave_arrival(connection, run_id, encode(arrival), anyone=not _wants_code(arrival))
+                queue = arrivals.leave(connection, run_id, encode(arrival), anyone=not _wants_code(arrival))
                 failpoint("order.left", connection)
             failpoint("order.after", connection)
             if queue:
@@ -509,67 +465,9 @@ def whoami() -> str:
         return f"uid {os.getuid()}"
 
 
-def _new_id() -> str:
-    """Return a time-ordered UUID (version 7, RFC 9562), so that runs of one time lie together in the indexes."""
-    value = time.time_ns() // 1_000_000 << 80 | secrets.randbits(80)
-    value = value & ~(0xF << 76) | 7 << 76
-    value = value & ~(0x3 << 62) | 2 << 62
-    return str(uuid.UUID(int=value))
-
-
-def _valid_id(run_id: Any) -> str:
-    text = str(run_id)
-    if not is_name(text):
-        raise UsageError("a run id (task_id) must be text of 1 to 500 printable bytes")
-    if re.search(r"~\d+$", text):
-        raise UsageError(f"run id {text!r}: names that end in ~ and a number are for ended links of continued runs")
-    return text
-
-
 def _known(run_id: str) -> None:
     if not is_name(run_id, limit_bytes=2000):  # a correcting run is named after a run and a key
         raise unknown_run(run_id)
-
-
-def _queue(queue: Any) -> str:
-    if not is_name(queue):
-        raise UsageError("queue must be text of 1 to 500 printable bytes")
-    return str(queue)
-
-
-def _seconds(option: str, value: Any) -> float:
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not abs(seconds) <= _LONGEST_S:
-        raise UsageError(f"{option} must be a number of seconds, at most a thousand years")
-    return float(seconds)
-
-
-def _priority(priority: Any, saga: Saga[Any, Any]) -> int:
-    priority = saga.options.priority if priority is None else priority
-    if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 9:
-        raise UsageError(f"priority must be a whole number from 0 to 9 (higher first), not {priority!r}")
-    return priority
-
-
-def _tags(tags: Any) -> dict[str, Json] | None:
-    if not tags:
-        return None
-    if not isinstance(tags, dict) or not all(map(is_tag, tags.values())):
-        raise UsageError(
-            "tags must be a mapping of names to text of at most 500 printable bytes, numbers, truth values"
-        )
-    check(tags, what="the tags")
-    return tags
-
-
-def _aware(eta: Any, option: str = "eta") -> datetime | None:
-    if eta is None:
-        return None
-    with contextlib.suppress(ValueError):
-        eta = datetime.fromisoformat(eta) if isinstance(eta, str) else eta
-    if not isinstance(eta, datetime) or eta.tzinfo is None:
-        raise UsageError(f"{option} must be an aware datetime; say which time zone it is in")
-    return eta
 
 
 def _saga_or_queue(saga: Any, queue: str) -> tuple[pauses.Kind, str]:
@@ -588,7 +486,3 @@ def _wants_code(arrival: Arrival) -> bool:
     return isinstance(arrival, Signal) or (
         isinstance(arrival, Operate) and not arrival.key and arrival.action != "pause"
     )
-
-
-def _due_now(new: runs.Start) -> bool:
-    return not new.delay and new.eta is None

@@ -23,6 +23,7 @@ CASES: dict[str, Case] = {
     "usage": usage.usage,
     "full": large.full,
     "timers": large.timers,
+    "map": large.mapped,
     "memory": usage.memory,
     "load": growth.load,
     "workers": growth.workers,

@@ -1,4 +1,4 @@
-"""Full tables, and many timers that fall due together."""
+"""Full tables, many timers that fall due together, a map over very many items."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from psycopg import sql
 from benchmarks.cases.throughput import rate, warm
 from benchmarks.report import Row
 from benchmarks.scale import Scale
-from benchmarks.stack import Side, Stack, until
+from benchmarks.stack import Side, Stack, memory_mb, until
 
 _SLEEPING = "SELECT count(*) FROM orchestrator.work WHERE run_id = ANY(%s) AND due_at > now()"
 _OPEN = "SELECT count(*) FROM orchestrator.runs WHERE id = ANY(%s) AND finished_at IS NULL"
 _FINISHED = "SELECT id, extract(epoch FROM finished_at)::float FROM orchestrator.runs WHERE id = ANY(%s)"
+_PAGES = "SELECT count(*) FROM orchestrator.runs WHERE saga = 'orchestrator.map' AND finished_at IS NOT NULL"
+_PAGE_ENDS = """
+SELECT extract(epoch FROM finished_at)::float FROM orchestrator.runs WHERE saga = 'orchestrator.map' ORDER BY 1
+"""
+_HISTORY = "SELECT count(*) FROM orchestrator.journal WHERE run_id = ANY(%s)"
 
 
 def full(stack: Stack, scale: Scale) -> list[Row]:
@@ -81,6 +86,29 @@ def timers(stack: Stack, scale: Scale) -> list[Row]:
     cuts = quantiles(late, n=100, method="inclusive") if count > 1 else late * 99
     case = f"{count:,} timers in one second"
     return [Row(case, "s late, p50", [cuts[49]]), Row(case, "s late, p99", [cuts[98]], most=1.0)]
+
+
+def mapped(stack: Stack, scale: Scale) -> list[Row]:
+    """One run that maps a step over very many items: its rate, its history, the memory of the worker.  One round."""
+    items = scale.of(20_000)
+    with stack.engine() as engine, psycopg.connect(engine.database_url, autocommit=True) as connection:
+        warm(engine, "three", scale)
+        engine.client.send("mapped", items=items)
+        until(lambda: _one(connection, _PAGES) > items // 5000, "a tenth of the pages has ended", 60 + items / 100)
+        early = memory_mb(engine.workers[0].pid)
+        answer = engine.client.receive(60 + items / 50)
+        late = memory_mb(engine.workers[0].pid)
+        history = _one(connection, _HISTORY, answer["run"])
+        ends = [end for (end,) in connection.execute(_PAGE_ENDS)]
+    tenth = max(1, len(ends) // 10)
+    first, last = ends[tenth] - ends[0], ends[-1] - ends[-1 - tenth]
+    case = f"a map of {items:,} items"
+    return [
+        Row(case, "items/s", [items / answer["seconds"]]),
+        Row(case, "s, last tenth", [last], "first tenth", [first], most=1.2),
+        Row(case, "MB, worker", [late], "after a tenth", [early], most=1.05),
+        Row(case, "journal rows of the run", [history]),
+    ]
 
 
 def _one(connection: psycopg.Connection[Any], statement: str, *values: Any) -> Any:

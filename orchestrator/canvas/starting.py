@@ -6,7 +6,7 @@ Owns the built-in saga that runs a canvas, and the handle that starts it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
 from orchestrator.canvas.nodes import Canvas, Node
 from orchestrator.canvas.reading import read, read_all
@@ -15,6 +15,7 @@ from orchestrator.codec import Json, encode_any
 from orchestrator.errors import UsageError
 from orchestrator.machine.loop import inside_saga
 from orchestrator.machine.policy import RetryPolicy
+from orchestrator.options import CanvasOptions, StartOptions
 from orchestrator.saga.declare import define
 from orchestrator.step import StepOptions
 
@@ -22,10 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.result import SagaResult
 
 WhenUsedUp = Literal["compensate", "park"]
-_OPTIONS = frozenset({
-    "task_id", "countdown", "eta", "priority", "queue", "deadline", "tags", "transaction", "link", "link_error",
-})  # fmt: skip
-_IT_HAS = ", ".join(sorted(_OPTIONS))
+_OPTIONS = frozenset(CanvasOptions.__annotations__)
 
 
 @define(name="orchestrator.canvas")
@@ -52,7 +50,9 @@ class Durable:
         """
         return self.apply_async(args, kwargs)
 
-    def apply_async(self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any) -> SagaResult:
+    def apply_async(
+        self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Unpack[CanvasOptions]
+    ) -> SagaResult:
         """Start it with partial arguments and options: `link` and `link_error` (of the canvas as a whole), and those of
         a saga: `task_id` (the run id), `countdown`, `eta`, `priority`, `queue` (of the run; links have their own),
         `deadline`, `transaction`.
@@ -60,19 +60,19 @@ class Durable:
         Raises: UsageError, also for a task that neither this app nor a living worker knows; PayloadError,
         ConflictError, StoreUnavailableError.
         """
-        canvas = self._to_start(args, kwargs, options)
-        return run_canvas.apply_async((canvas,), self.options, **options)
+        canvas, start = self._to_start(args, kwargs, {**options})
+        return run_canvas.apply_async((canvas,), self.options, **start)
 
     async def adelay(self, *args: Any, **kwargs: Any) -> SagaResult:
         """Start it without blocking the event loop; see `delay`."""
         return await self.aapply_async(args, kwargs)
 
     async def aapply_async(
-        self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any
+        self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Unpack[CanvasOptions]
     ) -> SagaResult:
         """Start it without blocking the event loop; see `apply_async`."""
-        canvas = self._to_start(args, kwargs, options)
-        return await run_canvas.aapply_async((canvas,), self.options, **options)
+        canvas, start = self._to_start(args, kwargs, {**options})
+        return await run_canvas.aapply_async((canvas,), self.options, **start)
 
     def AsyncResult(self, task_id: str) -> SagaResult:  # noqa: N802 - Celery's name
         """Return a handle to a run by its id; asks nothing of the database yet."""
@@ -96,8 +96,10 @@ class Durable:
         canvas: Canvas = self.canvas.model_copy(update=self.canvas.called_with(*given))
         return canvas
 
-    def _to_start(self, args: Iterable[Any], kwargs: dict[str, Any] | None, options: dict[str, Any]) -> Canvas:
-        """Return the canvas as it is to be started; takes what is not the run's out of `options`."""
+    def _to_start(
+        self, args: Iterable[Any], kwargs: dict[str, Any] | None, options: dict[str, Any]
+    ) -> tuple[Canvas, StartOptions]:
+        """Return the canvas as it is to be started, and how its run is."""
         if inside_saga():
             raise UsageError("a canvas was started in saga code; run it as a step there: `await saga.step(signature)`")
         for name in options.keys() - _OPTIONS:
@@ -107,7 +109,7 @@ class Durable:
         canvas = self.with_callbacks(options.pop("link", None), options.pop("link_error", None))
         called = canvas.called_with(args or (), kwargs or {})
         _refuse_unknown(called)
-        return called
+        return called, cast(StartOptions, options)
 
 
 def durable(signature: Any, *, retry: RetryPolicy | None = None, on_unknown: WhenUsedUp | None = None) -> Durable:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
@@ -41,7 +41,8 @@ from orchestrator.step import registry as step_registry
 from orchestrator.store.permits import Permits
 
 if TYPE_CHECKING:
-    from orchestrator.bulk import Effects
+    from orchestrator.bulk import Action, Effects
+    from orchestrator.options import BulkOptions, PruneOptions
     from orchestrator.store.transaction import Transactions
 
 logger = logging.getLogger(__name__)
@@ -161,11 +162,11 @@ class Orchestrator:
             missing -= self.app.tasks.keys()
         return sorted(missing - self.client.known_to_workers()) if missing else []
 
-    def bulk(self, action: str, **options: Any) -> Effects:
+    def bulk(self, action: Action, **options: Unpack[BulkOptions]) -> Effects:
         """Give one order to all runs that a filter finds; see `Client.bulk`."""
         return self.client.bulk(action, **options)
 
-    def prune(self, older_than: timedelta, **options: Any) -> Pruned:
+    def prune(self, older_than: timedelta, **options: Unpack[PruneOptions]) -> Pruned:
         """Delete runs that ended longer ago; see `Client.prune`."""
         return self.client.prune(older_than, **options)
 

@@ -30,7 +30,7 @@ from orchestrator.machine.journal import (
 )
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.machine.turn import CodeError, CodeMissing, Execution, Script, Turn
-from orchestrator.store import gates, runs, turns
+from orchestrator.store import arrivals, gates, runs, turns
 from orchestrator.store.connection import REFUSED, UNAVAILABLE, Connection
 from orchestrator.store.turns import Loaded, Taken
 
@@ -256,11 +256,11 @@ class Advancer:
                 return lambda after: self._go_on(after, taken.run_id, made(after))
             execution.discard()
         assert taken.fence is not None
-        if not turns.arrive(connection, taken.run_id, taken.key, taken.fence, encode(outcome)):
+        if not arrivals.arrive(connection, taken.run_id, taken.key, taken.fence, encode(outcome)):
             return None
         if drivable:
             return lambda after: self._advance(after, taken.run_id)
-        queue = turns.owe_turn(connection, taken.run_id)
+        queue = arrivals.owe_turn(connection, taken.run_id)
 
         def ring(after: Connection) -> list[Taken]:
             if queue:
@@ -283,10 +283,10 @@ class Advancer:
             failpoint("arrive.begun", connection)
             for taken, outcome in ended:
                 assert taken.fence is not None
-                if turns.arrive(connection, taken.run_id, taken.key, taken.fence, encode(outcome)):
+                if arrivals.arrive(connection, taken.run_id, taken.key, taken.fence, encode(outcome)):
                     accepted.append(taken)
             if accepted and not drive:
-                queue = turns.owe_turn(connection, accepted[0].run_id)
+                queue = arrivals.owe_turn(connection, accepted[0].run_id)
             failpoint("arrive.left", connection)
         failpoint("arrive.after", connection)
         if queue:
@@ -308,7 +308,7 @@ class Advancer:
         failpoint("late.before", connection)
         with connection.transaction():
             failpoint("late.begun", connection)
-            queue = turns.leave_arrival(connection, taken.run_id, encode(late), anyone=True)
+            queue = arrivals.leave(connection, taken.run_id, encode(late), anyone=True)
             failpoint("late.left", connection)
         failpoint("late.after", connection)
         if queue:
@@ -352,7 +352,7 @@ class Advancer:
             if loaded is None or not (loaded.arrivals or holds_turn):
                 return begun
             if loaded.run.finished and not loaded.arrivals:
-                turns.ignore(connection, run_id, [])
+                arrivals.ignore(connection, run_id, [])
                 return begun
             try:
                 made = self._attempt(connection, loaded, holds_turn=holds_turn, may_begin=may_begin and not begun)
@@ -368,7 +368,7 @@ class Advancer:
             if not made.again:
                 return begun
         # Not lost: its arrivals are found by the next turn.
-        turns.owe_turn(connection, run_id)
+        arrivals.owe_turn(connection, run_id)
         return begun
 
     def _attempt(
@@ -390,7 +390,7 @@ class Advancer:
         if turn.was_ended and done:
             return Made([], False, written=False)  # its fence went with the end of the run; it may be a late effect
         if turn.was_ended and not (turn.entries or turn.posts):
-            turns.ignore(connection, loaded.run.id, consumed)
+            arrivals.ignore(connection, loaded.run.id, consumed)
             return Made([], False)
         try:
             with connection.transaction() if turn.corrections else nullcontext():
@@ -432,27 +432,27 @@ class Advancer:
         self._admit(connection, [*(work.call for work in turn.work), *(taken.call for taken in done)])
         begun = [first.taken] if first else []
         others = execution.fold.in_flight > len(begun)
-        return Made(begun, committed.owed or (others and turns.has_arrivals(connection, run_id)))
+        return Made(begun, committed.owed or (others and arrivals.waiting(connection, run_id)))
 
     def _compute(
         self, connection: Connection, loaded: Loaded, outcomes: Sequence[AttemptEnded] = ()
     ) -> tuple[Execution | None, Turn]:
-        arrivals: list[Arrival] = [decode_arrival(arrival) for _, arrival in loaded.arrivals]
-        arrivals.extend(outcomes)
+        arrived: list[Arrival] = [decode_arrival(arrival) for _, arrival in loaded.arrivals]
+        arrived.extend(outcomes)
         execution = self._runs.take(loaded)
         if execution is None:
             return None, _NO_TURN
         try:
-            return execution, execution.turn(arrivals, loaded.now)
+            return execution, execution.turn(arrived, loaded.now)
         except CodeMissing:
             raise
         except Exception as error:
             self._runs.forget(loaded.run.id)
             execution.discard()
-            return self._park(connection, loaded.run.id, arrivals, error)
+            return self._park(connection, loaded.run.id, arrived, error)
 
     def _park(
-        self, connection: Connection, run_id: str, arrivals: Sequence[Arrival], error: Exception
+        self, connection: Connection, run_id: str, arrived: Sequence[Arrival], error: Exception
     ) -> tuple[Execution | None, Turn]:
         """A turn that cannot be computed parks the run: what arrived is recorded, saga code is left alone."""
         if isinstance(error, DriftError):
@@ -467,7 +467,7 @@ class Advancer:
         execution = self._runs.take(again) if again else None
         if execution is None or again is None:
             return None, _NO_TURN
-        return execution, execution.turn(arrivals, again.now, park)
+        return execution, execution.turn(arrived, again.now, park)
 
     def _write(
         self,

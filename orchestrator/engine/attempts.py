@@ -20,7 +20,7 @@ from orchestrator.errors import PayloadError, Rejected, StoreUnavailableError, d
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.step import StepContext, StepStopped
-from orchestrator.store import liveness, turns
+from orchestrator.store import attempts, liveness
 from orchestrator.store.connection import UNAVAILABLE, CommitUnknown, Connection
 from orchestrator.store.turns import Taken
 
@@ -148,7 +148,7 @@ class Attempts:
         connection, _ = self._session.ready()
         details = encode_any(details, f"the heartbeat details of {taken.task}")
         taken.call["d"] = details
-        stop = turns.heartbeat(connection, taken.run_id, taken.key, taken.fence, details)
+        stop = attempts.heartbeat(connection, taken.run_id, taken.key, taken.fence, details)
         if stop is None:
             raise StepStopped(
                 f"attempt {taken.attempt} of {taken.key} was given up: its lease or its heartbeat was missed"
@@ -208,13 +208,13 @@ class Attempts:
     ) -> list[Taken] | None:
         """After a connection was lost at a commit: None if the outcome can still be recorded, else what to do next."""
         fences.append(new_fence())
-        if turns.refence(connection, taken.run_id, taken.key, fences, fences[-1]):
+        if attempts.refence(connection, taken.run_id, taken.key, fences, fences[-1]):
             taken.fence = fences[-1]
             return None
-        if not turns.recorded(connection, taken.run_id, taken.key, outcome.role, taken.attempt, outcome.worker):
+        if not attempts.recorded(connection, taken.run_id, taken.key, outcome.role, taken.attempt, outcome.worker):
             return None  # taken away meanwhile: recording it again reports a late effect
         identity = advancer.identity
-        held = turns.held(connection, identity.incarnation, identity.child)
+        held = attempts.held(connection, identity.incarnation, identity.child)
         in_hand = {item.fence for item in self._in_hand()}
         return [item for item in held if item.run_id == taken.run_id and item.fence not in in_hand]
 
@@ -225,7 +225,7 @@ class Attempts:
         """
         connection, advancer = self._session.ready()
         incarnation, child = advancer.identity.incarnation, advancer.identity.child
-        held = turns.held(connection, incarnation, child) if owes else []
+        held = attempts.held(connection, incarnation, child) if owes else []
         begun = [item for item in held if _attempt_of(item) not in self._run_already]
         keep = [item.fence for item in begun if item.fence is not None]
         for queue in liveness.give_back_child(connection, incarnation, child, keep):

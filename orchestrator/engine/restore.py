@@ -16,7 +16,7 @@ from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.machine import restore as machine
 from orchestrator.machine.journal import Restore, encode
-from orchestrator.store import liveness, restores, turns
+from orchestrator.store import arrivals, liveness, restores
 from orchestrator.store.connection import Connection
 
 _PAGE = 200  # runs that are told with one commit
@@ -108,7 +108,7 @@ def _page(connection: Connection) -> Found | None:
         restores.take_away(connection, ids)
         failpoint("restore.taken", connection)
         restore = encode(Restore(sweep.by))
-        turns.leave_arrivals(connection, [(run_id, restore) for run_id in ids], anyone=True)
+        arrivals.leave_many(connection, [(run_id, restore) for run_id in ids], anyone=True)
         restores.advance(connection, sweep.id, ids[-1], found)
         failpoint("restore.telling", connection)
     return found

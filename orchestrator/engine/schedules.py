@@ -19,7 +19,7 @@ from orchestrator.engine.timetable import Timetable, between, latest
 from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Cancel, Restore, encode
-from orchestrator.store import restores, runs, turns
+from orchestrator.store import arrivals, restores, runs
 from orchestrator.store import schedules as store
 from orchestrator.store.connection import Connection
 
@@ -275,7 +275,7 @@ class _Deciding:
                 store.change(self._connection, self._app, name, each.slot, "skipped", because)
             elif each.goes_forward:
                 order = encode(Cancel("beat", f"the next slot of schedule {name} has come"))
-                queue = turns.leave_arrival(self._connection, each.run_id, order, self._now, anyone=True)
+                queue = arrivals.leave(self._connection, each.run_id, order, self._now, anyone=True)
                 self.rings[queue or ""] += 1
 
     def _start(self, slot: datetime, own_id: str, since: datetime | None) -> None:
@@ -288,7 +288,7 @@ class _Deciding:
         is_new = runs.start(self._connection, new, self._now)
         if is_new and since and self._restored and since <= self._restored[0]:
             told = encode(Restore(self._restored[1]))
-            turns.leave_arrival(self._connection, own_id, told, self._now, anyone=True)
+            arrivals.leave(self._connection, own_id, told, self._now, anyone=True)
         self.rings[new.queue] += 1
 
     @cached_property

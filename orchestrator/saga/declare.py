@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 from orchestrator.codec import FunctionCodec, Json, check
 from orchestrator.errors import DefinitionError, PayloadError, UnknownSagaError, UsageError
@@ -17,6 +17,7 @@ from orchestrator.machine.loop import inside_saga
 from orchestrator.machine.turn import Script
 
 if TYPE_CHECKING:
+    from orchestrator.options import StartManyOptions, StartOptions
     from orchestrator.result import SagaResult
 
 P = ParamSpec("P")
@@ -97,31 +98,33 @@ class Saga(Generic[P, R]):
         """
         return self._starter().start(self, args, kwargs, {})
 
-    def apply_async(self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any) -> SagaResult:
+    def apply_async(
+        self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Unpack[StartOptions]
+    ) -> SagaResult:
         """Start a run with options: `task_id` (the run id), `countdown` (seconds), `eta` (aware), `priority` (higher
         first), `transaction` (the caller's own: the run starts if and only if it commits), `deadline` (timedelta).
 
         Raises: PayloadError, ConflictError, StoreUnavailableError; UsageError for an option that has no meaning here.
         """
-        return self._starter().start(self, tuple(args or ()), kwargs or {}, options)
+        return self._starter().start(self, tuple(args or ()), kwargs or {}, {**options})
 
-    def start_many(self, calls: Iterable[tuple[Any, ...]], **options: Any) -> list[SagaResult]:
+    def start_many(self, calls: Iterable[tuple[Any, ...]], **options: Unpack[StartManyOptions]) -> list[SagaResult]:
         """Start a run for each tuple of arguments, many with one commit; returns their handles in the same order.
 
         Takes the options of `apply_async` but `transaction`, for all of them; `task_ids` instead of `task_id`.
         Raises: as `apply_async`; then some are started, and to start all of them again with the same ids is harmless.
         """
-        return self._starter().start_many(self, calls, options)
+        return self._starter().start_many(self, calls, {**options})
 
     async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> SagaResult:
         """Start a run without blocking the event loop; see `delay`."""
         return await self._starter().astart(self, args, kwargs, {})
 
     async def aapply_async(
-        self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any
+        self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Unpack[StartOptions]
     ) -> SagaResult:
         """Start a run without blocking the event loop; see `apply_async`."""
-        return await self._starter().astart(self, tuple(args or ()), kwargs or {}, options)
+        return await self._starter().astart(self, tuple(args or ()), kwargs or {}, {**options})
 
     def AsyncResult(self, task_id: str) -> SagaResult:  # noqa: N802 - Celery's name
         """Return a handle to a run by its id; asks nothing of the database yet."""

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from orchestrator.codec import Json, dumps
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.circles import Place
+from orchestrator.store.arrivals import owe_turn
 from orchestrator.store.connection import Connection
-from orchestrator.store.turns import owe_turn
 
 MOST = 2_000  # places that are looked at together; whoever stands behind them is for a later look
 

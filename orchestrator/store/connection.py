@@ -16,6 +16,7 @@ from orchestrator.errors import StoreUnavailableError
 
 Connection = psycopg.Connection[Any]
 UNAVAILABLE = (psycopg.OperationalError, psycopg.InterfaceError)
+CLOCK = "coalesce(%(now)s::timestamptz, orchestrator.now())"  # the database's, unless a caller names the moment
 REFUSED = psycopg.Error  # what is not a lost connection: a statement that the database refused
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from orchestrator.store.connection import Connection
-from orchestrator.store.turns import CLOCK
+from orchestrator.store.connection import CLOCK, Connection
 
 _SAMPLE = 100_000  # rows of work that are looked at
 

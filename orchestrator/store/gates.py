@@ -13,8 +13,7 @@ from collections import Counter
 from datetime import datetime, timedelta
 
 from orchestrator.failpoints import failpoint
-from orchestrator.store.connection import Connection
-from orchestrator.store.turns import CLOCK
+from orchestrator.store.connection import CLOCK, Connection
 
 LINE = timedelta(hours=8_766_000)  # a thousand years
 _PAGE = 200  # gates that one round of a pump looks at

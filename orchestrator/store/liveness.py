@@ -12,9 +12,9 @@ from typing import Any
 
 from orchestrator.codec import dumps
 from orchestrator.failpoints import failpoint
-from orchestrator.store.connection import Connection
+from orchestrator.store.arrivals import owe_turn
+from orchestrator.store.connection import CLOCK, Connection
 from orchestrator.store.pauses import Paused
-from orchestrator.store.turns import CLOCK, owe_turn
 
 _REGISTER = """
 INSERT INTO orchestrator.incarnations (node, host, pid, queues, targets, slots)

@@ -19,9 +19,9 @@ from typing import Literal
 
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Operate, encode
-from orchestrator.store.connection import Connection
+from orchestrator.store.arrivals import leave_many
+from orchestrator.store.connection import CLOCK, Connection
 from orchestrator.store.gates import LINE
-from orchestrator.store.turns import CLOCK, leave_arrivals
 
 Kind = Literal["saga", "queue"]
 _PAGE = 500
@@ -183,7 +183,7 @@ def _hold(connection: Connection, saga: str, order: Operate, after: str) -> tupl
         "UPDATE orchestrator.pauses SET swept_to = %s, sweeps = sweeps + %s WHERE kind = 'saga' AND name = %s",
         [last if more else "", int(not more), saga],
     )
-    return more, leave_arrivals(connection, [(run_id, encode(order)) for run_id in run_ids], anyone=True)
+    return more, leave_many(connection, [(run_id, encode(order)) for run_id in run_ids], anyone=True)
 
 
 _TOLD = """
@@ -208,7 +208,7 @@ def _let_go(connection: Connection, saga: str, order: Operate) -> tuple[bool, li
     seen, queues, run_ids = row
     if seen < _PAGE:
         connection.execute("DELETE FROM orchestrator.pauses WHERE kind = 'saga' AND name = %s", [saga])
-    return seen == _PAGE, queues + leave_arrivals(connection, [(run_id, encode(order)) for run_id in run_ids])
+    return seen == _PAGE, queues + leave_many(connection, [(run_id, encode(order)) for run_id in run_ids])
 
 
 # Every pause is told twice: the second time after whoever did not know of it yet has begun his last run.

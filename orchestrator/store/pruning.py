@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from orchestrator.store.connection import Connection
-from orchestrator.store.turns import CLOCK
+from orchestrator.store.connection import CLOCK, Connection
 
 
 def clock(connection: Connection, now: datetime | None = None) -> datetime:

@@ -12,8 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from orchestrator.codec import dumps
-from orchestrator.store.connection import Connection
-from orchestrator.store.turns import CLOCK
+from orchestrator.store.connection import CLOCK, Connection
 
 # One that was begun a day ago and never finished is given up: it would mix two days.
 _GIVE_UP = f"""

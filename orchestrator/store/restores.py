@@ -12,8 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from orchestrator.codec import Json, dumps
-from orchestrator.store.connection import Connection
-from orchestrator.store.turns import CLOCK
+from orchestrator.store.connection import CLOCK, Connection
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,8 @@ from datetime import datetime
 from typing import Any
 
 from orchestrator.codec import Json, dumps
-from orchestrator.store.connection import Connection
+from orchestrator.store.connection import CLOCK, Connection
 from orchestrator.store.gates import LINE
-from orchestrator.store.turns import CLOCK
 
 # The body is the function start_runs_1 of migration 0003.  CAST, not "::", so that any driver can run it in a caller's
 # transaction.

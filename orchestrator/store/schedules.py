@@ -12,8 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from orchestrator.codec import dumps
-from orchestrator.store.connection import Connection
-from orchestrator.store.turns import CLOCK
+from orchestrator.store.connection import CLOCK, Connection
 
 # Renews, or takes over from who resigned or was not seen for a whole lease.  A clock that was set back may have left an
 # instant that is yet to come; nobody waits for it.  `led_until` is up to when the leadership before this one decided.

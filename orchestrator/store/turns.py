@@ -1,4 +1,4 @@
-"""The statements of the hot path: take work, commit a turn, leave an arrival.
+"""The statements of the hot path: take work, load runs, commit turns.
 
 Each runs in the caller's connection and is one statement: with autocommit it is one transaction and one round trip.
 Lock order everywhere: the run's row, then work rows, then the rest.  Must never decide anything.
@@ -17,9 +17,9 @@ import psycopg
 from orchestrator.codec import Json, dumps
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.states import TERMINAL, RunState
-from orchestrator.store.connection import Connection
+from orchestrator.store.connection import CLOCK, Connection
 
-CLOCK = "coalesce(%(now)s::timestamptz, orchestrator.now())"
+ANYONE = "*"  # a target that everybody is
 
 # The body is the function take_1 of 0001_first.sql: a statement per priority and queue, each over index work_due.  Who
 # finds nothing says in its mark that it is looking, but for one of a worker's children is enough (primary key of
@@ -365,50 +365,6 @@ def commit_turns(
     return {run_id: Committed(True, owed, at) for run_id, owed, at in rows}
 
 
-# Deletes the attempt's row (primary key) if its fence is the expected one, and only then leaves the arrival.
-_ARRIVE = """
-WITH done AS (
-    DELETE FROM orchestrator.work
-    WHERE run_id = %(run_id)s AND key = %(key)s AND fence = %(fence)s RETURNING 1
-)
-INSERT INTO orchestrator.arrivals (run_id, arrival) SELECT %(run_id)s, %(arrival)s::json FROM done RETURNING id
-"""
-
-
-def arrive(connection: Connection, run_id: str, key: str, fence: int, arrival: Json) -> bool:
-    """Leave the outcome of an attempt as an arrival; False if the fence is not its own any more."""
-    values = {"run_id": run_id, "key": key, "fence": fence, "arrival": dumps(arrival)}
-    return connection.execute(_ARRIVE, values).fetchone() is not None
-
-
-# One row of work per run says that it owes a turn; a reservation of it is lifted, so that its holder cannot delete it.
-# A turn that resumes no saga code is for anyone who serves the queue: a run can be undone when its code is gone.
-_OWE = f"""
-INSERT INTO orchestrator.work AS w (run_id, key, role, target, queue, priority, due_at)
-SELECT id, '', 'turn',
-    CASE WHEN %(anyone)s OR state = 'compensating' OR finished_at IS NOT NULL THEN %(any)s
-         ELSE saga || '@' || version END,
-    queue, priority, {CLOCK}
-FROM orchestrator.runs WHERE {{which}}
-ON CONFLICT (run_id, key) DO UPDATE SET
-    target = CASE WHEN EXCLUDED.target = %(any)s THEN EXCLUDED.target ELSE w.target END,
-    due_at = least(w.due_at, EXCLUDED.due_at), reserved_at = NULL, incarnation = NULL, child = NULL
-RETURNING queue
-"""
-_OWE_TURN = _OWE.format(which="id = %(run_id)s")
-_OWE_TURNS = _OWE.format(which="id = ANY(%(ids)s) ORDER BY id")
-ANYONE = "*"
-
-
-def owe_turn(connection: Connection, run_id: str, now: datetime | None = None, *, anyone: bool = False) -> str | None:
-    """Make the run's turn due, for `anyone` or for who has its code.
-
-    Returns the queue to ring, None without such a run.
-    """
-    row = connection.execute(_OWE_TURN, {"run_id": run_id, "now": now, "anyone": anyone, "any": ANYONE}).fetchone()
-    return row[0] if row else None
-
-
 _PASS_ON = """
 UPDATE orchestrator.work w SET target = r.saga || '@' || r.version, attempt = w.attempt + 1,
     reserved_at = NULL, incarnation = NULL, child = NULL
@@ -443,68 +399,6 @@ def run_row(connection: Connection, run_id: str) -> RunRow | None:
     return RunRow(*found) if found else None
 
 
-_LEAVE = "INSERT INTO orchestrator.arrivals (run_id, arrival) VALUES (%(run_id)s, %(arrival)s::json)"
-
-
-def leave_arrival(
-    connection: Connection, run_id: str, arrival: Json, now: datetime | None = None, *, anyone: bool = False
-) -> str | None:
-    """Leave an arrival that needs no fence and make the run's turn due; returns the queue to ring.
-
-    Two statements; the caller opens the transaction that holds them together.
-    """
-    connection.execute(_LEAVE, {"run_id": run_id, "arrival": dumps(arrival)})
-    return owe_turn(connection, run_id, now, anyone=anyone)
-
-
-_LEAVE_MANY = """
-INSERT INTO orchestrator.arrivals (run_id, arrival)
-SELECT run_id, arrival::json FROM unnest(%(ids)s::text[], %(arrivals)s::text[]) AS left_for (run_id, arrival)
-"""
-
-
-def leave_arrivals(
-    connection: Connection, arrivals: Sequence[tuple[str, Json]], now: datetime | None = None, *, anyone: bool = False
-) -> list[str]:
-    """Leave arrivals for many runs, as (run, arrival), and make their turns due, in the order of the runs' ids.
-
-    Returns the queues to ring, one for each run.  Two statements; the caller opens the transaction that holds them
-    together.
-    """
-    ids = [run_id for run_id, _ in arrivals]
-    connection.execute(_LEAVE_MANY, {"ids": ids, "arrivals": [dumps(arrival) for _, arrival in arrivals]})
-    values = {"ids": ids, "now": now, "anyone": anyone, "any": ANYONE}
-    return [queue for (queue,) in connection.execute(_OWE_TURNS, values).fetchall()]
-
-
-_HAS_ARRIVALS = "SELECT EXISTS (SELECT FROM orchestrator.arrivals WHERE run_id = %(run_id)s)"
-
-
-def has_arrivals(connection: Connection, run_id: str) -> bool:
-    """Tell whether somebody left something for the run (index arrivals_by_run)."""
-    row = connection.execute(_HAS_ARRIVALS, {"run_id": run_id}).fetchone()
-    return bool(row and row[0])
-
-
-_HEARTBEAT = f"""
-UPDATE orchestrator.work SET details = coalesce(%(details)s::json, details),
-    expires_at = {CLOCK} + make_interval(secs => least((call ->> 't')::float8 + 5, (call ->> 'h')::float8))
-WHERE run_id = %(run_id)s AND key = %(key)s AND fence = %(fence)s RETURNING stop
-"""
-
-
-def heartbeat(
-    connection: Connection, run_id: str, key: str, fence: int, details: Json, now: datetime | None = None
-) -> bool | None:
-    """Extend the attempt's life; returns whether it should stop, None if it has lost its fence."""
-    encoded = None if details is None else dumps(details)
-    values = {"run_id": run_id, "key": key, "fence": fence, "details": encoded, "now": now}
-    failpoint("heartbeat.before", connection)
-    row = connection.execute(_HEARTBEAT, values).fetchone()
-    failpoint("heartbeat.after", connection)
-    return None if row is None else bool(row[0])
-
-
 _HOLDS_TURN = """
 SELECT EXISTS (SELECT FROM orchestrator.work WHERE run_id = %(run_id)s AND key = '' AND reserved_at IS NOT NULL
     AND incarnation = %(incarnation)s AND child = %(child)s)
@@ -515,20 +409,6 @@ def holds_turn(connection: Connection, run_id: str, incarnation: int, child: int
     """Tell whether this child still has the run's turn reserved; a reservation lasts 100 ms (primary key of work)."""
     row = connection.execute(_HOLDS_TURN, {"run_id": run_id, "incarnation": incarnation, "child": child}).fetchone()
     return bool(row and row[0])
-
-
-# Primary keys of work and arrivals.
-_IGNORE = """
-WITH dropped AS (DELETE FROM orchestrator.work WHERE run_id = %(run_id)s AND key = '' AND role = 'turn')
-DELETE FROM orchestrator.arrivals WHERE run_id = %(run_id)s AND id = ANY(%(ids)s::bigint[])
-"""
-
-
-def ignore(connection: Connection, run_id: str, ids: Sequence[int]) -> None:
-    """Delete the turn row of a run that has ended, and arrivals that came too late to matter."""
-    failpoint("ignore.before", connection)
-    connection.execute(_IGNORE, {"run_id": run_id, "ids": list(ids)})
-    failpoint("ignore.after", connection)
 
 
 _SEED = """
@@ -543,60 +423,6 @@ INSERT INTO orchestrator.journal (run_id, seq, at, entries) SELECT id, 0, %(at)s
 def seed_journal(connection: Connection, run_id: str, at: datetime, entries: list[Json]) -> None:
     """Give a new run the journal row that it begins with."""
     connection.execute(_SEED, {"run_id": run_id, "at": at, "entries": dumps(entries)})
-
-
-# After a lost connection: what this child holds begun, which may be more than it was told (primary key, index
-# work_begun).
-_HELD = f"""
-SELECT run_id, key, role, target, queue, task, attempt, call, fence, deadline_at, {CLOCK}
-FROM orchestrator.work WHERE fence IS NOT NULL AND incarnation = %(incarnation)s AND child = %(child)s
-"""
-
-
-def held(connection: Connection, incarnation: int, child: int, now: datetime | None = None) -> list[Taken]:
-    """Return what this child has begun according to the database."""
-    rows = connection.execute(_HELD, {"incarnation": incarnation, "child": child, "now": now}).fetchall()
-    return [Taken(*row) for row in rows]
-
-
-_REFENCE = """
-UPDATE orchestrator.work SET fence = %(new)s
-WHERE run_id = %(run_id)s AND key = %(key)s AND fence = ANY(%(fences)s) RETURNING 1
-"""
-
-
-def refence(connection: Connection, run_id: str, key: str, fences: Sequence[int], new: int) -> bool:
-    """Change an attempt's fence, waiting for whoever holds its row: after True the old one can never commit.
-
-    `fences` are all that it may have: a change that was not answered may have been made.
-    """
-    values = {"run_id": run_id, "key": key, "fences": list(fences), "new": new}
-    failpoint("refence.before", connection)
-    changed = connection.execute(_REFENCE, values).fetchone() is not None
-    failpoint("refence.after", connection)
-    return changed
-
-
-_RECORDED = """
-SELECT EXISTS (
-    SELECT FROM orchestrator.journal j CROSS JOIN LATERAL json_array_elements(j.entries) AS e (entry)
-    WHERE j.run_id = %(run_id)s AND e.entry ->> 'key' = %(key)s AND (e.entry ->> 'attempt')::int = %(attempt)s
-      AND e.entry ->> 'worker' = %(worker)s AND %(role)s = CASE e.entry ->> 'e' WHEN 'settled' THEN 'do'
-          WHEN 'undone' THEN 'undo' WHEN 'attempted' THEN coalesce(e.entry ->> 'role', 'do') END
-) OR EXISTS (
-    SELECT FROM orchestrator.arrivals
-    WHERE run_id = %(run_id)s AND arrival ->> 'key' = %(key)s AND (arrival ->> 'attempt')::int = %(attempt)s
-      AND arrival ->> 'worker' = %(worker)s AND arrival ->> 'role' = %(role)s
-)
-"""
-
-
-def recorded(connection: Connection, run_id: str, key: str, role: str, attempt: int, worker: str) -> bool:
-    """Tell whether an outcome that `worker` reported is in the journal or the inbox of the run (primary keys)."""
-    values = {"run_id": run_id, "key": key, "role": role, "attempt": attempt, "worker": worker}
-    row = connection.execute(_RECORDED, values).fetchone()
-    failpoint("recorded.after", connection)
-    return bool(row and row[0])
 
 
 _GIVE_BACK_TURNS = """

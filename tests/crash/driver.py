@@ -33,7 +33,7 @@ from orchestrator.errors import StoreUnavailableError, UsageError
 from orchestrator.machine.journal import Arrival, encode
 from orchestrator.machine.states import TERMINAL
 from orchestrator.settings import Settings
-from orchestrator.store import liveness, pauses, runs, turns
+from orchestrator.store import arrivals, liveness, pauses, runs
 from orchestrator.store.connection import open_connection
 from tests.crash.workload import STORIES, Planned
 from tests.engine.stage import QUEUE, Child
@@ -164,7 +164,7 @@ class Day:
         """Leave an order as another process does that has nothing to do with this one."""
         self.ordered.add(run_id)
         with self.look.transaction():
-            turns.leave_arrival(self.look, run_id, encode(arrival), anyone=True)
+            arrivals.leave(self.look, run_id, encode(arrival), anyone=True)
 
     # -- the worker ----------------------------------------------------------------------------------------------------
     def worker(self, node: str, **settings: Any) -> Worker:

@@ -13,7 +13,7 @@ from orchestrator.engine import restore
 from orchestrator.errors import UsageError
 from orchestrator.failpoints import EXIT_CODE, VARIABLE
 from orchestrator.machine.journal import Operate, encode
-from orchestrator.store import liveness, restores, turns
+from orchestrator.store import arrivals, liveness, restores
 from orchestrator.store.connection import Connection, open_connection
 from tests.crash.points import RESTORE
 from tests.engine.stage import Child, entries, start, states
@@ -91,7 +91,7 @@ def test_nothing_is_done_again_before_a_person_says_so(database_url: str, connec
             tried[run_id] = 1
             retry = Operate("retry", f"{effect.name}#0", "ann", "they know the key")
             with connection.transaction():
-                turns.leave_arrival(connection, run_id, encode(retry), anyone=True)
+                arrivals.leave(connection, run_id, encode(retry), anyone=True)
         child.drain()
         assert set(states(connection).values()) == {"completed"}
         assert [entry["e"] for entry in entries(connection, LATER)][:3] == ["restored", "asked", "parked"]

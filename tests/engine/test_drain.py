@@ -18,7 +18,7 @@ from orchestrator.client import Client
 from orchestrator.machine.journal import Cancel, Operate, encode
 from orchestrator.machine.turn import Script
 from orchestrator.settings import Settings
-from orchestrator.store import liveness, runs, turns
+from orchestrator.store import arrivals, liveness, runs
 from orchestrator.store.connection import Connection
 from tests.engine.proxy import Proxy
 from tests.engine.stage import Child, entries, kinds, script_of, start, state, work
@@ -205,7 +205,7 @@ def test_drift_parks_with_a_diff_and_goes_on_once_the_code_is_back(child: Child,
     child.scripts = script_of
     child.drainer.close()
     with connection.transaction():
-        turns.leave_arrival(connection, "run", encode(Operate("retry", "", "ann", "rolled back")))
+        arrivals.leave(connection, "run", encode(Operate("retry", "", "ann", "rolled back")))
     child.drain()
     assert (state(connection), DONE) == ("completed", ["do a", "do b"])
 
@@ -222,7 +222,7 @@ def test_a_code_error_parks_and_a_cancel_undoes_without_the_code(child: Child, c
     child.scripts = lambda name, version: None  # the code is gone for good
     child.drainer.close()
     with connection.transaction():
-        turns.leave_arrival(connection, "run", encode(Cancel("ann", "")), anyone=True)
+        arrivals.leave(connection, "run", encode(Cancel("ann", "")), anyone=True)
     child.drain()
     assert (state(connection), DONE) == ("cancelled", ["do a", "undo a a!"])
 
@@ -231,7 +231,7 @@ def test_a_cancel_before_the_first_turn_needs_no_code(child: Child, connection: 
     child.scripts = lambda name, version: None
     start(connection, in_a_row, ["a"])
     with connection.transaction():
-        turns.leave_arrival(connection, "run", encode(Cancel("ann", "")), anyone=True)
+        arrivals.leave(connection, "run", encode(Cancel("ann", "")), anyone=True)
     child.drain()
     assert (state(connection), DONE) == ("cancelled", [])
 
@@ -289,7 +289,7 @@ def test_a_late_success_after_the_undo_has_begun_orders_the_undo_again_with_its_
         slow.runner.before = lambda taken: None
         lose_the_lease(connection, slow)
         with connection.transaction():
-            turns.leave_arrival(connection, "run", encode(Cancel("ann", "")))
+            arrivals.leave(connection, "run", encode(Cancel("ann", "")))
 
         def late(undoing: Any) -> None:
             quick.runner.before = lambda taken: None
@@ -323,7 +323,7 @@ def test_a_late_success_after_the_end_is_undone_by_a_run_of_its_own(
         slow.runner.before = lambda taken: None
         lose_the_lease(connection, slow)
         with connection.transaction():
-            turns.leave_arrival(connection, "run", encode(Cancel("ann", "")))
+            arrivals.leave(connection, "run", encode(Cancel("ann", "")))
         quick.drain()
         assert state(connection) == "cancelled"
 

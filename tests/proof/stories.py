@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator import Rejected, RetryPolicy, saga, step
 from orchestrator.machine.journal import AttemptEnded, Cancel, encode
-from orchestrator.store import turns
+from orchestrator.store import arrivals, attempts
 from orchestrator.store.turns import Taken
 from tests.engine.stage import Child
 from tests.proof import effects
@@ -181,7 +181,7 @@ def _begin(company: Company, child: Child) -> Taken:
     with pytest.raises(KeyboardInterrupt):
         child.drain()
     child.runner.before = lambda taken: None
-    (taken,) = turns.held(company.connection, child.incarnation, child.number)
+    (taken,) = attempts.held(company.connection, child.incarnation, child.number)
     return taken
 
 
@@ -208,7 +208,7 @@ def the_author_of_an_arrival_dies(company: Company) -> None:
     company.log.append("run", taken.key, 1)
     outcome = AttemptEnded(taken.key, "do", 1, "succeeded", "a!", worker="gone", began=datetime.now(UTC).isoformat())
     assert taken.fence is not None
-    assert turns.arrive(company.connection, "run", taken.key, taken.fence, encode(outcome))
+    assert arrivals.arrive(company.connection, "run", taken.key, taken.fence, encode(outcome))
     author.close()
     company.living.remove(author)
     company.hire()

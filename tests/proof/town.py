@@ -16,7 +16,7 @@ from sqlalchemy import text
 
 from orchestrator import Effect, Rejected, RetryPolicy, StepFailed, saga, step
 from orchestrator.machine.journal import Cancel, Operate, Terminate, encode
-from orchestrator.store import liveness, turns
+from orchestrator.store import arrivals, liveness
 from orchestrator.store.connection import Connection
 from tests.engine.stage import Child, start
 from tests.proof import effects
@@ -85,7 +85,7 @@ async def visit(names: list[str]) -> list[str]:
 def order(connection: Connection, run_id: str, arrival: Cancel | Terminate | Operate) -> None:
     """Leave an order for a run."""
     with connection.transaction():
-        turns.leave_arrival(connection, run_id, encode(arrival), anyone=True)
+        arrivals.leave(connection, run_id, encode(arrival), anyone=True)
 
 
 def drain_all(connection: Connection, *children: Child) -> None:

@@ -9,7 +9,7 @@ import pytest
 from orchestrator import saga, step
 from orchestrator.engine.reconcile import reconcile
 from orchestrator.machine.journal import LateSuccess, encode
-from orchestrator.store import turns
+from orchestrator.store import arrivals
 from orchestrator.store.connection import Connection
 from tests.engine.stage import Child, start
 
@@ -81,7 +81,7 @@ def world(connection: Connection, child: Child) -> None:
     start(connection, locked, run_id="locked-2")
     with connection.transaction():
         effect = LateSuccess(f"{do.name}#0", "do", 1, "x")  # of an attempt that was overtaken, after the end
-        turns.leave_arrival(connection, "late", encode(effect))
+        arrivals.leave(connection, "late", encode(effect))
     child.drain()
     start(connection, plain, False, run_id="new")
 

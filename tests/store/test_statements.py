@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from orchestrator.store import circles, gates, liveness, pauses, runs, turns
+from orchestrator.store import arrivals, attempts, circles, gates, liveness, pauses, runs, turns
 from orchestrator.store.connection import Connection
 from orchestrator.store.turns import Commit, Committed, Taken
 
@@ -154,7 +154,7 @@ def test_a_turn_is_written_whole(connection: Connection, begun: int) -> None:
 def test_a_wrong_position_or_fence_writes_nothing_at_all(
     connection: Connection, database_url: str, begun: int, wrong: dict[str, Any], shared: bool, goes_on: bool
 ) -> None:
-    turns.leave_arrival(connection, "r", {"e": "cancel"})
+    arrivals.leave(connection, "r", {"e": "cancel"})
     before = everything(connection)
     options: dict[str, Any] = {"position": 1, "done": [("k", begun)], "shared": shared}
     options |= {"work": [asked("l")], "withdraw": ["k"], "wake": NOW, "rewake": True, "summary": summary()}
@@ -171,9 +171,9 @@ def test_a_wrong_position_or_fence_writes_nothing_at_all(
 
 
 def test_the_next_step_is_begun_in_the_same_transaction(connection: Connection, begun: int) -> None:
-    turns.heartbeat(connection, "r", "k", begun, {"done": 1})
+    attempts.heartbeat(connection, "r", "k", begun, {"done": 1})
     assert commit(connection, 1, done=[("k", begun)], next={**asked("n"), "attempt": 1}, next_fence=9).written
-    (held,) = turns.held(connection, 1, 1)
+    (held,) = attempts.held(connection, 1, 1)
     assert (held.key, held.attempt, held.fence, held.call) == ("n", 1, 9, CALL)
     assert connection.execute("SELECT details, stop, begun_at IS NULL FROM orchestrator.work").fetchone() == (
         None,
@@ -208,12 +208,12 @@ def test_withdrawal_takes_back_what_was_not_begun_and_tells_the_rest(connection:
     done = commit(connection, 2, withdraw=["k", "l"])
     assert (done.written, done.owed) == (True, True)
     assert [arrival for *_, arrival in rows(connection, "arrivals")] == [{"e": "withdrawn", "key": "l"}]
-    assert turns.heartbeat(connection, "r", "k", begun, None) is True, "it is told to stop"
-    assert turns.heartbeat(connection, "r", "k", 5, None) is None, "it has lost its fence"
+    assert attempts.heartbeat(connection, "r", "k", begun, None) is True, "it is told to stop"
+    assert attempts.heartbeat(connection, "r", "k", 5, None) is None, "it has lost its fence"
 
 
 def test_an_end_clears_the_work_and_waits_for_what_was_left_meanwhile(connection: Connection, begun: int) -> None:
-    turns.leave_arrival(connection, "r", {"e": "cancel"})
+    arrivals.leave(connection, "r", {"e": "cancel"})
     ((arrival_id, *_),) = rows(connection, "arrivals")
     end: dict[str, Any] = {"state": "terminated", "ended": True, "summary": summary()}
     refused = commit(connection, 1, **end)
@@ -222,7 +222,7 @@ def test_an_end_clears_the_work_and_waits_for_what_was_left_meanwhile(connection
     assert (rows(connection, "work"), rows(connection, "arrivals")) == ([], [])
     run = runs.run(connection, "r")
     assert run is not None and run["finished_at"] is not None
-    assert not turns.arrive(connection, "r", "k", begun, {"e": "outcome"})
+    assert not arrivals.arrive(connection, "r", "k", begun, {"e": "outcome"})
 
 
 # -- committing turns of many runs with one statement ------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_each_run_gets_its_own_turn(connection: Connection, three: list[str]) ->
     )
     assert {name: (one.written, one.owed) for name, one in done.items()} == dict.fromkeys(three, (True, False))
     assert work_of(connection) == [("a", "l", 11), ("b", "m", None), ("b", "n", None)]
-    (held,) = turns.held(connection, 1, 1)
+    (held,) = attempts.held(connection, 1, 1)
     assert (held.run_id, held.key, held.attempt, held.call) == ("a", "l", 1, CALL)
     run = runs.run(connection, "c")
     assert run is not None and (run["state"], run["output"], run["position"]) == ("completed", {"x": 1}, 2)
@@ -316,7 +316,7 @@ def test_attempts_among_others_are_tried_again_later(connection: Connection, thr
 
 
 def test_an_end_among_others_waits_for_what_was_left_meanwhile(connection: Connection, three: list[str]) -> None:
-    turns.leave_arrival(connection, "b", {"e": "cancel"})
+    arrivals.leave(connection, "b", {"e": "cancel"})
     ((arrival_id, *_),) = rows(connection, "arrivals")
     end: dict[str, Any] = {"state": "terminated", "ended": True, "summary": summary()}
     ends = [turn(1, run_id=name, done=[("k", n)], **end) for n, name in enumerate(three, 1)]
@@ -337,7 +337,7 @@ def test_a_held_turn_among_others_goes_sleeps_or_stays_if_it_was_asked_for(
     take(connection)
     if asked_again:
         for name in ("gone", "next", "sleeps"):
-            turns.owe_turn(connection, name)
+            arrivals.owe_turn(connection, name)
     turns.commit_turns(
         connection,
         [
@@ -359,7 +359,7 @@ def test_owing_a_turn_lifts_a_reservation_so_that_its_holder_cannot_delete_it(co
     take(connection)
     assert turns.holds_turn(connection, "r", 1, 1)
     with connection.transaction():
-        assert turns.leave_arrival(connection, "r", {"e": "cancel"}) == "q"
+        assert arrivals.leave(connection, "r", {"e": "cancel"}) == "q"
     assert not turns.holds_turn(connection, "r", 1, 1)
     done = commit(connection, holds_turn=True)
     assert (done.written, done.owed) == (True, True)
@@ -374,23 +374,23 @@ def test_a_held_turn_is_deleted_or_moved_to_its_next_wake(connection: Connection
     assert [due for (due,) in connection.execute("SELECT due_at FROM orchestrator.work").fetchall()] == [
         NOW + timedelta(days=9000)
     ]
-    turns.owe_turn(connection, "r")
+    arrivals.owe_turn(connection, "r")
     take(connection)
     assert commit(connection, 1, holds_turn=True).written
     assert keys(connection) == []
-    assert turns.owe_turn(connection, "nobody") is None
+    assert arrivals.owe_turn(connection, "nobody") is None
 
 
 def test_arrivals_need_the_fence_and_are_left_once(connection: Connection, begun: int) -> None:
-    assert not turns.arrive(connection, "r", "k", 7, {"e": "outcome"})
-    assert turns.arrive(
+    assert not arrivals.arrive(connection, "r", "k", 7, {"e": "outcome"})
+    assert arrivals.arrive(
         connection, "r", "k", begun, {"e": "outcome", "key": "k", "role": "do", "attempt": 1, "worker": "w"}
     )
-    assert not turns.arrive(connection, "r", "k", begun, {"e": "outcome"})
-    assert turns.has_arrivals(connection, "r")
-    assert turns.recorded(connection, "r", "k", "do", 1, "w")
-    assert not turns.recorded(connection, "r", "k", "do", 2, "w")
-    assert not turns.recorded(connection, "r", "k", "undo", 1, "w")
+    assert not arrivals.arrive(connection, "r", "k", begun, {"e": "outcome"})
+    assert arrivals.waiting(connection, "r")
+    assert attempts.recorded(connection, "r", "k", "do", 1, "w")
+    assert not attempts.recorded(connection, "r", "k", "do", 2, "w")
+    assert not attempts.recorded(connection, "r", "k", "undo", 1, "w")
 
 
 def test_a_new_fence_waits_for_a_commit_in_flight(connect: Connect, begun: int) -> None:
@@ -399,8 +399,8 @@ def test_a_new_fence_waits_for_a_commit_in_flight(connect: Connect, begun: int) 
     with one.transaction():
         assert commit(one, 1, done=[("k", begun)]).written
         with pytest.raises(psycopg.errors.LockNotAvailable):
-            turns.refence(two, "r", "k", [begun], 5)
-    assert not turns.refence(two, "r", "k", [begun], 5)
+            attempts.refence(two, "r", "k", [begun], 5)
+    assert not attempts.refence(two, "r", "k", [begun], 5)
 
 
 # -- liveness ----------------------------------------------------------------------------------------------------------
@@ -480,7 +480,7 @@ def test_what_another_turn_took_while_a_run_was_read_is_not_read_as_new(connect:
     """Else that turn's outcomes would be taken a second time, on top of the journal that has them."""
     reader, other = connect(), connect()
     start(other)
-    turns.leave_arrival(other, "r", {"e": "cancel"})
+    arrivals.leave(other, "r", {"e": "cancel"})
     (arrival,) = (row[0] for row in rows(other, "arrivals"))
     execute, statements = reader.execute, []
 
@@ -566,20 +566,20 @@ HOT: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         ),
         {"runs_pkey", "work_pkey", "arrivals_pkey", "arrivals_by_run"},
     ),
-    "arrive": (lambda c: turns.arrive(c, "r7", "k", 1, {}), {"work_pkey"}),
-    "owe_turn": (lambda c: turns.owe_turn(c, "r7"), {"runs_pkey"}),
-    "has_arrivals": (lambda c: turns.has_arrivals(c, "r7"), {"arrivals_by_run"}),
-    "heartbeat": (lambda c: turns.heartbeat(c, "r7", "k", 1, None), {"work_pkey"}),
-    "refence": (lambda c: turns.refence(c, "r7", "k", [1], 2), {"work_pkey"}),
-    "recorded": (lambda c: turns.recorded(c, "r7", "k", "do", 1, "w"), {"journal_pkey", "arrivals_by_run"}),
+    "arrive": (lambda c: arrivals.arrive(c, "r7", "k", 1, {}), {"work_pkey"}),
+    "owe_turn": (lambda c: arrivals.owe_turn(c, "r7"), {"runs_pkey"}),
+    "has_arrivals": (lambda c: arrivals.waiting(c, "r7"), {"arrivals_by_run"}),
+    "heartbeat": (lambda c: attempts.heartbeat(c, "r7", "k", 1, None), {"work_pkey"}),
+    "refence": (lambda c: attempts.refence(c, "r7", "k", [1], 2), {"work_pkey"}),
+    "recorded": (lambda c: attempts.recorded(c, "r7", "k", "do", 1, "w"), {"journal_pkey", "arrivals_by_run"}),
     "give_back": (lambda c: turns.give_back(c, ["r7"], 1, 1), {"work_pkey"}),
-    "held": (lambda c: turns.held(c, 1, 1), {"work_begun"}),
+    "held": (lambda c: attempts.held(c, 1, 1), {"work_begun"}),
     "give_back_dead": (lambda c: liveness.give_back_dead(c), {"work_begun"}),
     "give_back_gone": (lambda c: liveness.give_back_gone(c, 1), {"work_begun"}),
     "give_back_child": (lambda c: liveness.give_back_child(c, 1, 1), {"work_begun"}),
     "give_back_expired": (lambda c: liveness.give_back_expired(c), {"work_begun"}),
     "due": (lambda c: liveness.due(c, RESERVATION), {"work_due"}),
-    "leave_arrivals": (lambda c: turns.leave_arrivals(c, [("r7", {}), ("r8", {})]), {"runs_pkey"}),
+    "leave_arrivals": (lambda c: arrivals.leave_many(c, [("r7", {}), ("r8", {})]), {"runs_pkey"}),
     "admit": (lambda c: (in_line(c), gates.admit(c, "g7")), {"work_gate", "work_pkey"}),
     "lines": (lambda c: (in_line(c), gates.lines(c)), {"work_gate"}),
     "sweep_gates": (lambda c: (in_line(c), gates.sweep(c)), {"work_gate"}),

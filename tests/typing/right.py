@@ -13,8 +13,9 @@ from uuid import UUID
 from pydantic import BaseModel
 from sqlalchemy import Connection
 
-from orchestrator import ChildFailed, MapFailed, durable, saga, step
+from orchestrator import ChildFailed, MapFailed, Orchestrator, durable, saga, step
 from orchestrator.result import SagaResult
+from orchestrator.retention import Pruned
 from orchestrator.saga import MapSummary
 
 
@@ -120,5 +121,22 @@ async def callers(canvas: Any) -> None:
     assert_type(await pay.adelay(amount=3), SagaResult)
     handles = pay.start_many([(1,), (2,)], task_ids=["a", "b"], tags={"day": 7})
     assert_type(handles, list[SagaResult])
+    handle = pay.apply_async((3,), task_id="a", tags={"day": 7}, deadline=timedelta(hours=1), transaction=None)
+    assert_type(handle, SagaResult)
+    assert_type(await pay.aapply_async((3,), eta="2027-01-01T00:00:00Z", queue="slow"), SagaResult)
     approve.AsyncResult("a").signal("approved", Approval(by="ann"), id="click-1")
     assert_type(durable(canvas).delay(1), SagaResult)
+    assert_type(durable(canvas).apply_async(link=canvas, task_id="c", countdown=3), SagaResult)
+
+
+def operators(orchestrator: Orchestrator, day: datetime) -> None:
+    assert_type(orchestrator.pause(saga=pay, by="ann", reason="the provider is down"), bool)
+    assert_type(orchestrator.resume(queue="slow"), bool)
+    effects = orchestrator.bulk("retry", saga=pay, step="charge", started_before=day, tags={"day": 7}, dry_run=True)
+    assert_type(effects.total, int)
+    assert_type(orchestrator.prune(timedelta(days=90), states=["completed"], archive="old"), Pruned)
+    run = pay.AsyncResult("a")
+    run.pause("look first", by="ann")
+    run.resume()
+    run.retry("charge", reason="mended")
+    run.cancel("not wanted")

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from pydantic import BaseModel
 
-from orchestrator import saga
+from orchestrator import Orchestrator, saga
 from tests.typing.right import amounts, approve, book, charge, pay
 
 
@@ -73,5 +73,16 @@ async def outside() -> None:
     pay.start_many([1, 2])  # E: list-item
     pay.delay(3).signal(approved=True)  # E: call-arg
     pay.apply_async((3,)).wait()  # E: attr-defined
+    pay.apply_async((3,), countdwon=3)  # E: call-arg
+    pay.apply_async((3,), priority="high")  # E: arg-type
+    pay.start_many([(1,)], task_id="a")  # E: call-arg
     await saga.sleep("an hour")  # E: arg-type
     saga.sleep(timedelta(hours=1))  # E: unused-coroutine
+
+
+def operators(orchestrator: Orchestrator) -> None:
+    orchestrator.bulk("restart", saga=pay)  # E: arg-type
+    orchestrator.bulk("retry", sage=pay)  # E: call-arg
+    orchestrator.pause(pay)  # E: call-arg
+    orchestrator.prune(90)  # E: arg-type
+    pay.AsyncResult("a").skip()  # E: call-arg

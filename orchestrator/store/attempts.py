@@ -1,0 +1,86 @@
+"""The statements about one attempt between its begin and its outcome: it lives, it is held, it is known.
+
+Each is one statement on the caller's connection.  Must never decide anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from orchestrator.codec import Json, dumps
+from orchestrator.failpoints import failpoint
+from orchestrator.store.connection import CLOCK, Connection
+from orchestrator.store.turns import Taken
+
+_HEARTBEAT = f"""
+UPDATE orchestrator.work SET details = coalesce(%(details)s::json, details),
+    expires_at = {CLOCK} + make_interval(secs => least((call ->> 't')::float8 + 5, (call ->> 'h')::float8))
+WHERE run_id = %(run_id)s AND key = %(key)s AND fence = %(fence)s RETURNING stop
+"""
+
+
+def heartbeat(
+    connection: Connection, run_id: str, key: str, fence: int, details: Json, now: datetime | None = None
+) -> bool | None:
+    """Extend the attempt's life; returns whether it should stop, None if it has lost its fence."""
+    encoded = None if details is None else dumps(details)
+    values = {"run_id": run_id, "key": key, "fence": fence, "details": encoded, "now": now}
+    failpoint("heartbeat.before", connection)
+    row = connection.execute(_HEARTBEAT, values).fetchone()
+    failpoint("heartbeat.after", connection)
+    return None if row is None else bool(row[0])
+
+
+# After a lost connection: what this child holds begun, which may be more than it was told (primary key, index
+# work_begun).
+_HELD = f"""
+SELECT run_id, key, role, target, queue, task, attempt, call, fence, deadline_at, {CLOCK}
+FROM orchestrator.work WHERE fence IS NOT NULL AND incarnation = %(incarnation)s AND child = %(child)s
+"""
+
+
+def held(connection: Connection, incarnation: int, child: int, now: datetime | None = None) -> list[Taken]:
+    """Return what this child has begun according to the database."""
+    rows = connection.execute(_HELD, {"incarnation": incarnation, "child": child, "now": now}).fetchall()
+    return [Taken(*row) for row in rows]
+
+
+_REFENCE = """
+UPDATE orchestrator.work SET fence = %(new)s
+WHERE run_id = %(run_id)s AND key = %(key)s AND fence = ANY(%(fences)s) RETURNING 1
+"""
+
+
+def refence(connection: Connection, run_id: str, key: str, fences: Sequence[int], new: int) -> bool:
+    """Change an attempt's fence, waiting for whoever holds its row: after True the old one can never commit.
+
+    `fences` are all that it may have: a change that was not answered may have been made.
+    """
+    values = {"run_id": run_id, "key": key, "fences": list(fences), "new": new}
+    failpoint("refence.before", connection)
+    changed = connection.execute(_REFENCE, values).fetchone() is not None
+    failpoint("refence.after", connection)
+    return changed
+
+
+_RECORDED = """
+SELECT EXISTS (
+    SELECT FROM orchestrator.journal j CROSS JOIN LATERAL json_array_elements(j.entries) AS e (entry)
+    WHERE j.run_id = %(run_id)s AND e.entry ->> 'key' = %(key)s AND (e.entry ->> 'attempt')::int = %(attempt)s
+      AND e.entry ->> 'worker' = %(worker)s AND %(role)s = CASE e.entry ->> 'e' WHEN 'settled' THEN 'do'
+          WHEN 'undone' THEN 'undo' WHEN 'attempted' THEN coalesce(e.entry ->> 'role', 'do') END
+) OR EXISTS (
+    SELECT FROM orchestrator.arrivals
+    WHERE run_id = %(run_id)s AND arrival ->> 'key' = %(key)s AND (arrival ->> 'attempt')::int = %(attempt)s
+      AND arrival ->> 'worker' = %(worker)s AND arrival ->> 'role' = %(role)s
+)
+"""
+
+
+def recorded(connection: Connection, run_id: str, key: str, role: str, attempt: int, worker: str) -> bool:
+    """Tell whether an outcome that `worker` reported is in the journal or the inbox of the run (primary keys)."""
+    values = {"run_id": run_id, "key": key, "role": role, "attempt": attempt, "worker": worker}
+    row = connection.execute(_RECORDED, values).fetchone()
+    failpoint("recorded.after", connection)
+    return bool(row and row[0])
