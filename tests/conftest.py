@@ -20,6 +20,7 @@ import redis
 from psycopg import sql
 
 from orchestrator import embedded
+from tests.databases import Databases
 
 TESTS = Path(__file__).parent
 _broker_numbers = itertools.cycle(range(1, 250))  # 0 and 250 belong to workers that live as long as the session
@@ -62,13 +63,19 @@ def _template(_postgres_url: str) -> Iterator[str]:
     _execute(_postgres_url, "DROP DATABASE {} WITH (FORCE)", name)
 
 
+@pytest.fixture(scope="session")
+def _databases(_postgres_url: str, _template: str) -> Iterator[Databases]:
+    databases = Databases(_postgres_url, _template)
+    yield databases
+    databases.close()
+
+
 @pytest.fixture
-def database_url(_postgres_url: str, _template: str) -> Iterator[str]:
-    """URL of a fresh, migrated database, dropped afterwards."""
-    name = f"test_{uuid.uuid4().hex}"
-    _execute(_postgres_url, "CREATE DATABASE {} TEMPLATE {}", name, _template)
-    yield _with_path(_postgres_url, name)
-    _execute(_postgres_url, "DROP DATABASE {} WITH (FORCE)", name)
+def database_url(_databases: Databases) -> Iterator[str]:
+    """URL of a migrated database without rows, which nobody else has or had by this name."""
+    name = _databases.lend()
+    yield _databases.url(name)
+    _databases.take_back(name)
 
 
 @pytest.fixture
