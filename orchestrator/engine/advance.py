@@ -11,10 +11,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from time import monotonic
 from typing import Any
 
 from orchestrator.engine.cache import Executions
-from orchestrator.engine.commit import MANY, Begun, Identity, IsShort, Scope, begin_next, commit_of, correction, gate_of
+from orchestrator.engine.commit import Begun, Identity, IsShort, Scope, begin_next, commit_of, correction, gate_of
 from orchestrator.engine.observe import tell
 from orchestrator.errors import DriftError, describe_exception
 from orchestrator.failpoints import failpoint
@@ -79,6 +80,8 @@ class Advancer:
         self._scope = scope
         self.identity = identity
         self._ring = ring
+        # Runs that another process drives, for which outcomes are left here; since when one of these may be unread.
+        self._elsewhere: dict[str, float | None] = {}
 
     # -- what happens to a run -----------------------------------------------------------------------------------------
     def start_turn(self, connection: Connection, taken: Taken) -> list[Taken]:
@@ -106,11 +109,11 @@ class Advancer:
             loaded = self._runs.known(connection, taken.run_id)
             made = self._attempt(connection, loaded, [outcome], done=[taken], may_begin=may_begin) if loaded else None
         except CodeMissing:
-            self._leave(connection, [(taken, outcome)], drive=False)
+            self._leave(connection, [(taken, outcome)], owe=True)
             return []
         if made is not None and made.written:
             return self._go_on(connection, taken.run_id, made, may_begin)
-        if not self._leave(connection, [(taken, outcome)], drive=True):
+        if not self._leave(connection, [(taken, outcome)]):
             return []
         return self._advance(connection, taken.run_id, may_begin=may_begin)
 
@@ -137,6 +140,9 @@ class Advancer:
     ) -> list[Taken]:
         """Record the outcomes of attempts with one commit, those of one run with one turn.
 
+        Of a run that another process drives they are left as arrivals: two that compute its turns would throw away
+        each other's, and replay it each time.  See `look_after`.
+
         Returns the work that was begun by them.
         """
         by_run: dict[str, list[tuple[Taken, AttemptEnded]]] = {}
@@ -144,10 +150,10 @@ class Advancer:
             by_run.setdefault(pair[0].run_id, []).append(pair)
         prepared: list[Prepared] = []
         for run_id, pairs in by_run.items():
+            if run_id in self._elsewhere:
+                continue
             with suppress(CodeMissing):
-                # With many at work on the run others have moved it meanwhile: to look is cheaper than to be refused.
-                look = self._runs.known if len(pairs) < MANY else self._runs.load
-                loaded = look(connection, run_id)
+                loaded = self._runs.known(connection, run_id)
                 outcomes, done = [outcome for _, outcome in pairs], [taken for taken, _ in pairs]
                 made = self._prepare(connection, loaded, outcomes, done=done) if loaded else None
                 if made is not None:
@@ -157,12 +163,27 @@ class Advancer:
         for run_id, pairs in by_run.items():
             if run_id in written:
                 continue
-            if run_id in tried and len(pairs) > 1:
-                # Another process is about the run, and its coroutine is up to date: the next turn may well be its.
-                self._leave(connection, pairs, drive=False)
+            if run_id in self._elsewhere or (run_id in tried and len(pairs) > 1):
+                if self._leave(connection, pairs):
+                    self._elsewhere[run_id] = self._elsewhere.get(run_id) or monotonic()
                 continue
             for taken, outcome in pairs:
                 begun += self.record(connection, taken, outcome, may_begin=not begun)
+        return begun
+
+    def waits(self, patience_s: float) -> bool:
+        """Tell whether something that was left for another process may be unread for so long."""
+        began = monotonic() - patience_s
+        return any(since is not None and since <= began for since in self._elsewhere.values())
+
+    def look_after(self, connection: Connection, patience_s: float) -> list[Taken]:
+        """Take in what was left for others that long ago and nobody has; returns the work that was begun by it."""
+        began = monotonic() - patience_s
+        begun: list[Taken] = []
+        for run_id, since in [*self._elsewhere.items()]:
+            if since is not None and since <= began:
+                self._elsewhere[run_id] = None
+                begun += self._advance(connection, run_id, may_begin=not begun)
         return begun
 
     def _commit_together(
@@ -256,7 +277,7 @@ class Advancer:
                 return lambda after: self._go_on(after, taken.run_id, made(after))
             execution.discard()
         assert taken.fence is not None
-        if not arrivals.arrive(connection, taken.run_id, taken.key, taken.fence, encode(outcome)):
+        if not arrivals.arrive(connection, taken.run_id, [(taken.key, taken.fence, encode(outcome))]):
             return None
         if drivable:
             return lambda after: self._advance(after, taken.run_id)
@@ -269,31 +290,29 @@ class Advancer:
 
         return ring
 
-    def _leave(self, connection: Connection, ended: Sequence[tuple[Taken, AttemptEnded]], drive: bool) -> bool:
+    def _leave(self, connection: Connection, ended: Sequence[tuple[Taken, AttemptEnded]], *, owe: bool = False) -> bool:
         """Leave outcomes of a run as arrivals; a success that the fence refuses is left as a late effect.
 
-        Without `drive` the run owes a turn, for whoever takes it.
+        With `owe` the run owes a turn, for whoever takes it; else the caller sees to it that they are taken in.
 
         Returns whether any was accepted.
         """
         queue = None
-        accepted: list[Taken] = []
+        run_id = ended[0][0].run_id
+        outcomes = [(taken.key, taken.fence, encode(outcome)) for taken, outcome in ended if taken.fence is not None]
         failpoint("arrive.before", connection)
         with connection.transaction():
             failpoint("arrive.begun", connection)
-            for taken, outcome in ended:
-                assert taken.fence is not None
-                if arrivals.arrive(connection, taken.run_id, taken.key, taken.fence, encode(outcome)):
-                    accepted.append(taken)
-            if accepted and not drive:
-                queue = arrivals.owe_turn(connection, accepted[0].run_id)
+            accepted = arrivals.arrive(connection, run_id, outcomes)
+            if accepted and owe:
+                queue = arrivals.owe_turn(connection, run_id)
             failpoint("arrive.left", connection)
         failpoint("arrive.after", connection)
         if queue:
             self._ring(connection, queue, 1)
-        self._admit(connection, [taken.call for taken in accepted])
+        self._admit(connection, [taken.call for taken, _ in ended if taken.key in accepted])
         for taken, outcome in ended:
-            if taken not in accepted:
+            if taken.key not in accepted:
                 self._refuse(connection, taken, outcome)
         return bool(accepted)
 
@@ -328,6 +347,10 @@ class Advancer:
             return None
         self._runs.remember(execution)
         return function
+
+    def forget_others(self) -> None:
+        """Forget which runs are driven elsewhere: a drain has ended, and everything that it left is read."""
+        self._elsewhere.clear()
 
     def discard(self) -> None:
         """Drop every live coroutine."""
@@ -422,6 +445,7 @@ class Advancer:
         for taken in done:
             taken.again = any(work.key == taken.key and work.role == taken.role for work in turn.work)
         run_id = execution.info.id
+        self._elsewhere.pop(run_id, None)  # who commits a turn drives the run
         tell(execution.fold, turn)
         if turn.state in TERMINAL or execution.fold.reported:  # a child that is done may wait long, and be many
             execution.discard()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 
-from orchestrator.engine.commit import signature
+from orchestrator.engine.commit import MANY, signature
 from orchestrator.machine.fold import RunInfo
 from orchestrator.machine.journal import decode_entry
 from orchestrator.machine.turn import CodeMissing, Execution, Script
@@ -59,15 +59,18 @@ class Executions:
         return run_id in self._live
 
     def known(self, connection: Connection, run_id: str) -> Loaded | None:
-        """Return what the cache knows as a snapshot without arrivals, else load it; None if there is no such run."""
+        """Return what the cache knows as a snapshot without arrivals, else load it; None if there is no such run.
+
+        With many at work on the run others have moved it meanwhile: to look is cheaper than to be refused.
+        """
         cached = self._live.get(run_id)
-        if cached is not None:
+        if cached is not None and cached.fold.in_flight < MANY:
             info = cached.info
             row = RunRow(info.id, info.saga, info.version, info.queue, info.input, info.started, info.deadline,
                          info.priority, cached.fold.position, cached.fold.state, info.parent,
                          info.link, info.since)  # fmt: skip
             return Loaded(row, self.clock(), [], [])
-        found = turns.run_row(connection, run_id)
+        found = turns.run_row(connection, run_id) if cached is None else None
         if found is not None and found.needs_code and self._script_of(found.saga, found.version) is None:
             raise CodeMissing
         return self.load(connection, run_id)

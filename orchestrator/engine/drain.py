@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _GATHER_S = 0.012  # how long to let short work gather where it comes fast: a wave of 16 costs half of four of 4
 _BRIEF_S = 0.02  # work that was shorter than this leaves little to be found at once
 _IN_VAIN, _TRY_AGAIN = 2, 16  # after so many times in vain one look has to do, but each so many-th time
+_LEFT_S = 0.05  # how long an outcome that was left for another process may be unread while this one has work
 _BATCH = 8
 _LARGEST_BATCH = 32
 _WAVE_S = 0.02
@@ -93,11 +94,13 @@ class Drainer:
         while True:
             self._session.refresh()
             full = not self._may_begin()
-            taken = [] if full else self._linger()
+            taken = ([] if full else self._linger()) or self._look_after()
             if not taken:
                 self._session.leave()
                 self._owes = False
                 self._attempts.forget()
+                if self._session.advancer is not None:
+                    self._session.advancer.forget_others()
                 if full or self._worker.stopping():
                     if not (self._ring_if_due() or self._in_vain or self._worker.stopping()):
                         # More is about to come: some child is to be there for it, after other tasks had their turn.
@@ -152,6 +155,13 @@ class Drainer:
         if waited:
             self._in_vain = 0 if taken else self._in_vain + 1
         return taken
+
+    def _look_after(self, patience_s: float = 0.0) -> list[Taken]:
+        """See to outcomes that were left for another process which drives their run; returns what that began."""
+        if self._session.advancer is None or not self._session.advancer.waits(patience_s):
+            return []
+        connection, advancer = self._session.ready()
+        return advancer.look_after(connection, patience_s)
 
     def _may_begin(self) -> bool:
         """Whether this drain goes on: other tasks of this worker get their turn, a worker that stops begins nothing."""
@@ -219,7 +229,9 @@ class Drainer:
                 self._together = True
                 self._begun.extend(self._run_together(short))
                 attempts = [item for item in attempts if item not in short]
-            if self._unheard and not all(self._attempts.is_short(item.task) for item in attempts):
+            long = not all(self._attempts.is_short(item.task) for item in attempts)
+            self._begun.extend(self._look_after(0.0 if long else _LEFT_S))
+            if self._unheard and long:
                 self._ring_if_due()
             for item in attempts:
                 self._begun.extend(self._attempts.run(item))

@@ -30,7 +30,7 @@ class Session:
     def __init__(self, worker: Worker, scope: Scope) -> None:
         self._worker, self._scope = worker, scope
         self._permit: Permit | None = None
-        self._advancer: Advancer | None = None
+        self.advancer: Advancer | None = None  # that of the present incarnation, if there is one yet
         self._marked: Identity | None = None
         self._known_until = 0.0
         self.connection: Connection | None = None
@@ -45,14 +45,14 @@ class Session:
             if self._worker.permits is not None:
                 self._permit = self._worker.permits.take()
             self.connection = self._open(f"child of {self._worker.runner.worker}")
-            self.is_new = self.is_new or self._advancer is None
-        if self._advancer is None:
+            self.is_new = self.is_new or self.advancer is None
+        if self.advancer is None:
             identity = self._worker.identity()
             if not self._mark(self.connection, identity):
                 if self._worker.stopping():
                     raise OrphanedError("this worker was declared dead while it was stopping")
                 raise StoreUnavailableError("this worker was declared dead and is taking a new incarnation; try again")
-            self._advancer = Advancer(
+            self.advancer = Advancer(
                 self._worker.script_of,
                 self._scope,
                 identity,
@@ -60,7 +60,7 @@ class Session:
                 self._worker.settings.cache_runs,
                 self._worker.seconds,
             )
-        return self.connection, self._advancer
+        return self.connection, self.advancer
 
     def _open(self, name: str) -> Connection:
         settings = self._worker.settings
@@ -75,7 +75,7 @@ class Session:
         if self._mark(connection, advancer.identity):
             return True
         advancer.discard()
-        self._advancer = None
+        self.advancer = None
         self.ready()
         return False
 
@@ -124,9 +124,9 @@ class Session:
     # -- letting go ----------------------------------------------------------------------------------------------------
     def drop(self) -> None:
         """Close the connection and drop the live coroutines, which may be ahead of what is committed."""
-        if self._advancer is not None:
-            self._advancer.discard()
-            self._advancer = None
+        if self.advancer is not None:
+            self.advancer.discard()
+            self.advancer = None
         self._close()
 
     def lend(self) -> None:

@@ -14,20 +14,34 @@ from orchestrator.failpoints import failpoint
 from orchestrator.store.connection import CLOCK, Connection
 from orchestrator.store.turns import ANYONE
 
-# Deletes the attempt's row (primary key) if its fence is the expected one, and only then leaves the arrival.
+# Deletes the attempts' rows whose fence is the expected one (primary key of work; locked in the order of their keys),
+# and only then leaves the arrivals.
 _ARRIVE = """
-WITH done AS (
-    DELETE FROM orchestrator.work
-    WHERE run_id = %(run_id)s AND key = %(key)s AND fence = %(fence)s RETURNING 1
+WITH given AS MATERIALIZED (
+    SELECT * FROM unnest(%(keys)s::text[], %(fences)s::bigint[], %(arrivals)s::text[]) WITH ORDINALITY
+        AS g (key, fence, arrival, n)
+), held AS MATERIALIZED (
+    SELECT w.key FROM orchestrator.work w JOIN given g ON w.key = g.key AND w.fence = g.fence
+    WHERE w.run_id = %(run_id)s ORDER BY w.key FOR UPDATE OF w
+), done AS (
+    DELETE FROM orchestrator.work w USING held h WHERE w.run_id = %(run_id)s AND w.key = h.key RETURNING w.key
+), arrived AS (
+    INSERT INTO orchestrator.arrivals (run_id, arrival)
+    SELECT %(run_id)s, g.arrival::json FROM given g JOIN done USING (key) ORDER BY g.n
 )
-INSERT INTO orchestrator.arrivals (run_id, arrival) SELECT %(run_id)s, %(arrival)s::json FROM done RETURNING id
+SELECT key FROM done
 """
 
 
-def arrive(connection: Connection, run_id: str, key: str, fence: int, arrival: Json) -> bool:
-    """Leave the outcome of an attempt as an arrival; False if the fence is not its own any more."""
-    values = {"run_id": run_id, "key": key, "fence": fence, "arrival": dumps(arrival)}
-    return connection.execute(_ARRIVE, values).fetchone() is not None
+def arrive(connection: Connection, run_id: str, outcomes: Sequence[tuple[str, int, Json]]) -> set[str]:
+    """Leave outcomes of attempts, as (key, fence, arrival), as arrivals; returns the keys whose fence was theirs."""
+    keys, fences, texts = [], [], []
+    for key, fence, arrival in outcomes:
+        keys.append(key)
+        fences.append(fence)
+        texts.append(dumps(arrival))
+    values = {"run_id": run_id, "keys": keys, "fences": fences, "arrivals": texts}
+    return {key for (key,) in connection.execute(_ARRIVE, values).fetchall()}
 
 
 # One row of work per run says that it owes a turn; a reservation of it is lifted, so that its holder cannot delete it.

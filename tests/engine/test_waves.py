@@ -280,5 +280,5 @@ def test_the_coroutines_that_are_kept_are_bounded_by_their_size_as_well(
     for name in ("a", "b", "c"):
         start(connection, wide, 99, run_id=name)
         child.drain()
-    assert child.drainer._session._advancer is not None
-    assert [name in child.drainer._session._advancer._runs for name in ("a", "b", "c")] == [False, True, True]
+    assert child.drainer._session.advancer is not None
+    assert [name in child.drainer._session.advancer._runs for name in ("a", "b", "c")] == [False, True, True]

@@ -223,7 +223,7 @@ def test_an_end_clears_the_work_and_waits_for_what_was_left_meanwhile(connection
     assert (rows(connection, "work"), rows(connection, "arrivals")) == ([], [])
     run = runs.run(connection, "r")
     assert run is not None and run["finished_at"] is not None
-    assert not arrivals.arrive(connection, "r", "k", begun, {"e": "outcome"})
+    assert not arrivals.arrive(connection, "r", [("k", begun, {"e": "outcome"})])
 
 
 # -- committing turns of many runs with one statement ------------------------------------------------------------------
@@ -383,11 +383,10 @@ def test_a_held_turn_is_deleted_or_moved_to_its_next_wake(connection: Connection
 
 
 def test_arrivals_need_the_fence_and_are_left_once(connection: Connection, begun: int) -> None:
-    assert not arrivals.arrive(connection, "r", "k", 7, {"e": "outcome"})
-    assert arrivals.arrive(
-        connection, "r", "k", begun, {"e": "outcome", "key": "k", "role": "do", "attempt": 1, "worker": "w"}
-    )
-    assert not arrivals.arrive(connection, "r", "k", begun, {"e": "outcome"})
+    assert not arrivals.arrive(connection, "r", [("k", 7, {"e": "outcome"})])
+    outcome: Any = {"e": "outcome", "key": "k", "role": "do", "attempt": 1, "worker": "w"}
+    assert arrivals.arrive(connection, "r", [("gone", 1, {}), ("k", begun, outcome)]) == {"k"}
+    assert not arrivals.arrive(connection, "r", [("k", begun, {"e": "outcome"})])
     assert arrivals.waiting(connection, "r")
     assert attempts.recorded(connection, "r", "k", "do", 1, "w")
     assert not attempts.recorded(connection, "r", "k", "do", 2, "w")
@@ -583,7 +582,7 @@ HOT: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         ),
         {"runs_pkey", "work_pkey", "arrivals_pkey", "arrivals_by_run"},
     ),
-    "arrive": (lambda c: arrivals.arrive(c, "r7", "k", 1, {}), {"work_pkey"}),
+    "arrive": (lambda c: arrivals.arrive(c, "r7", [("k", 1, {})]), {"work_pkey"}),
     "owe_turn": (lambda c: arrivals.owe_turn(c, "r7"), {"runs_pkey"}),
     "has_arrivals": (lambda c: arrivals.waiting(c, "r7"), {"arrivals_by_run"}),
     "heartbeat": (lambda c: attempts.heartbeat(c, "r7", "k", 1, None), {"work_pkey"}),
