@@ -1,0 +1,142 @@
+"""Many steps of one run in several processes: one drives the run, the others leave it what came of their steps."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from orchestrator import Effect, saga, step
+from orchestrator.engine import drain
+from orchestrator.store.connection import Connection
+from tests.engine.stage import Child, start, states
+
+BEGUN: list[str] = []  # a line for each time that a process resumes the saga from its beginning
+
+
+@step(effect=Effect.NONE)
+def short(number: int) -> int:
+    return number
+
+
+@step(effect=Effect.NONE)
+def long(thing: str) -> str:
+    return thing
+
+
+@saga.define
+async def wide(steps: int) -> None:
+    BEGUN.append("wide")
+    await asyncio.gather(*(saga.step(short, number) for number in range(steps)))
+    await saga.wait_signal("go")
+
+
+@saga.define
+async def other(count: int) -> None:
+    for number in range(count):
+        await saga.step(short, number)
+    await saga.step(long, "x")
+
+
+@pytest.fixture
+def two_children(new_child: Callable[..., Child]) -> tuple[Child, Child]:
+    """Two that know the step to be short; the second has lost a race for the run, and leaves it to the first."""
+    BEGUN.clear()
+    driver, follower = new_child(), new_child()
+    for child in (driver, follower):
+        child.drainer._attempts.recent_s[short.name] = 0.0001
+
+    def has_lost(taken: Any) -> None:
+        assert follower.drainer._session.advancer is not None
+        follower.drainer._session.advancer._elsewhere.setdefault("run", None)
+
+    follower.runner.before = has_lost
+    return driver, follower
+
+
+def at_the_first_step(child: Child, call: Callable[[], None]) -> None:
+    """Have something happen while a child holds its first wave of steps and has recorded none of them."""
+
+    def before(taken: Any) -> None:
+        child.runner.before = lambda taken: None
+        call()
+
+    child.runner.before = before
+
+
+def counted(connection: Connection, table: str) -> int:
+    row = connection.execute(f"SELECT count(*) FROM orchestrator.{table} WHERE run_id = 'run'".encode()).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_what_is_left_is_taken_in_by_who_drives_the_run(
+    two_children: tuple[Child, Child], connection: Connection
+) -> None:
+    driver, follower = two_children
+    follower.drainer._worker.linger = (0.1,) * 100  # longer than the driver takes
+
+    def leave() -> None:
+        threads.append(follower.in_background())
+        give_up_at = time.monotonic() + 30
+        while counted(connection, "arrivals") < 8 and time.monotonic() < give_up_at:
+            time.sleep(0.005)
+
+    threads: list[Any] = []
+    at_the_first_step(driver, leave)
+    start(connection, wide, 40)
+    driver.drain()
+    assert (len(driver.runner.calls), len(follower.runner.calls)) == (32, 8)
+    assert (counted(connection, "journal"), counted(connection, "arrivals")) == (2, 0), "all outcomes are in one turn"
+    follower.stopping = True
+    threads[0].join(30)
+    assert BEGUN == ["wide"], "the follower never had to replay the run"
+
+
+def test_what_nobody_takes_in_is_taken_in_by_who_left_it(
+    two_children: tuple[Child, Child], connection: Connection
+) -> None:
+    driver, follower = two_children
+    seen: list[tuple[int, int]] = []
+
+    def leave() -> None:
+        follower.drain()
+        seen.append((counted(connection, "journal"), counted(connection, "arrivals")))
+
+    at_the_first_step(driver, leave)
+    start(connection, wide, 40)
+    driver.drain()
+    assert seen == [(2, 0)], "the driver was busy, the follower had nothing else to do"
+    assert (counted(connection, "journal"), counted(connection, "work")) == (3, 0)
+    assert BEGUN == ["wide", "wide"]
+
+
+@pytest.mark.parametrize(("task", "patience_s"), [(long, drain._LEFT_S), (short, 0.0)])
+def test_nothing_is_left_unread_for_long_while_there_is_other_work(
+    two_children: tuple[Child, Child], connection: Connection, monkeypatch: pytest.MonkeyPatch, task: Any,
+    patience_s: float,
+) -> None:  # fmt: skip
+    """Not behind a step that can take long, nor for more than a moment behind many short ones."""
+    driver, follower = two_children
+    monkeypatch.setattr(drain, "_LEFT_S", patience_s)
+    has_lost, seen = follower.runner.before, []
+
+    def look(taken: Any) -> None:
+        has_lost(taken)
+        if taken.run_id != "run" and taken.task == task.name:
+            seen.append(counted(connection, "arrivals"))
+
+    def leave() -> None:
+        start(connection, other, 2 if task is short else 0, run_id="other")
+        start(connection, other, 2 if task is short else 0, run_id="another")
+        follower.drain()
+
+    follower.runner.before = look
+    at_the_first_step(driver, leave)
+    start(connection, wide, 40)
+    driver.drain()
+    assert states(connection) == {"run": "running", "other": "completed", "another": "completed"}
+    assert seen and seen[-1] == 0
