@@ -31,13 +31,13 @@ class BenchmarkError(Exception):
     """Raised when a side does not do what it is asked for, or not in time."""
 
 
-def until(condition: Callable[[], T], what: str, seconds: float = 60.0) -> T:
-    """Return what `condition` answers once it is true.  Raises: BenchmarkError."""
+def until(condition: Callable[[], T], what: str, seconds: float = 60.0, *, every: float = 0.01) -> T:
+    """Return what `condition`, asked `every` so many seconds, answers once it is true.  Raises: BenchmarkError."""
     give_up_at = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > give_up_at:
             raise BenchmarkError(f"{what}: not within {seconds:g} s")
-        time.sleep(0.01)
+        time.sleep(every)
     return found
 
 

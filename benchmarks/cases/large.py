@@ -95,7 +95,7 @@ def mapped(stack: Stack, scale: Scale) -> list[Row]:
     with stack.engine() as engine, psycopg.connect(engine.database_url, autocommit=True) as connection:
         warm(engine, "three", scale)
         engine.client.send("mapped", items=items)
-        until(lambda: len(_page_ends(connection)) > few, "a tenth of the pages has ended", 60 + items / 100)
+        until(lambda: len(_page_ends(connection)) > few, "a tenth has ended", 60 + items / 100, every=0.5)
         early = memory_mb(engine.workers[0].pid)
         answer = engine.client.receive(60 + items / 50)
         late = memory_mb(engine.workers[0].pid)
