@@ -49,6 +49,14 @@ class Made:
 
 
 @dataclass(slots=True)
+class _Left:
+    """What this child knows of a run that another process drives: since when an outcome of its own may be unread."""
+
+    since: float | None = None
+    position: int = 0
+
+
+@dataclass(slots=True)
 class Prepared:
     """A turn that is computed and not committed yet."""
 
@@ -80,8 +88,7 @@ class Advancer:
         self._scope = scope
         self.identity = identity
         self._ring = ring
-        # Runs that another process drives, for which outcomes are left here; since when one of these may be unread.
-        self._elsewhere: dict[str, float | None] = {}
+        self._elsewhere: dict[str, _Left] = {}  # runs that another process drives
 
     # -- what happens to a run -----------------------------------------------------------------------------------------
     def start_turn(self, connection: Connection, taken: Taken) -> list[Taken]:
@@ -165,24 +172,37 @@ class Advancer:
                 continue
             if run_id in self._elsewhere or (run_id in tried and len(pairs) > 1):
                 if self._leave(connection, pairs):
-                    self._elsewhere[run_id] = self._elsewhere.get(run_id) or monotonic()
+                    left = self._elsewhere.setdefault(run_id, _Left())
+                    left.since = left.since or monotonic()
                 continue
             for taken, outcome in pairs:
                 begun += self.record(connection, taken, outcome, may_begin=not begun)
         return begun
 
-    def waits(self, patience_s: float) -> bool:
-        """Tell whether something that was left for another process may be unread for so long."""
-        began = monotonic() - patience_s
-        return any(since is not None and since <= began for since in self._elsewhere.values())
+    @property
+    def has_left(self) -> bool:
+        """Whether something that was left for another process may be unread."""
+        return any(left.since is not None for left in self._elsewhere.values())
 
-    def look_after(self, connection: Connection, patience_s: float) -> list[Taken]:
-        """Take in what was left for others that long ago and nobody has; returns the work that was begun by it."""
-        began = monotonic() - patience_s
+    def look_after(self, connection: Connection, patience_s: float, *, idle: bool = False) -> list[Taken]:
+        """Take in what was left for others that long ago and they do not take in; returns the work begun by it.
+
+        A driver that moves the run is given time again; where nobody has begun a step of it, and this child is `idle`,
+        nobody else will come.
+        """
         begun: list[Taken] = []
-        for run_id, since in [*self._elsewhere.items()]:
-            if since is not None and since <= began:
-                self._elsewhere[run_id] = None
+        for run_id, left in [*self._elsewhere.items()]:
+            is_old = left.since is not None and monotonic() - left.since >= patience_s
+            if left.since is None or not (is_old or idle):
+                continue
+            position, unread, busy = arrivals.noticed(connection, run_id)
+            moved, left.position = position != left.position, position
+            if not unread:
+                left.since = None
+            elif patience_s and moved and busy:
+                left.since = monotonic()
+            elif is_old or not busy:
+                left.since = None
                 begun += self._advance(connection, run_id, may_begin=not begun)
         return begun
 

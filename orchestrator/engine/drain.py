@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 _GATHER_S = 0.012  # how long to let short work gather where it comes fast: a wave of 16 costs half of four of 4
 _BRIEF_S = 0.02  # work that was shorter than this leaves little to be found at once
 _IN_VAIN, _TRY_AGAIN = 2, 16  # after so many times in vain one look has to do, but each so many-th time
-_LEFT_S = 0.05  # how long an outcome that was left for another process may be unread while this one has work
+_LEFT_S = 0.05  # how long an outcome that was left for another process may be unread
+_LOOK_S = 0.004  # between looks whether it was read
 _BATCH = 8
 _LARGEST_BATCH = 32
 _WAVE_S = 0.02
@@ -94,7 +95,7 @@ class Drainer:
         while True:
             self._session.refresh()
             full = not self._may_begin()
-            taken = ([] if full else self._linger()) or self._look_after()
+            taken = ([] if full else self._linger()) or self._look_after(full)
             if not taken:
                 self._session.leave()
                 self._owes = False
@@ -156,12 +157,19 @@ class Drainer:
             self._in_vain = 0 if taken else self._in_vain + 1
         return taken
 
-    def _look_after(self, patience_s: float = 0.0) -> list[Taken]:
-        """See to outcomes that were left for another process which drives their run; returns what that began."""
-        if self._session.advancer is None or not self._session.advancer.waits(patience_s):
-            return []
-        connection, advancer = self._session.ready()
-        return advancer.look_after(connection, patience_s)
+    def _look_after(self, full: bool) -> list[Taken]:
+        """With nothing else to do, see to outcomes that were left for another process which drives their run.
+
+        Returns what that began, or what has become due meanwhile.
+        """
+        taken: list[Taken] = []
+        while not taken and self._session.advancer is not None and self._session.advancer.has_left:
+            connection, advancer = self._session.ready()
+            taken = advancer.look_after(connection, 0.0 if full else _LEFT_S, idle=True)
+            if not taken and advancer.has_left:
+                time.sleep(_LOOK_S)
+                taken = self._take()
+        return taken
 
     def _may_begin(self) -> bool:
         """Whether this drain goes on: other tasks of this worker get their turn, a worker that stops begins nothing."""
@@ -230,7 +238,9 @@ class Drainer:
                 self._begun.extend(self._run_together(short))
                 attempts = [item for item in attempts if item not in short]
             long = not all(self._attempts.is_short(item.task) for item in attempts)
-            self._begun.extend(self._look_after(0.0 if long else _LEFT_S))
+            if self._session.advancer is not None and self._session.advancer.has_left:
+                connection, advancer = self._session.ready()
+                self._begun.extend(advancer.look_after(connection, 0.0 if long else _LEFT_S))
             if self._unheard and long:
                 self._ring_if_due()
             for item in attempts:

@@ -114,6 +114,20 @@ def waiting(connection: Connection, run_id: str) -> bool:
     return bool(row and row[0])
 
 
+# Primary keys of runs and work, index arrivals_by_run; takes no lock.
+_NOTICED = """
+SELECT position, EXISTS (SELECT FROM orchestrator.arrivals a WHERE a.run_id = r.id),
+    EXISTS (SELECT FROM orchestrator.work w WHERE w.run_id = r.id AND w.fence IS NOT NULL)
+FROM orchestrator.runs r WHERE id = %(run_id)s
+"""
+
+
+def noticed(connection: Connection, run_id: str) -> tuple[int, bool, bool]:
+    """Tell where a run stands, whether it has unread arrivals, and whether a step of it is begun anywhere."""
+    row = connection.execute(_NOTICED, {"run_id": run_id}).fetchone()
+    return row or (0, False, False)
+
+
 # Primary keys of work and arrivals.
 _IGNORE = """
 WITH dropped AS (DELETE FROM orchestrator.work WHERE run_id = %(run_id)s AND key = '' AND role = 'turn')

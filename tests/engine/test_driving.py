@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator import Effect, saga, step
 from orchestrator.engine import drain
+from orchestrator.engine.advance import _Left
 from orchestrator.store.connection import Connection
 from tests.engine.stage import Child, start, states
 
@@ -51,7 +52,7 @@ def two_children(new_child: Callable[..., Child]) -> tuple[Child, Child]:
 
     def has_lost(taken: Any) -> None:
         assert follower.drainer._session.advancer is not None
-        follower.drainer._session.advancer._elsewhere.setdefault("run", None)
+        follower.drainer._session.advancer._elsewhere.setdefault("run", _Left())
 
     follower.runner.before = has_lost
     return driver, follower
