@@ -184,25 +184,19 @@ class Advancer:
         """Whether something that was left for another process may be unread."""
         return any(left.since is not None for left in self._elsewhere.values())
 
-    def look_after(self, connection: Connection, patience_s: float, *, idle: bool = False) -> list[Taken]:
-        """Take in what was left for others that long ago and they do not take in; returns the work begun by it.
+    def look_after(self, connection: Connection, patience_s: float) -> list[Taken]:
+        """Take in what was left for others that long ago and is unread; returns the work that was begun by it.
 
-        A driver that moves the run is given time again; where nobody has begun a step of it, and this child is `idle`,
-        nobody else will come.
+        A driver that moves the run is given time again.
         """
         begun: list[Taken] = []
         for run_id, left in [*self._elsewhere.items()]:
-            is_old = left.since is not None and monotonic() - left.since >= patience_s
-            if left.since is None or not (is_old or idle):
+            if left.since is None or monotonic() - left.since < patience_s:
                 continue
-            position, unread, busy = arrivals.noticed(connection, run_id)
+            position, unread = arrivals.noticed(connection, run_id)
             moved, left.position = position != left.position, position
-            if not unread:
-                left.since = None
-            elif patience_s and moved and busy:
-                left.since = monotonic()
-            elif is_old or not busy:
-                left.since = None
+            left.since = monotonic() if unread and moved and patience_s else None
+            if unread and left.since is None:
                 begun += self._advance(connection, run_id, may_begin=not begun)
         return begun
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _GATHER_S = 0.012  # how long to let short work gather where it comes fast: a wave of 16 costs half of four of 4
 _BRIEF_S = 0.02  # work that was shorter than this leaves little to be found at once
 _IN_VAIN, _TRY_AGAIN = 2, 16  # after so many times in vain one look has to do, but each so many-th time
-_LEFT_S = 0.05  # how long an outcome that was left for another process may be unread
+_LEFT_S = 0.03  # how long an outcome may be unread that was left for another process, unless that moves the run
 _LOOK_S = 0.004  # between looks whether it was read
 _BATCH = 8
 _LARGEST_BATCH = 32
@@ -165,7 +165,7 @@ class Drainer:
         taken: list[Taken] = []
         while not taken and self._session.advancer is not None and self._session.advancer.has_left:
             connection, advancer = self._session.ready()
-            taken = advancer.look_after(connection, 0.0 if full else _LEFT_S, idle=True)
+            taken = advancer.look_after(connection, 0.0 if full else _LEFT_S)
             if not taken and advancer.has_left:
                 time.sleep(_LOOK_S)
                 taken = self._take()

@@ -114,18 +114,17 @@ def waiting(connection: Connection, run_id: str) -> bool:
     return bool(row and row[0])
 
 
-# Primary keys of runs and work, index arrivals_by_run; takes no lock.
+# Primary key of runs, index arrivals_by_run; takes no lock.
 _NOTICED = """
-SELECT position, EXISTS (SELECT FROM orchestrator.arrivals a WHERE a.run_id = r.id),
-    EXISTS (SELECT FROM orchestrator.work w WHERE w.run_id = r.id AND w.fence IS NOT NULL)
+SELECT position, EXISTS (SELECT FROM orchestrator.arrivals a WHERE a.run_id = r.id)
 FROM orchestrator.runs r WHERE id = %(run_id)s
 """
 
 
-def noticed(connection: Connection, run_id: str) -> tuple[int, bool, bool]:
-    """Tell where a run stands, whether it has unread arrivals, and whether a step of it is begun anywhere."""
+def noticed(connection: Connection, run_id: str) -> tuple[int, bool]:
+    """Tell where a run stands, and whether it has unread arrivals."""
     row = connection.execute(_NOTICED, {"run_id": run_id}).fetchone()
-    return row or (0, False, False)
+    return row or (0, False)
 
 
 # Primary keys of work and arrivals.
