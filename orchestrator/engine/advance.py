@@ -6,12 +6,12 @@ Owns rule 1 (docs/concepts.md) and the cache of live coroutines.  Saga code runs
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from time import monotonic
 from typing import Any
 
 from orchestrator.engine.cache import Executions
@@ -173,7 +173,7 @@ class Advancer:
             if run_id in self._elsewhere or (run_id in tried and len(pairs) > 1):
                 if self._leave(connection, pairs):
                     left = self._elsewhere.setdefault(run_id, _Left())
-                    left.since = left.since or monotonic()
+                    left.since = left.since or time.monotonic()
                 continue
             for taken, outcome in pairs:
                 begun += self.record(connection, taken, outcome, may_begin=not begun)
@@ -191,11 +191,11 @@ class Advancer:
         """
         begun: list[Taken] = []
         for run_id, left in [*self._elsewhere.items()]:
-            if left.since is None or monotonic() - left.since < patience_s:
+            if left.since is None or time.monotonic() - left.since < patience_s:
                 continue
             position, unread = arrivals.noticed(connection, run_id)
             moved, left.position = position != left.position, position
-            left.since = monotonic() if unread and moved and patience_s else None
+            left.since = time.monotonic() if unread and moved and patience_s else None
             if unread and left.since is None:
                 begun += self._advance(connection, run_id, may_begin=not begun)
         return begun

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from orchestrator.celery import companion
-from orchestrator.engine import attempts, cache, drain, lease, pump, session
+from orchestrator.engine import advance, attempts, cache, drain, lease, pump, session
 from orchestrator.store.connection import Patient
 from tests.simulation import steps
 from tests.simulation.scheduler import current
@@ -66,6 +66,7 @@ def surrounded(simulation: Simulation) -> Iterator[None]:
             (psycopg, "connect", connect),
             (Patient, "connect", connect),
             (attempts, "time", time),
+            (advance, "time", time),
             (drain, "time", time),
             (session, "time", time),
             (cache, "monotonic", monotonic),
