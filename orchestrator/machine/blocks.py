@@ -21,7 +21,7 @@ def undo_scope(decisions: Decisions, scope: Step) -> None:
     """Undo what was done inside a block that an exception leaves, youngest first; settle the request after the last."""
     fold = decisions.fold
     inside = [step for step in fold.steps.values() if _is_inside(step, scope.asked.task)]
-    if any(step.is_pivot and step.forward is Forward.SUCCEEDED for step in inside):
+    if any(step.key in fold.pivots_passed for step in inside):
         if fold.parked is None:
             why = "an exception left a scope in which the point of no return was passed, so that it cannot be undone"
             decisions.record(Parked("", "pivot", why, fold.raised))

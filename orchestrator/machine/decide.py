@@ -300,10 +300,11 @@ class Decisions:
             return
         if order.action == "retry":
             self.record(Operated("retry", "", order.by, order.reason))
-        elif order.action == "resolve" and self.fold.unsettled == 0:
+        elif order.action == "resolve":
             self.record(Operated("resolve", "", order.by, order.reason))
-            self.record(Returned(order.value))
-            self.end(RunState.COMPLETED)
+            for step in list(self.fold.waiting.values()):
+                self.give_up(step)
+            self.record(Returned(order.value))  # and it ends as if its function had, once nothing is outstanding
 
     # -- requests that wait for somebody else --------------------------------------------------------------------------
     def answer(self) -> None:
@@ -366,7 +367,7 @@ class Decisions:
         fold = self.fold
         if not (fold.stop or fold.raised or fold.revoked) or fold.rollback or fold.pivots_in_flight:
             return
-        if fold.revoked:
+        if fold.revoked and not fold.past_pivot:
             self._begin_rollback(RollbackBegan("parent", family.error_of_revoke()))
         elif fold.past_pivot:
             if fold.stop:

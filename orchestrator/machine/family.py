@@ -60,6 +60,8 @@ def take_revoke(decisions: Decisions) -> None:
     decisions.record(Revoked())
     if fold.ended:
         _answer_revoke(decisions, RunState(fold.ended.state))
+    elif fold.past_pivot:
+        _report(decisions, "undo", "rejected", error=_left_by(fold, "past its point of no return"))
 
 
 def take_conclude(decisions: Decisions) -> None:
@@ -119,7 +121,7 @@ def take_pivot(decisions: Decisions, news: PivotNews) -> None:
     fold = decisions.fold
     if not news.child and news.origin.startswith(f"{fold.info.id} "):
         _take_answer(decisions, news)
-    elif news.phase == "asked" and (fold.ended or fold.rollback or fold.stop or fold.revoked):
+    elif news.phase == "asked" and _goes_back(fold):
         _answer(decisions, news.child, news.origin, "refused")
     elif news.phase == "asked":
         decisions.record(FamilyPivot(news.origin, "asked", news.child))
@@ -136,6 +138,12 @@ def take_pivot(decisions: Decisions, news: PivotNews) -> None:
             _answer(decisions, child, news.origin, news.phase)
         elif fold.info.parent:
             _news(decisions, news.origin, news.phase)
+
+
+def _goes_back(fold: Fold) -> bool:
+    """Tell whether a run has ended, or is to be undone as soon as no pivot is in flight."""
+    to_be_undone = bool(fold.stop or fold.raised or fold.revoked) and not fold.past_pivot
+    return bool(fold.ended or fold.rollback) or to_be_undone
 
 
 def _take_answer(decisions: Decisions, news: PivotNews) -> None:
@@ -182,10 +190,12 @@ def _answer(decisions: Decisions, child: str, origin: str, phase: str) -> None:
 # -- what a child says -------------------------------------------------------------------------------------------------
 def _answer_revoke(decisions: Decisions, state: RunState) -> None:
     undone = state is not RunState.TERMINATED and state is not RunState.COMPLETED
-    error = (
-        None if undone else {"type": "ChildLeft", "message": f"child {decisions.fold.info.id} is {state}, not undone"}
-    )
+    error = None if undone else _left_by(decisions.fold, state)
     _report(decisions, "undo", "succeeded" if undone else "rejected", error=error)
+
+
+def _left_by(fold: Fold, how: str) -> Error:
+    return {"type": "ChildLeft", "message": f"child {fold.info.id} is {how}, not undone"}
 
 
 def _failure(decisions: Decisions, state: RunState) -> Error:

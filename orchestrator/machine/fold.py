@@ -205,7 +205,7 @@ class Fold:
         self.parked_keys: dict[str, Parked] = {}
         self.abandoned_effects: dict[str, Step] = {}
         self.late_effects: list[Late] = []
-        self.past_pivot = False
+        self.pivots_passed: set[str] = set()  # keys of pivots that succeeded, and of children with one that did
         self.pivots_in_flight = 0
         self.returned: Returned | None = None
         self.raised: Error | None = None
@@ -270,6 +270,11 @@ class Fold:
     def is_parked(self) -> bool:
         """Whether a person is needed and nothing of the run is in flight."""
         return (self.parked is not None or bool(self.parked_keys)) and self.in_flight == 0
+
+    @property
+    def past_pivot(self) -> bool:
+        """Whether the run has passed the point of no return, itself or in a child."""
+        return bool(self.pivots_passed)
 
     @property
     def paused(self) -> bool:
@@ -342,9 +347,8 @@ class Fold:
         self._count(step, was)
         self.pivots_in_flight -= step.is_pivot
         if step.is_pivot and step.forward is Forward.SUCCEEDED:
-            self.past_pivot = True
-        if step.abandoned and step.owes_undo:
-            self.abandoned_effects[step.key] = step
+            self.pivots_passed.add(step.key)
+        self._note_abandoned(step)
         if self.returned is not None and not step.abandoned and step.forward in _FAILURES:
             self.raised = entry.error
 
@@ -391,7 +395,11 @@ class Fold:
             # It came just when nobody waited any more: the next one who waits gets it.
             back = Signalled(step.asked.task, step.signal_id, step.result)
             self.signals[step.asked.task].appendleft(back)
-        if step.owes_undo:
+        self._note_abandoned(step)
+
+    def _note_abandoned(self, step: Step) -> None:
+        """What nobody waits for any more is undone, but for a child in which the point of no return was passed."""
+        if step.abandoned and step.owes_undo and step.key not in self.pivots_passed:
             self.abandoned_effects[step.key] = step
 
     def _versioned(self, entry: Versioned) -> None:
@@ -399,6 +407,7 @@ class Fold:
 
     def _returned(self, entry: Returned) -> None:
         self.returned = entry
+        self.parked = self.raised = None  # of a run that a person has resolved
 
     def _raised(self, entry: Raised) -> None:
         self.raised = entry.error
@@ -488,7 +497,9 @@ class Fold:
             self.pivots_in_flight += 1
         elif entry.phase != "granted":
             self.pivots_in_flight -= 1
-            self.past_pivot = self.past_pivot or entry.phase == "succeeded"
+            if entry.phase == "succeeded":
+                self.pivots_passed.add(entry.child)
+                self.abandoned_effects.pop(entry.child, None)
 
     def _carried(self, entry: Carried) -> None:
         self.carried_locks = dict(entry.locks)

@@ -55,6 +55,7 @@ RUN_TRANSITIONS: dict[RunState, dict[str, RunState]] = {
         "pause": R.PAUSED,
         "roll back": R.COMPENSATING,
         "complete": R.COMPLETED,
+        "continue": R.CONTINUED,
         "fail": R.FAILED,
         "compensate": R.COMPENSATED,
         "cancel": R.CANCELLED,

@@ -118,6 +118,44 @@ async def parent_of_a_pivot(then: str) -> str:
 
 
 @saga.define
+async def pays_and_waits(what: str) -> str:
+    await saga.step(do, what)
+    await saga.step(settle, "settled")
+    if what == "paid for":
+        await saga.wait_signal("go")
+    return what
+
+
+@saga.define
+async def impatient_parent(seconds: float) -> str:
+    try:
+        return await asyncio.wait_for(saga.child(pays_and_waits, "paid for"), seconds)
+    except TimeoutError:
+        return "gave up"
+
+
+@saga.define
+async def scope_around_a_pivot(then: str) -> str:
+    async with saga.scope():
+        await saga.child(pays_and_waits, "paid at once")
+        raise ValueError(then)
+
+
+@saga.define
+async def broken(what: str) -> str:
+    await saga.step(do, what)
+    raise KeyError(what)
+
+
+@saga.define
+async def parent_of_a_broken_one(then: str) -> str:
+    found = await saga.child(broken, "thing")
+    if then == "fail":
+        raise ValueError("no")
+    return found
+
+
+@saga.define
 async def grandparent_of_a_pivot() -> str:
     return await saga.child(parent_of_a_pivot, "well")
 
@@ -302,6 +340,50 @@ def test_a_child_that_is_terminated_at_its_pivot_leaves_its_root_free(
     assert client.outcome("run").left == [
         {"key": f"{with_pivot.name}#0/{settle.name}#0", "task": settle.name, "outcome": "unknown"}
     ]
+
+
+def test_a_child_that_its_parent_gives_up_after_its_pivot_only_goes_forward(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    run(client, child, impatient_parent, 0.2)
+    one = next(run_id for run_id in states(connection) if run_id != "run")
+    until(child, lambda: "abandoned" in kinds(connection))
+    assert (DONE, states(connection)[one]) == (["paid for", "settled"], "running")
+    client.signal(one, "go")
+    child.drain()
+    assert DONE == ["paid for", "settled"], "nothing is undone after the point of no return"
+    assert states(connection) == {"run": "completed", one: "completed"}
+    assert client.outcome("run").output == "gave up"
+
+
+def test_a_scope_in_which_a_child_passed_its_pivot_parks(child: Child, client: Client, connection: Connection) -> None:
+    run(client, child, scope_around_a_pivot, "no")
+    assert DONE == ["paid at once", "settled"], "nothing is undone after the point of no return"
+    assert state(connection) == "parked"
+    assert "point of no return" in str(client.outcome("run").parked)
+
+
+def test_a_child_that_is_resolved_by_hand_tells_its_parent(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    result = run(client, child, parent_of_a_broken_one, "well")
+    one = next(run_id for run_id, state in states(connection).items() if state == "parked")
+    client.operate(one, "resolve", by="ann", value="by hand")
+    child.drain()
+    assert result.get(timeout=10) == "by hand"
+    child.drain()
+    assert states(connection) == {"run": "completed", one: "completed"}
+
+
+def test_a_child_that_was_resolved_by_hand_is_undone_with_its_parent(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    run(client, child, parent_of_a_broken_one, "fail")
+    one = next(run_id for run_id, state in states(connection).items() if state == "parked")
+    client.operate(one, "resolve", by="ann", value="by hand")
+    child.drain()
+    assert DONE == ["thing", "undo thing"]
+    assert states(connection) == {"run": "compensated", one: "compensated"}
 
 
 # -- scopes ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -251,6 +253,76 @@ def test_a_run_parked_by_a_code_error_goes_on_with_mended_code() -> None:
     stage.reload(mended)
     stage.turn(Operate("retry", by="ann", reason="deployed a fix"))
     assert stage.state == "completed"
+
+
+def test_a_run_parked_by_a_code_error_can_go_on_as_new_at_once() -> None:
+    stage = _parked_by_code()
+
+    @saga.define(name="parked by code")
+    async def mended(n: int) -> str:
+        await saga.step(charge, n)
+        saga.continue_as_new(n + 1)
+
+    stage.reload(mended)
+    stage.turn(Operate("retry", by="ann", reason="deployed a fix"))
+    assert stage.state == "continued"
+
+
+def test_a_parked_key_that_is_resolved_lets_its_run_go_on_as_new() -> None:
+    @saga.define(name="careful and again")
+    async def careful_and_again(n: int) -> None:
+        await saga.step(careful, n)
+        saga.continue_as_new(n + 1)
+
+    stage = Stage(careful_and_again, 1)
+    stage.turn()
+    key = stage.key("careful")
+    stage.doubt_until_given_up("careful")
+    stage.turn(Operate("resolve", key, "ann", "found it", "from the statement"))
+    assert stage.state == "continued"
+
+
+def _parked_beside(other: Callable[[], Awaitable[Any]]) -> Stage:
+    """A run that its code parks while it has asked for something else as well."""
+
+    @saga.define(name="parked beside")
+    async def beside(n: int) -> None:
+        task = asyncio.create_task(other())
+        await saga.step(charge, n)
+        raise KeyError(str(task))
+
+    stage = Stage(beside, 1)
+    stage.turn()
+    outcome = stage.end("charge", "succeeded", "c")
+    with pytest.raises(CodeError) as caught:
+        stage.turn(outcome)
+    stage.reload()
+    stage.turn(outcome, park=Parked("", "code", "mistake", caught.value.error))
+    return stage
+
+
+async def _told() -> None:
+    await saga.wait_signal("never")
+
+
+async def _looked() -> None:
+    await saga.step(look, 1)
+
+
+def test_resolving_a_run_gives_up_what_it_waits_for() -> None:
+    stage = _parked_beside(_told)
+    assert stage.state == "parked"
+    stage.turn(Operate("resolve", by="ann", value="by hand"))
+    assert stage.state == "completed"
+
+
+def test_resolving_a_run_waits_for_the_steps_that_are_under_way() -> None:
+    stage = _parked_beside(_looked)
+    stage.turn(Operate("resolve", by="ann", value="by hand"))
+    assert stage.state == "running"
+    stage.succeed("look", 1)
+    fold = stage.execution.fold
+    assert (stage.state, fold.returned and fold.returned.output) == ("completed", "by hand")
 
 
 def test_a_run_parked_by_a_code_error_can_be_cancelled_without_its_code() -> None:

@@ -7,7 +7,7 @@ import contextlib
 
 from orchestrator import saga
 from orchestrator.errors import StepFailed
-from orchestrator.machine.journal import Cancel, LateSuccess, Operate
+from orchestrator.machine.journal import Arrival, AttemptEnded, Cancel, LateSuccess, Operate, PivotNews
 from tests.machine.stage import Stage
 from tests.machine.steps import capture, charge, look, reserve, settle, tell
 
@@ -208,6 +208,40 @@ def test_after_the_pivot_a_look_may_fail_and_be_caught() -> None:
     stage.succeed("settle", "s")
     stage.doubt_until_given_up("look")
     assert stage.state == "completed"
+
+
+@saga.define
+async def paid_by_child(n: int) -> str:
+    return await saga.step(settle, n)
+
+
+@saga.define
+async def paid_by_children(n: int) -> None:
+    await asyncio.gather(saga.child(paid_by_child, 1), saga.child(paid_by_child, 2), saga.step(settle, n))
+
+
+def _asks(stage: Stage, child: int, *before: Arrival) -> list[str]:
+    """The pivot of a child is asked for: what its parent answers."""
+    key = stage.execution.fold.children[child].key
+    turn = stage.turn(*before, PivotNews(f"{stage.info.child(key)} pivot#0", "asked", key))
+    return [post.arrival.phase for post in turn.posts if isinstance(post.arrival, PivotNews)]
+
+
+def test_a_cancel_that_comes_too_late_refuses_no_further_pivot() -> None:
+    stage = Stage(paid_by_children, 1)
+    stage.turn()
+    stage.succeed("settle", "s")
+    assert _asks(stage, 0, Cancel()) == ["granted"]
+
+
+def test_no_further_pivot_begins_in_a_family_that_is_to_be_undone() -> None:
+    stage = Stage(paid_by_children, 1)
+    stage.turn()
+    stage.begin("settle")
+    failed = AttemptEnded(stage.execution.fold.children[1].key, "do", 1, "rejected", error={"type": "Trouble"})
+    stage.turn(failed)
+    assert (stage.execution.fold.raised is not None, stage.state) == (True, "running")
+    assert _asks(stage, 0) == ["refused"]
 
 
 def test_after_the_pivot_an_abandoned_effect_is_still_undone() -> None:
