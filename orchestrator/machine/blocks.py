@@ -54,8 +54,13 @@ def ask_for_lock(decisions: Decisions, step: Step) -> None:
 def unlock(decisions: Decisions, key: str) -> None:
     """Give a lock back, or the place in its queue; nothing if that was done before."""
     row = decisions.fold.locks.get(key)
-    if row is not None:
-        decisions.record(Unlocked(key))
+    if row is None:
+        return
+    decisions.record(Unlocked(key))
+    step = decisions.fold.steps[key]
+    if step in decisions.locks:
+        decisions.locks.remove(step)  # asked for in this very turn: it never gets a place in the queue
+    else:
         decisions.unlocks.append(row)
 
 

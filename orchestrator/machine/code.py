@@ -118,13 +118,14 @@ class SagaCode:
         self.tags: dict[str, Json] = {}
 
     # -- driven by the turn --------------------------------------------------------------------------------------------
-    def resume(self, rows: Iterable[tuple[datetime, list[str]]], recorder: Recorder) -> None:
-        """Let time pass and deliver what was settled, row by row.  Raises: DriftError."""
+    def resume(self, rows: Iterable[tuple[datetime | None, list[str]]], recorder: Recorder) -> None:
+        """Let time pass, unless a row goes on, and deliver what was settled, row by row.  Raises: DriftError."""
         self._recorder = recorder
         for at, settled in rows:
-            self.loop.advance_to((at - self.fold.info.started).total_seconds())
-            self._begin()
             self._undelivered.extend(settled)
+            if at is not None:
+                self.loop.advance_to((at - self.fold.info.started).total_seconds())
+            self._begin()
             self._deliver()
             self._check()
         self._check()
@@ -274,6 +275,10 @@ class SagaCode:
         if not self._closed and step is not None and not step.abandoned:
             assert self._recorder is not None
             self._recorder.abandon(key)
+
+    def has_come(self, key: str) -> bool:
+        """Tell whether the outcome of a request came with the row whose timers fire now; it is delivered after them."""
+        return key in self._undelivered
 
     def unlock(self, key: str, failed: bool) -> None:
         """Give a lock back at the end of its block; `failed` says that an exception left it."""

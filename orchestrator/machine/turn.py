@@ -106,8 +106,8 @@ class Execution:
         self.committed_summary: tuple[Any, ...] = NOTHING_TO_SUM_UP
         self.published: dict[str, Json] = {}  # what its code shows, as far as it was resumed here
         self.tags: dict[str, Json] = {}
-        self._delivered: list[tuple[datetime, list[str]]] = []
-        self._undelivered: list[tuple[datetime, list[str]]] = []
+        self._delivered: list[tuple[datetime | None, list[str]]] = []
+        self._undelivered: list[tuple[datetime | None, list[str]]] = []
 
     def catch_up(self, rows: Iterable[tuple[datetime, list[Entry]]]) -> None:
         """Fold journal rows that were committed elsewhere."""
@@ -146,7 +146,7 @@ class Execution:
             if not answered:
                 break
             told = len(decisions.entries)
-            self._undelivered.append((at, answered))
+            self._undelivered.append((None, answered))  # of the same row, and so no time passes before them
         if self.code is not None and not fold.wants_code:
             self._drop_code()
         while decisions.withdraw_unborn():

@@ -17,7 +17,7 @@ from orchestrator.codec import encode_any, is_name
 from orchestrator.errors import DeadlockError, UsageError
 from orchestrator.machine import code as machine
 from orchestrator.machine.blocks import SEPARATOR
-from orchestrator.machine.code import Request, SagaCode
+from orchestrator.machine.code import Request, RequestFuture, SagaCode
 from orchestrator.machine.fold import Step as StepRecord
 from orchestrator.machine.journal import Asked
 from orchestrator.machine.policy import Effect
@@ -62,8 +62,8 @@ class lock:  # noqa: N801 - a context manager reads like a function
     """Hold the lock of a business key to the end of the block: ``async with saga.lock("account", 7):``.
 
     First come, first served, over all runs; a run and its children do not keep each other out.  `timeout` (timedelta or
-    seconds) bounds the waiting.  A block that an exception leaves keeps the lock until the run has ended, if the run
-    goes back because of it: what was done under the lock is undone under it.
+    seconds) bounds the waiting; with 0 the lock is had if it is free.  A block that an exception leaves keeps the
+    lock until the run has ended, if the run goes back because of it: what was done under the lock is undone under it.
     Raises: TimeoutError; DeadlockError if the runs ahead wait for this one.
     """
 
@@ -78,12 +78,24 @@ class lock:  # noqa: N801 - a context manager reads like a function
     async def __aenter__(self) -> None:
         self._code = code_of("lock")
         future = self._code.ask(_locking(self._name, self._code))
-        self._key = future.key
+        self._key, self._late = future.key, False
+        if self._timeout is None:
+            await future
+            return
+        timer = self._code.loop.call_later(max(self._timeout, 0), self._give_up, future)
         try:
-            async with asyncio.timeout(self._timeout):
-                await future
-        except TimeoutError:
+            await future
+        except asyncio.CancelledError:
+            if not self._late:
+                raise
             raise TimeoutError(f"lock {self._name} was not free within {self._timeout} s") from None
+        finally:
+            timer.cancel()
+
+    def _give_up(self, future: RequestFuture) -> None:
+        """Wait no longer, unless the lock was granted while the timer fell due: a free one is had with any timeout."""
+        if not self._code.has_come(self._key):
+            self._late = future.cancel()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

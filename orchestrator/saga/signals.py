@@ -20,6 +20,7 @@ from orchestrator.saga.inside import code_of
 from orchestrator.saga.steps import failure_of
 
 T = TypeVar("T")
+_NO_TIME_S = 1e-6  # of journal time: asyncio would not look at what is there already
 
 
 @overload
@@ -30,7 +31,8 @@ async def wait_signal(name: str, kind: Any = None, /, *, timeout: timedelta | fl
     """Wait for the next signal of this name; one that came before anybody waited is kept.
 
     Its payload is read as `kind`, by default as `saga.define(signals=...)` says.  One that cannot be read so is passed
-    over: the history shows it, and the wait goes on.  `timeout` is a timedelta, or seconds.
+    over: the history shows it, and the wait goes on.  `timeout` is a timedelta, or seconds; with 0 only a signal that
+    is there already is heard.
     Raises: TimeoutError.
     """
     code = code_of("wait_signal")
@@ -38,7 +40,7 @@ async def wait_signal(name: str, kind: Any = None, /, *, timeout: timedelta | fl
         raise UsageError("saga.wait_signal: its name must be text of 1 to 500 printable bytes")
     codec = ValueCodec(kind or declared_signals(code).get(name, Any), what=f"signal {name!r}")
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-    async with asyncio.timeout(seconds):
+    async with asyncio.timeout(None if seconds is None else max(seconds, _NO_TIME_S)):
         while True:
             payload = await code.ask(_request(name, code))
             try:

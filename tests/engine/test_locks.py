@@ -126,6 +126,56 @@ def test_who_gives_up_leaves_the_queue(child: Child, client: Client, connection:
     assert (result.get(timeout=10), locks(connection)) == ("gave up", [("one", True)])
 
 
+@saga.define
+async def asks_and_gives_up(how: str) -> str:
+    if how == "timeout":
+        async with asyncio.timeout(0), saga.lock("account", 7):
+            return "not reached"
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_held())
+        group.create_task(_fails_at_once())
+    return "not reached"
+
+
+async def _held() -> None:
+    async with saga.lock("account", 7):
+        await saga.step(do, "under the lock")
+
+
+async def _fails_at_once() -> None:
+    raise ValueError("no")
+
+
+@pytest.mark.parametrize("how", ["timeout", "sibling"])
+def test_a_lock_that_is_asked_for_and_given_up_in_one_turn_keeps_nobody_out(
+    child: Child, client: Client, connection: Connection, how: str
+) -> None:
+    assert run(client, child, asks_and_gives_up, how, run_id="one").status == "failed"
+    assert locks(connection) == []
+    assert run(client, child, account_7, run_id="two").get(timeout=10) == "account"
+
+
+@saga.define
+async def at_once(seconds: float) -> str:
+    try:
+        async with saga.lock("account", 7, timeout=seconds):
+            await saga.step(do, "under the lock")
+        return "got it"
+    except TimeoutError:
+        return "gave up"
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 1e-9, 1e-4])
+def test_a_lock_that_is_free_is_had_with_any_timeout(
+    child: Child, client: Client, connection: Connection, seconds: float
+) -> None:
+    assert run(client, child, at_once, seconds, run_id="one").get(timeout=10) == "got it"
+    run(client, child, locking, "two", run_id="two")
+    result = run(client, child, at_once, seconds, run_id="three")
+    until(child, result.ready)
+    assert (result.get(timeout=10), locks(connection)) == ("gave up", [("two", True)])
+
+
 def test_runs_that_wait_for_each_other_are_told(child: Child, client: Client, connection: Connection) -> None:
     one = run(client, child, in_order, "x", "y", run_id="one")
     two = run(client, child, in_order, "y", "x", run_id="two")

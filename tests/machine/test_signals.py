@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import pytest
+
 from orchestrator import saga
 from orchestrator.machine.journal import Cancel, Signal
 from tests.machine.stage import Stage
@@ -35,6 +37,18 @@ async def patient(n: int) -> list[str]:
         except TimeoutError:
             heard.append("nothing")
     return heard
+
+
+@saga.define
+async def hasty(seconds: float) -> list[str]:
+    await saga.step(look, 1)
+    heard = []
+    try:
+        while True:
+            heard.append(await saga.wait_signal("news", str, timeout=seconds))
+    except TimeoutError:
+        await saga.step(look, 2)
+        return heard
 
 
 @saga.define
@@ -113,6 +127,17 @@ def test_a_signal_that_comes_with_the_timeout_is_left_for_the_next_wait() -> Non
     assert output(stage) == ["nothing", "just late"]
     again = stage.loaded()
     assert again.fold.state == "completed"
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 1e-9, 1e-6])
+def test_signals_that_are_there_already_are_heard_by_who_does_not_wait(seconds: float) -> None:
+    stage = Stage(hasty, seconds)
+    stage.turn(Signal("news", "s1", "one"), Signal("news", "s2", "two"))
+    stage.succeed("look", 1)
+    stage.turn()
+    stage.reload()
+    stage.succeed("look", 2)
+    assert (stage.state, output(stage)) == ("completed", ["one", "two"])
 
 
 def test_two_who_wait_get_one_each_in_the_order_in_which_they_asked() -> None:
