@@ -11,11 +11,12 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from orchestrator.codec import Json, check, is_name
 from orchestrator.errors import UsageError
+from orchestrator.machine.policy import is_priority
 from orchestrator.options import StartOptions
 from orchestrator.saga import Saga
 from orchestrator.saga.face import is_tag
@@ -105,11 +106,18 @@ def _seconds(option: str, value: Any) -> float:
     return float(seconds)
 
 
+def _eta(value: Any) -> datetime | None:
+    eta = aware("eta", value)
+    if eta is not None and abs((eta - datetime.now(UTC)).total_seconds()) > _LONGEST_S:
+        raise UsageError("eta must be within a thousand years from now")
+    return eta
+
+
 def _priority(priority: Any, saga: Saga[Any, Any]) -> int:
     priority = saga.options.priority if priority is None else priority
-    if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 9:
+    if not is_priority(priority):
         raise UsageError(f"priority must be a whole number from 0 to 9 (higher first), not {priority!r}")
-    return priority
+    return int(priority)
 
 
 def _tags(tags: Any) -> dict[str, Json] | None:

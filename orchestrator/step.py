@@ -13,13 +13,13 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, get_args, overload
 
 from orchestrator.codec import FunctionCodec, Json, canonical_text, is_name
 from orchestrator.errors import DefinitionError, UsageError
 from orchestrator.machine.journal import Undo
 from orchestrator.machine.loop import inside_saga
-from orchestrator.machine.policy import START_TO_CLOSE, Effect, Limit, RetryPolicy
+from orchestrator.machine.policy import LONGEST_TIMEOUT, START_TO_CLOSE, Effect, Limit, RetryPolicy, is_priority
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -260,12 +260,13 @@ def _check_options(step: Step[Any, Any]) -> None:
     options = step.options
     if options.transactional and options.local:
         raise DefinitionError(f"step {step.name}: local=True and transactional=True exclude each other")
-    if options.start_to_close_timeout <= timedelta(0):
-        raise DefinitionError(f"step {step.name}: start_to_close_timeout must be positive; it is never unlimited")
+    _check_choices(step.name, options)
     if options.effect is Effect.NONE and options.compensate is not None:
         raise DefinitionError(f"step {step.name}: Effect.NONE says there is nothing to undo, yet compensate= is given")
     if options.effect is Effect.PIVOT and options.compensate is not None:
         raise DefinitionError(f"step {step.name}: a pivot is the point of no return and cannot have compensate=")
+    if not is_name(step.name):
+        raise DefinitionError(f"step {step.name!r:.80}: its name must be text of 1 to 500 printable bytes")
     for option in ("key", "queue"):
         value = getattr(options, option)
         if value and not is_name(value):
@@ -273,6 +274,25 @@ def _check_options(step: Step[Any, Any]) -> None:
     _check_limit(step)
     if options.compensate is not None:
         _undo_of(step)
+
+
+def _check_choices(name: str, options: StepOptions) -> None:
+    """What is none of the choices there are would be taken for another one, or make work that nobody ever takes."""
+    if not timedelta(0) < options.start_to_close_timeout <= LONGEST_TIMEOUT:
+        years = LONGEST_TIMEOUT.days // 365
+        raise DefinitionError(
+            f"step {name}: start_to_close_timeout must be positive and at most {years} years; it is never unlimited"
+        )
+    if options.heartbeat_timeout is not None and options.heartbeat_timeout <= timedelta(0):
+        raise DefinitionError(f"step {name}: heartbeat_timeout must be positive, or None")
+    if not is_priority(options.priority):
+        raise DefinitionError(f"step {name}: priority must be a whole number from 0 to 9 (higher first)")
+    if options.effect is not None and not isinstance(options.effect, Effect):
+        raise DefinitionError(f"step {name}: effect= takes an Effect, such as Effect.PIVOT, not {options.effect!r:.80}")
+    if options.on_unknown not in (None, *get_args(OnUnknown)):
+        raise DefinitionError(
+            f"step {name}: on_unknown= is one of {', '.join(get_args(OnUnknown))}, not {options.on_unknown!r:.80}"
+        )
 
 
 def _check_limit(step: Step[Any, Any]) -> None:

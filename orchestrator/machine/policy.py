@@ -5,6 +5,7 @@ Owns the arithmetic of retries and every default of it.  Must never look at a cl
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from enum import StrEnum
 from typing import Any
 
 from orchestrator.errors import DefinitionError
+
+LONGEST_PAUSE_S = 1e9  # 31 years; what is added to an instant has to give one
 
 
 class Effect(StrEnum):
@@ -46,12 +49,13 @@ class RetryPolicy:
     non_retryable_error_types: tuple[type[BaseException] | str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.maximum_attempts < 1:
-            raise DefinitionError("RetryPolicy: maximum_attempts must be 1 or more; attempts are always bounded")
+        many: Any = self.maximum_attempts
+        if type(many) is not int or not 1 <= many < 2**31:
+            raise DefinitionError("RetryPolicy: maximum_attempts is a whole number, 1 or more: attempts are bounded")
         if self.initial_interval < timedelta(0) or self.maximum_interval < self.initial_interval:
             raise DefinitionError("RetryPolicy: intervals must satisfy 0 <= initial_interval <= maximum_interval")
-        if self.backoff_coefficient < 1:
-            raise DefinitionError("RetryPolicy: backoff_coefficient must be 1.0 or more")
+        if not 1 <= self.backoff_coefficient < math.inf:
+            raise DefinitionError("RetryPolicy: backoff_coefficient must be 1.0 or more, and finite")
 
     def delay(self, attempts: int) -> timedelta:
         """Return the pause after `attempts` failed attempts (1 or more)."""
@@ -59,7 +63,7 @@ class RetryPolicy:
             seconds = self.initial_interval.total_seconds() * self.backoff_coefficient ** (attempts - 1)
         except OverflowError:
             return self.maximum_interval
-        return min(timedelta(seconds=min(seconds, 1e9)), self.maximum_interval)
+        return min(timedelta(seconds=min(seconds, LONGEST_PAUSE_S)), self.maximum_interval)
 
     @property
     def error_names(self) -> tuple[str, ...]:
@@ -73,9 +77,9 @@ class RetryPolicy:
     def encode(self) -> list[Any]:
         """Return the journal form: seconds, coefficient, seconds, attempts, names."""
         return [
-            self.initial_interval.total_seconds(),
+            min(self.initial_interval.total_seconds(), LONGEST_PAUSE_S),
             self.backoff_coefficient,
-            self.maximum_interval.total_seconds(),
+            min(self.maximum_interval.total_seconds(), LONGEST_PAUSE_S),
             self.maximum_attempts,
             list(self.error_names),
         ]
@@ -135,3 +139,9 @@ STEP_RETRY = RetryPolicy()
 # 1 s doubling to 10 min reaches 24 hours at the 153rd attempt; then an operator is asked.
 COMPENSATION_RETRY = RetryPolicy(maximum_interval=timedelta(minutes=10), maximum_attempts=153)
 START_TO_CLOSE = timedelta(minutes=5)
+LONGEST_TIMEOUT = timedelta(days=3650)
+
+
+def is_priority(value: object) -> bool:
+    """Tell whether a value is a priority: a whole number from 0 to 9; work of another one would never be taken."""
+    return type(value) is int and 0 <= value <= 9

@@ -9,11 +9,12 @@ import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, get_args, overload
 
-from orchestrator.codec import FunctionCodec, Json, check
+from orchestrator.codec import FunctionCodec, Json, check, is_name
 from orchestrator.errors import DefinitionError, PayloadError, UnknownSagaError, UsageError
 from orchestrator.machine.loop import inside_saga
+from orchestrator.machine.policy import is_priority
 from orchestrator.machine.turn import Script
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+CodeErrors = Literal["park", "compensate"]
+_LONGEST_DEADLINE = timedelta(days=365_000)
 
 
 class Starter(Protocol):
@@ -48,7 +51,7 @@ class SagaOptions:
     deadline: timedelta | None = None
     queue: str = ""
     priority: int = 0
-    on_code_error: Literal["park", "compensate"] = "park"
+    on_code_error: CodeErrors = "park"
     signals: Mapping[str, Any] | None = None
 
 
@@ -196,7 +199,7 @@ def define(
     deadline: timedelta | None = ...,
     queue: str = ...,
     priority: int = ...,
-    on_code_error: Literal["park", "compensate"] = ...,
+    on_code_error: CodeErrors = ...,
     signals: Mapping[str, Any] | None = ...,
 ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Saga[P, R]]: ...
 def define(function: Any = None, /, *, name: str = "", **options: Any) -> Any:
@@ -213,6 +216,19 @@ def define(function: Any = None, /, *, name: str = "", **options: Any) -> Any:
     return define_saga(function, name, options)
 
 
+def _check_options(name: str, options: SagaOptions) -> None:
+    if options.version < 1:
+        raise DefinitionError(f"saga {name}: version must be 1 or more")
+    if not is_priority(options.priority):
+        raise DefinitionError(f"saga {name}: priority must be a whole number from 0 to 9 (higher first)")
+    if options.queue and not is_name(options.queue):
+        raise DefinitionError(f"saga {name}: queue= must be text of at most 500 printable bytes")
+    if options.deadline is not None and not timedelta(0) < options.deadline <= _LONGEST_DEADLINE:
+        raise DefinitionError(f"saga {name}: deadline= must be positive, and at most a thousand years")
+    if options.on_code_error not in get_args(CodeErrors):
+        raise DefinitionError(f"saga {name}: on_code_error= is one of {', '.join(get_args(CodeErrors))}")
+
+
 def define_saga(function: Any, name: str, options: dict[str, Any]) -> Saga[Any, Any]:
     """Declare and register a saga.  Raises: DefinitionError."""
     if not inspect.iscoroutinefunction(function):
@@ -221,8 +237,10 @@ def define_saga(function: Any, name: str, options: dict[str, Any]) -> Saga[Any, 
         declared = SagaOptions(**options)
     except TypeError as error:
         raise DefinitionError(f"saga.define of {function.__name__}: {error}") from None
-    if declared.version < 1:
-        raise DefinitionError(f"saga {function.__name__}: version must be 1 or more")
-    saga: Saga[Any, Any] = Saga(function, name or f"{function.__module__}.{function.__name__}", declared)
+    _check_options(function.__name__, declared)
+    name = name or f"{function.__module__}.{function.__name__}"
+    if not is_name(name):
+        raise DefinitionError(f"saga {name!r:.80}: its name must be text of 1 to 500 printable bytes")
+    saga: Saga[Any, Any] = Saga(function, name, declared)
     registry.add(saga)
     return saga

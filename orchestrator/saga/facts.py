@@ -10,6 +10,8 @@ import uuid as _uuid
 from dataclasses import dataclass
 from datetime import datetime
 
+from orchestrator.codec import is_name
+from orchestrator.errors import UsageError
 from orchestrator.saga.inside import code_of
 
 
@@ -35,7 +37,10 @@ def version(change: str, minimum: int, maximum: int) -> int:
 
     A run that passed this point before the gate was deployed gets `minimum`.
     """
-    return code_of("version").version(change, minimum, maximum)
+    code = code_of("version")
+    if not is_name(change):
+        raise UsageError("saga.version: the name of a change must be text of 1 to 500 printable bytes")
+    return code.version(change, minimum, maximum)
 
 
 @dataclass(frozen=True, slots=True)
