@@ -146,8 +146,11 @@ class Attempts:
     def _beat(self, taken: Taken, details: Json) -> None:
         assert taken.fence is not None
         connection, _ = self._session.ready()
-        details = encode_any(details, f"the heartbeat details of {taken.task}")
-        taken.call["d"] = details
+        if details is not None:
+            what = f"the heartbeat details of {taken.task}"
+            details = encode_any(details, what)
+            check(details, what=what)
+            taken.call["d"] = details
         stop = attempts.heartbeat(connection, taken.run_id, taken.key, taken.fence, details)
         if stop is None:
             raise StepStopped(

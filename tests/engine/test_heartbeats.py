@@ -1,0 +1,50 @@
+"""Heartbeats on a real database: what the next attempt is told of this one."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from orchestrator import Effect, RetryPolicy, saga, step
+from orchestrator.client import Client
+from orchestrator.store.connection import Connection
+from tests.engine.stage import Child, run, state
+
+THRICE = RetryPolicy(timedelta(0), 1.0, timedelta(0), 3)
+TOLD: list[Any] = []
+
+BEATS: dict[str, list[Any]] = {
+    "well": [{"epoch": 1}],
+    "and lives on": [{"epoch": 1}, None],
+    "NUL": [{"epoch": 1}, "a\0b"],
+    "lone surrogate": [{"epoch": 1}, "\ud800"],
+    "size": [{"epoch": 1}, "x" * 300_000],
+    "a stream": [{"epoch": 1}, iter([1])],
+}
+
+
+@step(effect=Effect.NONE, retry=THRICE)
+def train(how: str) -> str:
+    current = step.current()
+    TOLD.append(current.heartbeat_details)
+    if current.attempt == 1:
+        for details in BEATS[how]:
+            current.heartbeat(details)
+        raise RuntimeError("the loss is not a number")
+    return how
+
+
+@saga.define
+async def training(how: str) -> str:
+    return await saga.step(train, how)
+
+
+@pytest.mark.parametrize("how", BEATS)
+def test_the_next_attempt_gets_the_last_details_that_could_be_stored(
+    child: Child, client: Client, connection: Connection, how: str
+) -> None:
+    TOLD.clear()
+    run(client, child, training, how)
+    assert (state(connection), TOLD) == ("completed", [None, {"epoch": 1}])
