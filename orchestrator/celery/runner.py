@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ctypes
 import inspect
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from celery import Celery, states
 from celery.app.trace import build_tracer
 from celery.exceptions import Reject, Retry
 from celery.result import allow_join_result
+from celery.utils.time import maybe_make_aware
 
 from orchestrator.celery import handlers
 from orchestrator.celery.events import Attempt, StepEvents, task_id
@@ -27,7 +29,7 @@ from orchestrator.codec import FunctionCodec
 from orchestrator.engine.worker import Invocation
 from orchestrator.errors import PayloadError, Rejected
 from orchestrator.machine.journal import AttemptEnded
-from orchestrator.machine.policy import RetryPolicy
+from orchestrator.machine.policy import LONGEST_PAUSE_S, RetryPolicy
 from orchestrator.step import Step, StepContext, current_step, legacy_codec
 from orchestrator.step import registry as step_registry
 from orchestrator.store.connection import CommitUnknown, Connection, TransactionFailed
@@ -335,9 +337,12 @@ def _translate(taken: Taken, traced: Any) -> Invocation:
 
 
 def _seconds(when: Any) -> float | None:
+    """Return the pause that a task asks for, if it makes sense; an instant without a time zone is UTC, as in Celery."""
     if isinstance(when, datetime):
-        return max(0.0, (when - datetime.now(UTC)).total_seconds())
-    return None if when is None else float(when)
+        when = (maybe_make_aware(when) - datetime.now(UTC)).total_seconds()
+    if not isinstance(when, int | float) or math.isnan(when):
+        return None
+    return min(max(0.0, float(when)), LONGEST_PAUSE_S)
 
 
 __all__ = ["CommitUnknown", "Runner", "StepTaskMixin", "StepTimeout", "call", "time_limit"]

@@ -7,6 +7,7 @@ an `Execution` whose commit failed, or may have failed, is thrown away.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
@@ -236,7 +237,8 @@ class Execution:
             return None
         wake = self.info.started if early and fold.wants_code else None
         if self.code is not None and (seconds := self.code.loop.next_timer()) is not None:
-            wake = self.info.started + timedelta(microseconds=math.ceil(seconds * 1_000_000))
+            with contextlib.suppress(OverflowError):  # beyond all dates: asyncio takes infinity for "never", too
+                wake = self.info.started + timedelta(microseconds=math.ceil(seconds * 1_000_000))
         deadline = None if fold.deadline_passed or fold.reported else self.info.deadline
         return min(filter(None, (wake, deadline)), default=None)
 

@@ -185,6 +185,10 @@ async def celery_tasks(which: str) -> Any:
             return await saga.step(steps.add, 1, y=2)
         case "retry":
             return await saga.step(steps.again.s(3))
+        case "retry at":
+            return await saga.step(steps.again_at.s(2))
+        case "retry some day":
+            return await saga.step(steps.again_some_day)
         case "autoretry":
             return await saga.step(steps.autoretry.s(3))
         case "too often":

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,19 @@ def again(self: Any, succeed_at: int) -> int:
     if step.current().attempt < succeed_at:
         raise self.retry(exc=RuntimeError("not yet"), countdown=0.02)
     return step.current().attempt
+
+
+@shared_task(name="plain.again_at", bind=True)
+def again_at(self: Any, succeed_at: int) -> int:
+    """Retries at an instant without a time zone, which Celery takes for UTC."""
+    if step.current().attempt < succeed_at:
+        raise self.retry(eta=datetime.now(UTC).replace(tzinfo=None) + timedelta(milliseconds=20))
+    return step.current().attempt
+
+
+@shared_task(name="plain.again_some_day", bind=True)
+def again_some_day(self: Any) -> None:
+    raise self.retry(countdown=1e12)
 
 
 @shared_task(

@@ -58,6 +58,7 @@ def test_an_exception_of_any_kind_is_a_failed_attempt(worker: Worker, world: Wor
         ("signature", 3),
         ("task", 3),
         ("retry", 3),
+        ("retry at", 2),
         ("autoretry", 3),
         ("ignore", None),
         ("reject", "rejected"),
@@ -77,6 +78,17 @@ def test_a_task_that_retries_too_often_fails_with_its_own_error(worker: Worker, 
     with pytest.raises(SagaFailed):
         result.get(timeout=20)
     assert [e.attempt for e in world.effects(result)][:4] == [1, 2, 3, 4]
+
+
+def test_a_task_that_retries_beyond_all_dates_waits_and_can_be_cancelled(
+    worker: Worker, sql_of: psycopg.Connection[Any]
+) -> None:
+    result = sagas.celery_tasks.delay("retry some day")
+    due = "SELECT attempt FROM orchestrator.work WHERE run_id = %s AND due_at > now() + interval '1 year'"
+    assert until(lambda: sql_of.execute(due, [result.id]).fetchone(), "the second attempt is planned") == (1,)
+    result.cancel()
+    with pytest.raises(SagaFailed):
+        result.get(timeout=20)
 
 
 # -- environment -------------------------------------------------------------------------------------------------------

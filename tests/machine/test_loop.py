@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
@@ -148,6 +149,19 @@ def test_sleep_until_an_instant_that_has_passed_returns_at_once() -> None:
     stage = _stage(body)
     stage.turn()
     assert _output(stage) == "awake"
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 1e12, 1e300])
+def test_a_timer_beyond_all_dates_never_fires(seconds: float) -> None:
+    async def body() -> str:
+        async with asyncio.timeout(seconds):
+            await saga.step(look, 1)
+        return "looked"
+
+    stage = _stage(body)
+    assert stage.turn().wake is None
+    stage.succeed("look", 1)
+    assert _output(stage) == "looked"
 
 
 def test_sleep_until_refuses_an_instant_without_a_time_zone() -> None:
