@@ -103,10 +103,13 @@ class Client:
             raise UsageError("task_ids= takes one id for each run, all of them different")
         if options.get("transaction") is not None:
             raise UsageError("start_many commits by itself; in a transaction, call apply_async(...) for each run")
-        new = [
-            self.prepare(saga, saga.codec.encode_call(tuple(args), {}), {**options, "task_id": run_id})[0]
+        prepared = [
+            self.prepare(saga, saga.codec.encode_call(tuple(args), {}), {**options, "task_id": run_id})
             for args, run_id in zip(calls, ids, strict=True)
         ]
+        if prepared and prepared[0][1] is not None:  # in a transactional step, whose transaction they join
+            return [self.start_encoded(saga, new, transaction) for new, transaction in prepared]
+        new = [each for each, _ in prepared]
         pages = (new[begin : begin + _PAGE] for begin in range(0, len(new), _PAGE))
         return [result for page in pages for result in self._start_committed(saga, page)]
 

@@ -54,7 +54,8 @@ def prepare(
     if context is not None and run_id is None:
         run_id = f"{context.idempotency_key}:{context.starts}"
         context.starts += 1
-        transaction = transaction if transaction is not None else context.connection
+    if context is not None and transaction is None:
+        transaction = context.connection
     deadline = options.get("deadline", saga.options.deadline)
     new = runs.Start(
         id=_valid_id(run_id) if run_id is not None else _new_id(),
@@ -64,7 +65,7 @@ def prepare(
         queue=_queue(options.get("queue") or saga.options.queue or route(saga.name) or default_queue()),
         priority=_priority(options.get("priority"), saga),
         delay=_seconds("countdown", options.get("countdown") or 0),
-        eta=aware("eta", options.get("eta")),
+        eta=_eta(options.get("eta")),
         deadline=None if deadline is None else _seconds("deadline", deadline),
         tags=_tags(options.get("tags")),
     )

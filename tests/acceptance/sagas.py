@@ -238,16 +238,23 @@ def start_others(plan: Plan) -> list[str]:
 
 
 @step(transactional=True, retry=steps.QUICK)
-def start_within(conn: steps.Connection, plan: Plan) -> str:
+def start_within(conn: steps.Connection, plan: Plan, how: str) -> str:
     """Start a run in the step's own transaction, and fail after that as the plan says."""
-    started = sequence.delay([])
+    if how == "named":
+        started = sequence.apply_async(([],), task_id=f"{step.current().run_id}:named")
+    elif how == "many":
+        (started,) = sequence.start_many([([],)])
+    else:
+        started = sequence.delay([])
     steps.behave(steps.word_of(plan.do), "do", plan.name)
     return str(started.id)
 
 
 @saga.define
 async def starting(plan: Plan, how: str) -> Any:
-    return await saga.step(start_within if how == "within" else start_others, plan)
+    if how == "outside":
+        return await saga.step(start_others, plan)
+    return await saga.step(start_within, plan, how)
 
 
 @saga.define

@@ -101,6 +101,8 @@ def test_countdown_and_eta_wait(world: World) -> None:
     assert datetime.now(UTC) >= at
     with pytest.raises(UsageError, match="aware"):
         sagas.sequence.apply_async(([A],), eta=datetime(2030, 1, 1))
+    with pytest.raises(UsageError, match="thousand years"):
+        sagas.sequence.apply_async(([A],), eta=datetime.max.replace(tzinfo=UTC), deadline=timedelta(days=1))
 
 
 def test_a_run_that_waits_can_be_cancelled_before_it_starts(world: World) -> None:
@@ -316,18 +318,19 @@ def test_unknown_sagas_are_named() -> None:
 
 # -- from a step -------------------------------------------------------------------------------------------------------
 def test_a_step_that_is_retried_starts_its_runs_once(world: World, sql_of: psycopg.Connection[Any]) -> None:
-    result = sagas.starting.delay(Plan(name="s", do=["error", "late", "ok"]), "delay")
+    result = sagas.starting.delay(Plan(name="s", do=["error", "late", "ok"]), "outside")
     ids = result.get(timeout=20)
     assert ids == [f"{result}:tests.acceptance.sagas.start_others#0:{n}" for n in range(2)]
     assert runs(sql_of, f"{result}:") == ids
     assert [sagas.sequence.AsyncResult(run_id).get(timeout=20) for run_id in ids] == [[], []]
 
 
+@pytest.mark.parametrize("how", ["unnamed", "named", "many"])
 @pytest.mark.parametrize("do", [["ok"], ["error", "ok"], ["reject"]])
 def test_a_transactional_step_starts_a_run_only_if_it_commits(
-    world: World, sql_of: psycopg.Connection[Any], do: list[str]
+    world: World, sql_of: psycopg.Connection[Any], do: list[str], how: str
 ) -> None:
-    result = sagas.starting.delay(Plan(name="s", do=do), "within")
+    result = sagas.starting.delay(Plan(name="s", do=do), how)
     if do == ["reject"]:
         with pytest.raises(SagaFailed):
             result.get(timeout=20)
