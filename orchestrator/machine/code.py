@@ -64,11 +64,16 @@ class Request:
 
 
 class RequestFuture(asyncio.Future[Any]):
-    """The awaitable of a request; cancelling it abandons the request."""
+    """The awaitable of a request; cancelling it abandons the request.  Sets of them keep the same order everywhere."""
 
-    key: str
     observed: bool = False
-    _code: SagaCode
+
+    def __init__(self, key: str, number: int, code: SagaCode) -> None:
+        super().__init__(loop=code.loop)
+        self.key, self.number, self._code = key, number, code
+
+    def __hash__(self) -> int:
+        return self.number
 
     def cancel(self, msg: Any | None = None) -> bool:
         cancelled = super().cancel(msg)
@@ -242,8 +247,7 @@ class SagaCode:
         elif not request.same(step.asked):
             self._drifted(self._drift_text(f"it asks for {key!r} with other arguments than recorded", step.asked))
         self._asked_again += 1
-        future = RequestFuture(loop=self.loop)
-        future.key, future._code = key, self
+        future = RequestFuture(key, len(self._futures), self)
         self._requests[key], self._futures[key] = request, future
         return future
 

@@ -6,7 +6,7 @@ Owns what depends on journal time.  Must never look at a clock.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Set
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -36,6 +36,7 @@ async def wait(
 ) -> tuple[list[asyncio.Future[Any]], list[asyncio.Future[Any]]]:
     """Wait as ``asyncio.wait`` does; returns (done, pending) as lists in the order of `awaitables`."""
     code_of("wait")
+    _refuse_unordered(awaitables)
     futures = [asyncio.ensure_future(item) for item in awaitables]
     if not futures:
         raise ValueError("saga.wait() needs something to wait for")
@@ -70,8 +71,19 @@ async def wait(
 
 async def as_completed(awaitables: Iterable[Any]) -> AsyncIterator[asyncio.Future[Any]]:
     """Yield the futures of `awaitables` as they are done; those done at once in the order of `awaitables`."""
+    code_of("as_completed")
+    _refuse_unordered(awaitables)
     pending = [asyncio.ensure_future(item) for item in awaitables]
     while pending:
         done, pending = await wait(pending, return_when=asyncio.FIRST_COMPLETED)
         for future in done:
             yield future
+
+
+def _refuse_unordered(awaitables: Iterable[Any]) -> None:
+    """A coroutine becomes a branch in its turn, and the order of a set of them differs from process to process."""
+    coroutines = [item for item in awaitables if asyncio.iscoroutine(item)] if isinstance(awaitables, Set) else []
+    for coroutine in coroutines:
+        coroutine.close()
+    if coroutines:
+        raise UsageError("saga.wait() and saga.as_completed() take coroutines in an order: pass a list, not a set")

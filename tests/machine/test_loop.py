@@ -262,6 +262,19 @@ def test_saga_wait_returns_lists_in_request_order(late: int) -> None:
     assert _output(stage) == [[late], [0, 3 - late]]
 
 
+def test_a_set_of_requests_has_the_same_order_everywhere() -> None:
+    async def body() -> list[int]:
+        requests = {saga.step(look, n) for n in range(50)}
+        done, _ = await saga.wait(requests)
+        return [await each for each in done]
+
+    stage = _stage(body)
+    stage.turn()
+    for n in reversed(range(50)):
+        stage.succeed(f"tests.machine.steps.look#{n}", n)
+    assert _output(stage) == list(range(50))
+
+
 def test_saga_wait_takes_a_timeout_and_gives_nothing_up() -> None:
     async def body() -> list[int]:
         request = saga.step(look, 1)
@@ -305,6 +318,19 @@ async def _asyncio_as_completed() -> None:
         await future
 
 
+async def _wait_for_a_set() -> None:
+    await saga.wait({_direct_step()})
+
+
+async def _as_a_set_completes() -> None:
+    async for _ in saga.as_completed({_direct_step()}):
+        pass
+
+
+async def _direct_step() -> None:
+    await saga.step(look, 1)
+
+
 async def _thread() -> None:
     await asyncio.to_thread(print)
 
@@ -337,6 +363,8 @@ async def _nested_target() -> None: ...
     [
         (_asyncio_wait, r"saga\.wait\(\)"),
         (_asyncio_as_completed, r"saga\.as_completed\(\)"),
+        (_wait_for_a_set, "a list, not a set"),
+        (_as_a_set_completes, "a list, not a set"),
         (_thread, r"saga\.step.*saga\.once"),
         (_socket, r"saga\.step.*saga\.once"),
         (_subprocess, r"saga\.step.*saga\.once"),
