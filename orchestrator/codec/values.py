@@ -74,14 +74,15 @@ class ValueCodec:
             return typing.cast(Json, _plain(value))
         if _is_stream(type(value)):
             raise _not_data(value)
-        encoded: Json = self._to_json(self._validate(value), mode="json", warnings="error")
+        # Fields by their names, whatever aliases they have for others: each can be read back by its name.
+        encoded: Json = self._to_json(self._validate(value), mode="json", warnings="error", by_alias=False)
         return encoded
 
     def decode(self, value: Json) -> Any:
         """Return the value of its JSON; raises whatever pydantic raises."""
         if self._is_any or type(value) is self._exact:
             return value
-        return self._validate_json(to_json(value))
+        return self._validate_json(to_json(value), by_alias=True, by_name=True)
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any]:

@@ -18,7 +18,8 @@ from uuid import UUID, uuid4
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
 from typing_extensions import TypedDict
 
 from orchestrator.codec import Json, ValueCodec, dumps, encode_any, loads
@@ -261,6 +262,25 @@ def test_values_that_contain_themselves_are_refused() -> None:
 def test_keys_with_the_same_text_are_refused() -> None:
     with pytest.raises(PayloadError, match="same JSON text"):
         encode_any({1: "a", "1": "b"})
+
+
+class Camel(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel)
+    order_id: int
+    sent_to: str = Field(validation_alias=AliasChoices("to", "sentTo"), serialization_alias="recipient")
+
+
+class Loud(Camel):
+    model_config = ConfigDict(serialize_by_alias=True)
+
+
+@pytest.mark.parametrize("kind", [Camel, Loud])
+def test_a_model_with_aliases_comes_back_and_is_read_from_others_by_them(kind: type[Camel]) -> None:
+    value = kind.model_validate({"orderId": 7, "to": "ann"})
+    codec = ValueCodec(kind)
+    assert codec.decode(codec.encode(value)) == value
+    assert codec.decode({"orderId": 7, "sentTo": "ann"}) == value
+    assert ValueCodec(list[kind]).decode(encode_any([value])) == [value]  # type: ignore[valid-type]
 
 
 def test_a_bare_iterable_comes_back_as_a_list() -> None:
