@@ -443,7 +443,7 @@ class Decisions:
         for step in self.fold.steps.values():
             possible = not step.settled and state is RunState.TERMINATED and step.asked.effect != Effect.NONE
             took = step.took_effect and step.backward is not Backward.DONE
-            if state is RunState.COMPLETED:
+            if state in (RunState.COMPLETED, RunState.CONTINUED):  # it stays, as it was meant to
                 took = took and (step.forward is Forward.UNKNOWN or step.abandoned)
             if (took or possible) and step.asked.kind == "step":
                 outcome = step.forward if step.settled else "unknown"

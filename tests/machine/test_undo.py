@@ -260,6 +260,18 @@ def test_an_abandoned_effect_without_an_undo_is_listed_as_left() -> None:
     assert (stage.state, stage.left) == ("completed", [("mail#0", "succeeded")])
 
 
+def test_a_link_that_goes_on_as_new_leaves_nothing_that_succeeded() -> None:
+    @saga.define(name="goes on")
+    async def goes_on(n: int) -> None:
+        await saga.step(charge, n)
+        saga.continue_as_new(n + 1)
+
+    stage = Stage(goes_on, 1)
+    stage.turn()
+    stage.succeed("charge", "c")
+    assert (stage.state, stage.left) == ("continued", [])
+
+
 def test_cancelling_the_awaitable_gives_the_step_up() -> None:
     @saga.define(name="fickle")
     async def fickle(n: int) -> None:
