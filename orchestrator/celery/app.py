@@ -29,7 +29,14 @@ from orchestrator.engine.drain import Drainer
 from orchestrator.engine.reconcile import Report
 from orchestrator.engine.schedules import OPTIONS
 from orchestrator.engine.worker import Worker
-from orchestrator.errors import DefinitionError, OrchestratorError, Rejected, StoreUnavailableError, UsageError
+from orchestrator.errors import (
+    DefinitionError,
+    OrchestratorError,
+    Rejected,
+    SchemaError,
+    StoreUnavailableError,
+    UsageError,
+)
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.turn import Script
 from orchestrator.result import SagaResult
@@ -373,8 +380,8 @@ class _SagaTask:
         """Start the run that the message asks for."""
         try:
             return self.orchestrator.start_by_message(self.name, self.request.id, args, kwargs)
-        except (StoreUnavailableError, OSError) as error:
-            time.sleep(1.0)  # not lost: the broker keeps it until the database is back
+        except (StoreUnavailableError, SchemaError, OSError) as error:
+            time.sleep(1.0)  # not lost: the broker keeps it until the database is back, and has its schema
             raise Reject(str(error), requeue=True) from error
         except (OrchestratorError, TypeError) as error:
             logger.error("message %s did not start %s: %s", self.request.id, self.name, error)

@@ -15,13 +15,14 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from typing import Any, Final, NewType
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Secret, SecretBytes, SecretStr, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, SchemaSerializer, core_schema, to_json
 
 from orchestrator.codec.text import MAX_DEPTH, Json, first_line, short
 from orchestrator.errors import DefinitionError, PayloadError
 
 _CONFIG: Final = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+_SECRETS: Final = (Secret, SecretBytes, SecretStr)
 _PLAIN_TYPES: Final = frozenset({str, int, bool, type(None)})
 
 
@@ -57,6 +58,8 @@ class ValueCodec:
         try:
             adapter: TypeAdapter[Any] = _adapter(self.annotation)
             serializer = _serializer(adapter)
+        except PayloadError as error:
+            raise DefinitionError(f"{what} is annotated with {annotation!r}: {error}") from None
         except Exception as error:
             raise DefinitionError(
                 f"{what} is annotated with {annotation!r}, which cannot be encoded: {explain(error)} "
@@ -120,6 +123,8 @@ def _harden(schema: Any) -> Any:
         return schema
     hardened = {key: part if key in _OPAQUE else _harden(part) for key, part in schema.items()}
     kind = schema.get("type")
+    if isinstance(schema.get("cls"), type) and issubclass(schema["cls"], _SECRETS):
+        raise _secret(schema["cls"])
     if kind == "model" and schema.get("config", {}).get("extra_fields_behavior") == "allow":
         hardened["schema"].setdefault("extras_schema", _harden(core_schema.any_schema()))
     if "serialization" in schema:
@@ -170,6 +175,8 @@ def _plain_key(key: Any) -> str:
 def _plain_leaf(value: Any) -> Any:
     if _is_stream(type(value)):
         raise _not_data(value)
+    if isinstance(value, _SECRETS):
+        raise _secret(type(value))
     if isinstance(value, BaseModel) or (is_dataclass(value) and not isinstance(value, type)):
         return _of_type(type(value)).encode(value)
     return _ANY.to_python(value, mode="json", warnings="error")
@@ -200,6 +207,12 @@ def _not_data(value: object) -> PayloadError:
     if hasattr(type(value), "__await__"):
         return PayloadError(f"it is a {kind}, not a value; await it first and pass what it returns.")
     return PayloadError(f"it is a {kind}, which can be read only once; pass a list of its items.")
+
+
+def _secret(kind: type) -> PayloadError:
+    return PayloadError(
+        f"it is a {kind.__qualname__}, which pydantic writes as stars; what is secret is not stored. Pass a reference."
+    )
 
 
 def reason(error: BaseException) -> str:

@@ -15,7 +15,8 @@ from psycopg.abc import RV, PQGen
 from orchestrator.errors import StoreUnavailableError
 
 Connection = psycopg.Connection[Any]
-UNAVAILABLE = (psycopg.OperationalError, psycopg.InterfaceError)
+READ_ONLY = psycopg.errors.ReadOnlySqlTransaction
+UNAVAILABLE = (psycopg.OperationalError, psycopg.InterfaceError, READ_ONLY)  # a standby takes no writes
 CLOCK = "coalesce(%(now)s::timestamptz, orchestrator.now())"  # the database's, unless a caller names the moment
 REFUSED = psycopg.Error  # what is not a lost connection: a statement that the database refused
 
@@ -102,7 +103,8 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
 def unavailable(error: Exception) -> StoreUnavailableError:
     """Return the error that tells a person what to do; the connection string never shows in it."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    what = "takes no writes" if isinstance(error, READ_ONLY) else "cannot be reached"
     return StoreUnavailableError(
-        f"Postgres cannot be reached: {reason}. Nothing was recorded; "
+        f"Postgres {what}: {reason}. Nothing was recorded; "
         "check that it runs and that ORCHESTRATOR_DATABASE_URL points to it, then try again."
     )

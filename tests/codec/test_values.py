@@ -18,7 +18,7 @@ from uuid import UUID, uuid4
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, Secret, SecretBytes, SecretStr
 from pydantic.alias_generators import to_camel
 from typing_extensions import TypedDict
 
@@ -318,3 +318,21 @@ def test_sets_inside_models_are_ordered() -> None:
 def test_an_annotation_that_pydantic_does_not_know_is_a_wrong_definition() -> None:
     with pytest.raises(DefinitionError, match="parameter 'x' is annotated with"):
         ValueCodec(HostileValue, what="parameter 'x'")
+
+
+class Login(BaseModel):
+    name: str
+    password: SecretStr | None = None
+
+
+@pytest.mark.parametrize("annotation", [SecretStr, SecretBytes, Login, list[Login], dict[str, Login]])
+def test_a_secret_is_a_wrong_definition_and_never_stored_as_stars(annotation: Any) -> None:
+    with pytest.raises(DefinitionError, match="what is secret is not stored"):
+        ValueCodec(annotation)
+
+
+@pytest.mark.parametrize("value", [SecretStr("abc"), [SecretBytes(b"abc")], {"a": Login(name="ada")}, Secret("abc")])
+def test_a_secret_without_annotation_is_refused(value: Any) -> None:
+    with pytest.raises((PayloadError, DefinitionError), match="what is secret is not stored") as refused:
+        encode_any(value)
+    assert "abc" not in str(refused.value)

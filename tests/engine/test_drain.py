@@ -592,3 +592,15 @@ def test_a_bell_that_cannot_be_rung_keeps_no_start_from_succeeding(database_url:
     result = client.start(in_a_row, (["a"],), {}, {})
     assert result.status == "pending"
     client.pool.close()
+
+
+def test_a_database_that_takes_no_writes_is_away_for_a_while(child: Child, connection: Connection) -> None:
+    """As after a failover, as long as a name still leads to what is a standby now."""
+    name = connection.info.dbname
+    start(connection, in_a_row, ["a"])
+    connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on".encode())
+    with pytest.raises(StoreUnavailableError, match="takes no writes"):
+        child.drain()
+    connection.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only".encode())
+    child.drain()
+    assert state(connection) == "completed"
