@@ -157,7 +157,11 @@ class Step(Generic[P, R]):
 
     @property
     def on_unknown(self) -> OnUnknown:
-        """What happens when the outcome is unknown."""
+        """What happens when the outcome is unknown.  Raises: DefinitionError if a probe decides and there is none."""
+        if self.options.on_unknown == "probe" and self.probe_step is None:
+            raise DefinitionError(
+                f'step {self.name}: on_unknown="probe" needs a probe: declare one with `@<step>.probe`'
+            )
         return self.options.on_unknown or ("probe" if self.probe_step else "compensate")
 
     def named_undo(self) -> Undo | None:

@@ -10,12 +10,16 @@ import pytest
 from orchestrator import saga, step
 from orchestrator.errors import DefinitionError
 from orchestrator.machine.policy import RetryPolicy
+from orchestrator.saga.steps import asked_of
 
 
 def pay(n: int) -> None: ...
 
 
 async def paying(n: int) -> None: ...
+
+
+def found(n: int) -> bool | None: ...
 
 
 @pytest.mark.parametrize(
@@ -96,3 +100,12 @@ def test_a_name_that_cannot_be_stored_is_refused(name: str) -> None:
         step(name=name)(pay)
     with pytest.raises(DefinitionError, match="name"):
         saga.define(name=name)(paying)
+
+
+def test_who_says_that_a_probe_decides_has_to_declare_one() -> None:
+    """It may come after the step, so that only the first use can tell."""
+    lonely = step(name="declared.lonely", on_unknown="probe")(pay)
+    with pytest.raises(DefinitionError, match="needs a probe"):
+        asked_of(lonely, {}, "celery", "")
+    lonely.probe(found)
+    assert asked_of(lonely, {}, "celery", "").on_unknown == "probe"
