@@ -38,6 +38,7 @@ from orchestrator.result import SagaResult, saga_of
 from orchestrator.retention import Chosen, Pruned, prune
 from orchestrator.saga import Saga
 from orchestrator.settings import Settings
+from orchestrator.step import registry as step_registry
 from orchestrator.store import arrivals, pauses, runs
 from orchestrator.store.connection import Connection
 from orchestrator.store.missing import unknown_run
@@ -249,13 +250,16 @@ class Client:
         """Order `retry`, `skip` or `resolve` for a parked key (empty: the run itself), `pause` or `resume` for a run.
 
         Name and reason are kept on record.
-        Raises: UnknownRunError; UsageError if that key is not parked, naming the keys that are.
+        Raises: UnknownRunError; UsageError if that key is not parked, naming the keys that are, or if the step (the
+        saga) is known here and returns nothing like `value`.
         """
         outcome = self._open(run_id, "operated on")
         if action in ("pause", "resume"):
             self._check_pause(outcome, action, key)
         else:
             self._check_parked(outcome, action, key)
+        if action == "resolve" and not no_effect:
+            self._check_result(outcome, key, value)
         self._order(run_id, Operate(action, key, by or whoami(), reason, value, no_effect))
 
     def _check_pause(self, outcome: runs.Outcome, action: str, key: str) -> None:
@@ -283,6 +287,20 @@ class Client:
             )
         if not key and action == "resolve" and len(parked) > 1:
             raise UsageError(f"run {run_id} has other keys parked ({known}); settle those first, then resolve the run")
+
+    def _check_result(self, outcome: runs.Outcome, key: str, value: Json) -> None:
+        """What a person says that a step has returned is read by saga code as what the step returns."""
+        declared: Any = saga_of(outcome)
+        if key:
+            if any(isinstance(item, dict) and (item["key"], item["role"]) == (key, "undo") for item in outcome.parked):
+                return
+            with self.pool.connection() as connection:
+                declared = step_registry.steps.get(runs.task_of(connection, outcome.id, key))
+        try:
+            if declared is not None:
+                declared.codec.decode_result(value)
+        except PayloadError as error:
+            raise UsageError(f"run {outcome.id}: this is nothing that {declared.name} returns: {error}") from None
 
     def pause(self, *, saga: Any = "", queue: str = "", reason: str = "", by: str = "") -> bool:
         """Pause a saga (its name), with all its runs and those to come, or a queue; False if it is paused already.

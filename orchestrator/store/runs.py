@@ -156,6 +156,19 @@ def history(connection: Connection, run_id: str) -> list[tuple[int, datetime, li
     return connection.execute(_HISTORY, {"id": run_id}).fetchall()
 
 
+# Primary key of journal: all rows of the one run.
+_TASK = """
+SELECT entry ->> 'task' FROM orchestrator.history
+WHERE run_id = %(id)s AND kind = 'asked' AND key = %(key)s ORDER BY seq DESC LIMIT 1
+"""
+
+
+def task_of(connection: Connection, run_id: str, key: str) -> str:
+    """Return what a run has asked for under a key: the name of a task; the empty string for nothing."""
+    row = connection.execute(_TASK, {"id": run_id, "key": key}).fetchone()
+    return row[0] if row else ""
+
+
 _OUTSTANDING = f"""
 SELECT w.key, w.role, w.target, w.queue, w.task, w.attempt, w.due_at, w.reserved_at, w.fence IS NOT NULL, w.begun_at,
     w.deadline_at, w.expires_at, w.stop, i.node, i.dead_at IS NOT NULL,

@@ -132,6 +132,8 @@ def test_on_unknown_park_waits_for_a_person_who_vouches_for_a_result(world: Worl
     result = sagas.sequence.delay([plan("x", "late", kind="park")])
     item = parked(result)
     assert item["key"] == "tests.acceptance.steps.act_or_park#0" and "unknown" in item["why"]
+    with pytest.raises(UsageError, match=r"nothing that tests\.acceptance\.steps\.act_or_park returns"):
+        result.resolve(item["key"], {"receipt": 7}, by="ann", reason="called the bank")
     result.resolve(item["key"], "by hand", by="ann", reason="called the bank")
     assert result.get(timeout=20) == ["by hand"]
 
@@ -220,6 +222,8 @@ def test_an_exception_that_leaves_the_saga_after_the_pivot_parks(world: World) -
     result = sagas.sequence.delay([A, plan("p", kind="pivot"), plan("n", "reject", kind="look")])
     item = parked(result)
     assert (item["key"], item["role"]) == ("", "pivot")
+    with pytest.raises(UsageError, match=r"nothing that tests\.acceptance\.sagas\.sequence returns"):
+        result.resolve(value="settled by hand", by="ann", reason="delivered in person")
     result.resolve(value=["settled by hand"], by="ann", reason="delivered in person")
     assert result.get(timeout=20) == ["settled by hand"]
     assert "undo a" not in world.told(result)
