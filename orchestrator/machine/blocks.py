@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from orchestrator.machine.fold import Step
+from orchestrator.machine.fold import Fold, Step
 from orchestrator.machine.journal import Parked, Settled, Unlocked
 from orchestrator.machine.states import Backward, Forward
 
@@ -36,6 +36,12 @@ def undo_scope(decisions: Decisions, scope: Step) -> None:
         decisions.record(Settled(scope.key, "succeeded"))
     else:
         decisions.begin_undo(owing)
+
+
+def is_being_undone(fold: Fold, key: str) -> bool:
+    """Tell whether a request was made inside a scope that an exception has left and that is not undone yet."""
+    scopes = (step for step in fold.waiting.values() if step.asked.kind == "scope")
+    return any(_is_inside(fold.steps[key], scope.asked.task) for scope in scopes)
 
 
 def _is_inside(step: Step, path: str) -> bool:

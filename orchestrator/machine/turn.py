@@ -109,6 +109,7 @@ class Execution:
         self.tags: dict[str, Json] = {}
         self._delivered: list[tuple[datetime | None, list[str]]] = []
         self._undelivered: list[tuple[datetime | None, list[str]]] = []
+        self._failed_blocks: list[str] = []  # locks whose block an exception has left, and that are still held
 
     def catch_up(self, rows: Iterable[tuple[datetime, list[Entry]]]) -> None:
         """Fold journal rows that were committed elsewhere."""
@@ -125,7 +126,7 @@ class Execution:
         fold = self.fold
         was_ended = fold.state in TERMINAL
         at = max(now, fold.at)
-        decisions = _Recorder(fold, at)
+        decisions = _Recorder(fold, at, self._failed_blocks)
         for arrival in arrivals:
             decisions.take(arrival)
         if park is not None and fold.wants_code:
@@ -179,7 +180,7 @@ class Execution:
         Raises: DriftError, also if the code now asks for something that no turn has recorded; then throw this away.
         """
         if self.code is None or self._undelivered:
-            decisions = _Recorder(self.fold, self.fold.at)
+            decisions = _Recorder(self.fold, self.fold.at, self._failed_blocks)
             self._resume(decisions)
             if decisions.entries:
                 raise DriftError(
@@ -192,6 +193,7 @@ class Execution:
         if self.code is not None:
             self.code.discard()
             self.code = None
+            self._failed_blocks.clear()  # a replay leaves them again
 
     def _resume(self, decisions: _Recorder) -> SagaCode:
         script = self.script
@@ -255,9 +257,9 @@ def _seed(fold: Fold) -> list[Entry]:
 class _Recorder(Decisions):
     """Decisions that saga code adds to."""
 
-    def __init__(self, fold: Fold, now: datetime) -> None:
+    def __init__(self, fold: Fold, now: datetime, failed_blocks: list[str]) -> None:
         super().__init__(fold, now)
-        self._failed_blocks: list[str] = []
+        self._failed_blocks = failed_blocks
 
     def record(self, entry: Entry) -> None:
         super().record(entry)
@@ -286,9 +288,14 @@ class _Recorder(Decisions):
             blocks.unlock(self, key)
 
     def unlock_failed_blocks(self) -> None:
-        """Free locks whose block failed, unless the run goes back because of it: then not before it has ended."""
+        """Free locks whose block failed, unless the run goes back because of it: then not before it has ended.
+
+        Inside a scope that is being undone because of it they are kept until that has been.
+        """
         if not (self.fold.rollback or self.fold.raised or self.fold.ended):
-            for key in self._failed_blocks:
+            free = [key for key in self._failed_blocks if not blocks.is_being_undone(self.fold, key)]
+            for key in free:
+                self._failed_blocks.remove(key)
                 blocks.unlock(self, key)
 
     def withdraw_unborn(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
@@ -109,6 +109,37 @@ def test_what_was_done_under_a_lock_is_undone_under_it(child: Child, client: Cli
     two.cancel()
     child.drain()
     assert (locks(connection), state(connection, "two")) == ([], "cancelled")
+
+
+@saga.define
+async def another_way(name: str) -> str:
+    try:
+        async with saga.scope(), saga.lock("account", 7):
+            await saga.step(do, name)
+            await saga.wait_signal("go")
+            raise ValueError("no")
+    except ValueError:
+        await saga.wait_signal("go on")
+        return name
+
+
+@pytest.mark.parametrize("cache_runs", [1000, 0])
+def test_what_a_scope_undoes_is_undone_under_its_lock_as_well(
+    new_child: Callable[..., Child], client: Client, connection: Connection, cache_runs: int
+) -> None:
+    """And then the lock is free, although the run goes on; also if its code is replayed in between."""
+    child = new_child(cache_runs=cache_runs)
+    seen: list[Any] = []
+    one = run(client, child, another_way, "one", run_id="one")
+    run(client, child, locking, "two", run_id="two")
+    child.runner.before = lambda taken: seen.append(locks(connection)) if taken.role == "undo" else None
+    one.signal("go")
+    child.drain()
+    assert seen == [[("one", True), ("two", False)]]
+    assert (DONE, locks(connection)) == (["one", "undo one", "two"], [("two", True)])
+    one.signal("go on")
+    child.drain()
+    assert one.get(timeout=10) == "one"
 
 
 def test_a_run_that_is_terminated_frees_its_locks(child: Child, client: Client, connection: Connection) -> None:
