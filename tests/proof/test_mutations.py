@@ -20,7 +20,7 @@ from orchestrator.machine.decide import Decisions
 from orchestrator.machine.fold import Fold, Step
 from orchestrator.machine.journal import Settled
 from orchestrator.machine.states import Backward, Forward
-from orchestrator.store import liveness, turns
+from orchestrator.store import arrivals, liveness, turns
 from orchestrator.store.connection import Connection, open_connection
 from orchestrator.store.turns import Commit, Committed, Taken
 from tests.proof.company import Company
@@ -151,7 +151,7 @@ def rule_4_a_stale_transaction_is_not_rolled_back(company: Company, patch: pytes
 
 @breaks(a_worker_is_late, "a late success was dropped")
 def a_late_success_is_not_noted(company: Company, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(turns, "leave_arrival", lambda *args, **kwargs: None)
+    patch.setattr(arrivals, "leave", lambda *args, **kwargs: None)
 
 
 @breaks(an_effect_comes_while_it_is_undone, "a late effect was not undone")
