@@ -15,7 +15,7 @@ from datetime import timedelta
 from orchestrator.engine.advance import Advancer
 from orchestrator.engine.attempts import Attempts
 from orchestrator.engine.commit import new_fence
-from orchestrator.engine.session import Session
+from orchestrator.engine.session import DeclaredDeadError, Session
 from orchestrator.engine.worker import Worker
 from orchestrator.errors import StoreUnavailableError
 from orchestrator.store import liveness, pauses, turns
@@ -83,9 +83,9 @@ class Drainer:
         for pause in _PAUSES:
             try:
                 return self._drain()
-            except (*UNAVAILABLE, StoreUnavailableError):
+            except (*UNAVAILABLE, StoreUnavailableError) as error:
                 self._session.drop()
-                if not self._owes or self._worker.stopping():
+                if not self._owes or self._worker.stopping() or isinstance(error, DeclaredDeadError):
                     raise
                 time.sleep(pause)
         return self._drain()

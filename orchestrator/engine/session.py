@@ -20,7 +20,11 @@ from orchestrator.store.permits import Permit
 _KNOWN_S = 1.0  # how long a drain goes by what it has heard of pauses
 
 
-class OrphanedError(StoreUnavailableError):
+class DeclaredDeadError(StoreUnavailableError):
+    """The worker has lost its incarnation, and with it all that was begun for it; its companion takes another one."""
+
+
+class OrphanedError(DeclaredDeadError):
     """The worker stops and has lost its incarnation: nobody makes it another one, and what it began is in doubt."""
 
 
@@ -51,7 +55,7 @@ class Session:
             if not self._mark(self.connection, identity):
                 if self._worker.stopping():
                     raise OrphanedError("this worker was declared dead while it was stopping")
-                raise StoreUnavailableError("this worker was declared dead and is taking a new incarnation; try again")
+                raise DeclaredDeadError("this worker was declared dead and is taking a new incarnation; try again")
             self.advancer = Advancer(
                 self._worker.script_of,
                 self._scope,

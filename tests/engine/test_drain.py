@@ -604,3 +604,20 @@ def test_a_database_that_takes_no_writes_is_away_for_a_while(child: Child, conne
     connection.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only".encode())
     child.drain()
     assert state(connection) == "completed"
+
+
+def test_a_child_that_was_declared_dead_has_nothing_to_wait_for(
+    child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was begun for it is given back; its companion takes the next incarnation, whoever waits."""
+    paused: list[float] = []
+
+    def take(*args: Any, **options: Any) -> Any:
+        liveness.declare_dead(connection, child.incarnation)
+        raise psycopg.OperationalError("the connection was lost while it took")
+
+    monkeypatch.setattr("orchestrator.store.turns.take", take)
+    monkeypatch.setattr("orchestrator.engine.drain.time.sleep", paused.append)
+    with pytest.raises(StoreUnavailableError, match="declared dead"):
+        child.drain()
+    assert paused == [0.05], "one pause to look whether the database is back"
