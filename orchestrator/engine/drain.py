@@ -95,7 +95,7 @@ class Drainer:
         while True:
             self._session.refresh()
             full = not self._may_begin()
-            taken = ([] if full else self._linger()) or self._look_after(full)
+            taken = ([] if full else self._linger()) or self._look_after()
             if not taken:
                 self._session.leave()
                 self._owes = False
@@ -157,18 +157,18 @@ class Drainer:
             self._in_vain = 0 if taken else self._in_vain + 1
         return taken
 
-    def _look_after(self, full: bool) -> list[Taken]:
+    def _look_after(self) -> list[Taken]:
         """With nothing else to do, see to outcomes that were left for another process which drives their run.
 
-        Returns what that began, or what has become due meanwhile.
+        Returns what that began, or what has become due meanwhile.  A drain that is over waits for nobody.
         """
         taken: list[Taken] = []
         while not taken and self._session.advancer is not None and self._session.advancer.has_left:
             connection, advancer = self._session.ready()
-            taken = advancer.look_after(connection, 0.0 if full else _LEFT_S)
+            taken = advancer.look_after(connection, _LEFT_S if self._may_begin() else 0.0)
             if not taken and advancer.has_left:
                 time.sleep(_LOOK_S)
-                taken = self._take()
+                taken = self._take() if self._may_begin() else []
         return taken
 
     def _may_begin(self) -> bool:
