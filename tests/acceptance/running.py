@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], what: str, seconds: float = 20.0) -> T:
+def until(condition: Callable[[], T], what: str, seconds: float = 60.0) -> T:
     """Return what `condition` answers once it is true."""
     deadline = time.monotonic() + seconds
     while True:

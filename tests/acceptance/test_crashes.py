@@ -35,16 +35,16 @@ def balances(sql_of: psycopg.Connection[Any], *names: str) -> list[Decimal]:
 
 
 # -- processes that die ------------------------------------------------------------------------------------------------
-def test_a_killed_worker_goes_on_at_once_where_it_was(own_worker: Worker, world: World) -> None:
-    result = sagas.sequence.apply_async(([A, GATE, C],), queue=own_worker.queue)
+def test_a_killed_worker_goes_on_at_once_where_it_was(new_worker: Callable[..., Worker], world: World) -> None:
+    """The new one knows that the old one is gone; it does not wait for the end of its lease."""
+    killed = new_worker(ORCHESTRATOR_LEASE="3600").start()
+    result = sagas.sequence.apply_async(([A, GATE, C],), queue=killed.queue)
     first = world.until_at(result, "at b")
-    own_worker.kill()
-    own_worker.start()
-    restarted = time.monotonic()
+    killed.kill()
+    killed.start()
     second = world.until_at(result, "at b", attempt=2)
-    assert time.monotonic() - restarted < 1.5, "the new worker knows that the old one is gone"
     world.open(f"{result} b")
-    assert result.get(timeout=20) == ["a done", "b done", "c done"]
+    assert result.get(timeout=60) == ["a done", "b done", "c done"]
     assert world.told(result) == ["do a", "at b", "at b", "do b", "do c"]
     assert first.key == second.key and first.pid != second.pid
 
@@ -58,7 +58,7 @@ def test_another_worker_takes_over_from_one_that_was_killed(new_worker: Callable
     doomed.kill()
     world.until_at(result, "at b", attempt=2)
     world.open(f"{result} b")
-    assert result.get(timeout=20) == ["a done", "b done"]
+    assert result.get(timeout=60) == ["a done", "b done"]
 
 
 @pytest.mark.own_process
@@ -68,7 +68,7 @@ def test_a_killed_pool_child_burns_one_attempt_of_one_step(own_worker: Worker, w
     os.kill(first.pid, signal.SIGKILL)
     second = world.until_at(result, "at b", attempt=2)
     world.open(f"{result} b")
-    assert result.get(timeout=20) == ["a done", "b done", "c done"]
+    assert result.get(timeout=60) == ["a done", "b done", "c done"]
     assert world.told(result) == ["do a", "at b", "at b", "do b", "do c"]
     assert first.key == second.key and own_worker.is_alive
 
@@ -101,7 +101,7 @@ def test_the_companion_is_started_again(own_worker: Worker, world: World) -> Non
     os.kill(companion[0], signal.SIGKILL)
     until(lambda: _children(own_worker, "orchestrator.celery.companion") not in ([], companion), "a new companion")
     world.open(f"{result} b")
-    assert result.get(timeout=20) == ["a done", "b done", "c done"]
+    assert result.get(timeout=60) == ["a done", "b done", "c done"]
     assert world.told(result) == ["do a", "at b", "do b", "do c"]
 
 
@@ -129,7 +129,7 @@ def test_a_warm_shutdown_finishes_what_is_begun_and_burns_no_attempt(own_worker:
     assert own_worker.process.wait(20) == 0
     assert world.told(result) == ["do a", "at b", "do b"]
     own_worker.start()
-    assert result.get(timeout=20) == ["a done", "b done", "c done"]
+    assert result.get(timeout=60) == ["a done", "b done", "c done"]
     assert world.told(result) == ["do a", "at b", "do b", "do c"]
 
 
@@ -164,7 +164,7 @@ def test_a_transactional_step_killed_before_its_commit_takes_effect_once(
     order = Transfer(source=source, target=target, amount=Decimal(4), pause=where)
     result = sagas.transfer.apply_async((order,), queue=own_worker.queue)
     os.kill(world.until_at(result, f"at {where}").pid, signal.SIGKILL)
-    assert len(result.get(timeout=20)) == 2
+    assert len(result.get(timeout=60)) == 2
     assert balances(sql_of, source, target) == [6, 4]
     assert sql_of.execute("SELECT count(*) FROM movements WHERE run = %s", [result.id]).fetchone() == (2,)
 
@@ -173,11 +173,11 @@ def test_a_transfer_whose_credit_is_impossible_is_reversed(worker: Worker, sql_o
     source = account(sql_of, "source", 10)
     result = sagas.transfer.delay(Transfer(source=source, target="nobody", amount=Decimal(4)))
     with pytest.raises(SagaFailed):
-        result.get(timeout=20)
+        result.get(timeout=60)
     assert (result.status, result.left, balances(sql_of, source)) == ("compensated", [], [10])
     too_much = sagas.transfer.delay(Transfer(source=source, target="nobody", amount=Decimal(11)))
     with pytest.raises(SagaFailed):
-        too_much.get(timeout=20)
+        too_much.get(timeout=60)
     assert (too_much.status, balances(sql_of, source)) == ("failed", [10])
 
 
@@ -197,7 +197,7 @@ def test_a_transactional_step_leaves_a_row_only_if_it_succeeds(
     worker: Worker, sql_of: psycopg.Connection[Any], how: str, ends: str
 ) -> None:
     result = sagas.misbehaving.delay(how)
-    assert result.get(timeout=20) == ends
+    assert result.get(timeout=60) == ends
     rows = sql_of.execute("SELECT count(*) FROM notes WHERE run = %s", [result.id]).fetchone()
     assert rows == (1 if ends == "done" else 0,)
 
@@ -208,7 +208,7 @@ def test_heartbeat_details_reach_the_attempt_after_a_killed_one(own_worker: Work
     plans = [Plan(name="t", kind="train", do=["gate", "ok"])]
     result = sagas.sequence.apply_async((plans,), queue=own_worker.queue)
     os.kill(world.until_at(result, "at t").pid, signal.SIGKILL)
-    assert result.get(timeout=20) == ["t done"]
+    assert result.get(timeout=60) == ["t done"]
     assert [e.told for e in world.effects(result) if e.what == "from"] == [None, {"epoch": 1}]
 
 
@@ -219,7 +219,7 @@ def test_a_missed_heartbeat_gives_the_attempt_back_and_replaces_the_child_that_h
     plans = [Plan(name="t", kind="train", do=["hang", "ok"])]
     result = sagas.sequence.apply_async((plans,), queue=own_worker.queue)
     hangs = world.until_at(result, "at t").pid
-    assert result.get(timeout=20) == ["t done"]
+    assert result.get(timeout=60) == ["t done"]
     assert [(e.attempt, e.told) for e in world.effects(result) if e.what == "from"] == [(1, None), (2, {"epoch": 1})]
     until(lambda: f"pool child {hangs}" in own_worker.said, "the child is replaced")
 
@@ -232,9 +232,9 @@ def test_losing_every_broker_message_costs_seconds(site: Site, own_worker: Worke
     with redis.Redis.from_url(site.broker_url) as broker:
         broker.flushall()
     emptied = time.monotonic()
-    assert [run.get(timeout=20) for run in runs] == [["a done", "c done"]] * 20
-    assert retried.get(timeout=20) == ["r done"] and asleep.get(timeout=20) > 0.7
-    assert time.monotonic() - emptied < 10
+    assert [run.get(timeout=60) for run in runs] == [["a done", "c done"]] * 20
+    assert retried.get(timeout=60) == ["r done"] and asleep.get(timeout=60) > 0.7
+    assert time.monotonic() - emptied < 15
 
 
 def test_a_start_succeeds_without_a_broker_and_runs_when_it_is_back(
@@ -244,7 +244,7 @@ def test_a_start_succeeds_without_a_broker_and_runs_when_it_is_back(
     site.broker.cut()
     before = time.monotonic()
     results = [sagas.sequence.apply_async(([A],), queue=running.queue) for _ in range(3)]
-    assert time.monotonic() - before < 6
+    assert time.monotonic() - before < 12
     assert results[0].status == "pending"
     site.broker.restore()
     assert [result.get(timeout=40) for result in results] == [["a done"]] * 3
@@ -258,7 +258,7 @@ def test_without_a_database_a_start_fails_quickly_and_says_what_to_do(site: Site
         sagas.sequence.delay([A])
     with pytest.raises(StoreUnavailableError):
         sagas.sequence.AsyncResult("x").status  # noqa: B018
-    assert time.monotonic() - before < 3
+    assert time.monotonic() - before < 6
     site.database.restore()
     with pytest.raises(PayloadError):
         sagas.sequence.delay([Plan(name="\0")])
@@ -295,7 +295,7 @@ def test_a_worker_that_answers_no_doorbell_any_more_ends_for_its_supervisor(
     assert "let work lie" in deaf.said
     assert healthy.is_alive, "a worker without work is not stuck"
     deaf.start()
-    assert results[-1].get(timeout=20) is not None
+    assert results[-1].get(timeout=60) is not None
 
 
 def test_a_caller_that_waits_outlives_the_database(site: Site, worker: Worker, world: World) -> None:
@@ -306,4 +306,4 @@ def test_a_caller_that_waits_outlives_the_database(site: Site, worker: Worker, w
         result.get(timeout=0.3)
     site.database.restore()
     world.open(f"{result} b")
-    assert result.get(timeout=20) == ["b done"]
+    assert result.get(timeout=60) == ["b done"]

@@ -25,7 +25,7 @@ def plan(name: str, *do: str, kind: str = "act", undo: tuple[str, ...] = ("ok",)
 
 def ended(result: Any) -> SagaFailed:
     with pytest.raises(SagaFailed) as caught:
-        result.get(timeout=20)
+        result.get(timeout=60)
     return caught.value
 
 
@@ -47,7 +47,7 @@ def kinds(sql_of: psycopg.Connection[Any], run: Any) -> list[str]:
 # -- a step that fails -------------------------------------------------------------------------------------------------
 def test_all_steps_done(world: World, sql_of: psycopg.Connection[Any]) -> None:
     result = sagas.sequence.delay([A, B])
-    assert result.get(timeout=20) == ["a done", "b done"]
+    assert result.get(timeout=60) == ["a done", "b done"]
     assert (result.status, result.left, result.successful()) == ("completed", [], True)
     assert world.told(result) == ["do a", "do b"]
     assert kinds(sql_of, result) == ["asked", "settled", "asked", "settled", "returned", "ended"]
@@ -62,7 +62,7 @@ def test_a_rejected_step_is_not_undone_and_those_before_it_are_in_reverse(world:
 
 
 def test_a_declared_error_is_rejected_at_once(world: World) -> None:
-    assert sagas.forgiving.delay([plan("x", "refuse")]).get(timeout=20) == ["rejected Refused"]
+    assert sagas.forgiving.delay([plan("x", "refuse")]).get(timeout=60) == ["rejected Refused"]
 
 
 def test_nothing_done_means_failed() -> None:
@@ -72,7 +72,7 @@ def test_nothing_done_means_failed() -> None:
 
 def test_a_retried_step_keeps_its_idempotency_key(world: World) -> None:
     result = sagas.sequence.delay([plan("x", "late", "error", "ok")])
-    assert result.get(timeout=20) == ["x done"]
+    assert result.get(timeout=60) == ["x done"]
     attempts = world.effects(result)
     assert [e.attempt for e in attempts] == [1, 3]
     assert {e.key for e in attempts} == {f"{result}:tests.acceptance.steps.act#0"}
@@ -90,19 +90,19 @@ def test_a_step_that_times_out_after_its_effect_is_undone_without_a_result(world
 
 def test_in_doubt_and_then_rejected_is_unknown_and_undone_before_the_saga_hears_of_it(world: World) -> None:
     result = sagas.forgiving.delay([plan("x", "late", "reject")])
-    assert result.get(timeout=20) == ["unknown Rejected"]
+    assert result.get(timeout=60) == ["unknown Rejected"]
     assert done_and_undone(world, result) == ["do x", "undo x"]
 
 
 def test_start_to_close_interrupts(world: World) -> None:
     result = sagas.forgiving.delay([plan("x", "hang", kind="in time")])
-    assert result.get(timeout=20) == ["unknown StepTimeout"]
+    assert result.get(timeout=60) == ["unknown StepTimeout"]
     assert world.told(result) == ["at x"] * 3 + ["undo x", "told x"]
 
 
 def test_a_step_without_effect_just_fails(world: World) -> None:
     result = sagas.forgiving.delay([plan("x", "late", kind="look"), plan("y", "error", kind="async")])
-    assert result.get(timeout=20) == ["failed TimeoutError", "failed RuntimeError"]
+    assert result.get(timeout=60) == ["failed TimeoutError", "failed RuntimeError"]
     assert result.left == []
 
 
@@ -118,13 +118,13 @@ def test_an_undeclared_step_in_doubt_is_left(world: World) -> None:
 # -- unknown, and then? ------------------------------------------------------------------------------------------------
 def test_a_probe_that_finds_the_effect_makes_the_step_succeed(world: World) -> None:
     result = sagas.sequence.delay([plan("x", "late", kind="probed", found="found it"), B])
-    assert result.get(timeout=20) == ["found it", "b done"]
+    assert result.get(timeout=60) == ["found it", "b done"]
     assert world.told(result) == ["do x"] * 3 + ["probe x", "do b"]
 
 
 def test_a_probe_that_finds_nothing_means_rejected(world: World) -> None:
     result = sagas.forgiving.delay([plan("x", "error", kind="probed")])
-    assert result.get(timeout=20) == ["rejected RuntimeError"]
+    assert result.get(timeout=60) == ["rejected RuntimeError"]
     assert world.told(result) == ["probe x"]
 
 
@@ -135,20 +135,20 @@ def test_on_unknown_park_waits_for_a_person_who_vouches_for_a_result(world: Worl
     with pytest.raises(UsageError, match=r"nothing that tests\.acceptance\.steps\.act_or_park returns"):
         result.resolve(item["key"], {"receipt": 7}, by="ann", reason="called the bank")
     result.resolve(item["key"], "by hand", by="ann", reason="called the bank")
-    assert result.get(timeout=20) == ["by hand"]
+    assert result.get(timeout=60) == ["by hand"]
 
 
 def test_on_unknown_park_resolved_as_without_effect(world: World) -> None:
     result = sagas.forgiving.delay([plan("x", "late", kind="park")])
     result.resolve(parked(result)["key"], no_effect=True, by="ann", reason="nothing there")
-    assert result.get(timeout=20)[0].startswith("rejected")
+    assert result.get(timeout=60)[0].startswith("rejected")
     assert "undo x" not in world.told(result)
 
 
 def test_on_unknown_park_retried_by_hand(world: World) -> None:
     result = sagas.sequence.delay([plan("x", "late", "late", "late", "ok", kind="park")])
     result.retry(parked(result)["key"], by="ann", reason="the provider is back")
-    assert result.get(timeout=20) == ["x done"]
+    assert result.get(timeout=60) == ["x done"]
     assert {e.key for e in world.effects(result)} == {f"{result}:tests.acceptance.steps.act_or_park#0"}
 
 
@@ -214,7 +214,7 @@ def test_after_the_pivot_a_failing_step_parks_and_goes_forward_only(world: World
     with pytest.raises(UsageError, match="point of no return"):
         result.cancel()
     result.retry(item["key"], by="ann", reason="again")
-    assert result.get(timeout=20)[-1] == "n done"
+    assert result.get(timeout=60)[-1] == "n done"
     assert not [word for word in world.told(result) if word.startswith("undo")]
 
 
@@ -225,7 +225,7 @@ def test_an_exception_that_leaves_the_saga_after_the_pivot_parks(world: World) -
     with pytest.raises(UsageError, match=r"nothing that tests\.acceptance\.sagas\.sequence returns"):
         result.resolve(value="settled by hand", by="ann", reason="delivered in person")
     result.resolve(value=["settled by hand"], by="ann", reason="delivered in person")
-    assert result.get(timeout=20) == ["settled by hand"]
+    assert result.get(timeout=60) == ["settled by hand"]
     assert "undo a" not in world.told(result)
 
 
@@ -252,7 +252,7 @@ def test_cancel_undoes_what_was_done_and_waits_for_what_has_begun(world: World) 
     until(lambda: result.status == "compensating", "the cancel is taken")
     world.open(f"{result} b")
     with pytest.raises(SagaCancelled) as caught:
-        result.get(timeout=20)
+        result.get(timeout=60)
     assert (caught.value.state, caught.value.left) == ("cancelled", ())
     assert done_and_undone(world, result) == ["do a", "do b", "undo b", "undo a"]
     with pytest.raises(UsageError, match="cancelled already"):
@@ -264,7 +264,7 @@ def test_a_cancelled_step_is_told_at_its_next_heartbeat(world: World) -> None:
     world.until_at(result, "at b")
     result.cancel()
     with pytest.raises(SagaCancelled):
-        result.get(timeout=20)
+        result.get(timeout=60)
     assert done_and_undone(world, result) == ["do b", "undo b"]
 
 
@@ -273,7 +273,7 @@ def test_a_cancel_that_meets_a_pivot_in_flight_is_decided_after_it(world: World)
     world.until_at(result, "at p")
     result.cancel(by="ann")
     world.open(f"{result} p")
-    assert result.get(timeout=20) == ["a done", "p done"]
+    assert result.get(timeout=60) == ["a done", "p done"]
     assert "undo a" not in world.told(result)
 
 
@@ -282,7 +282,7 @@ def test_cancel_while_a_retry_is_due_later(world: World) -> None:
     until(lambda: result.status == "running", "it sleeps")
     result.cancel()
     with pytest.raises(SagaCancelled):
-        result.get(timeout=20)
+        result.get(timeout=60)
     assert world.told(result) == []
 
 
@@ -335,13 +335,13 @@ def test_an_abandoned_branch_is_undone_while_the_run_completes(world: World) -> 
     until(lambda: "do a" in world.told(result), "the first")
     assert result.status == "running"
     world.open(f"{result} b")
-    assert result.get(timeout=20) == ["a done"]
+    assert result.get(timeout=60) == ["a done"]
     assert sorted(done_and_undone(world, result)) == ["do a", "do b", "undo b"]
     assert result.left == []
 
 
 def test_a_task_group(world: World) -> None:
-    assert sagas.grouped.delay([A, B, C]).get(timeout=20) == 3
+    assert sagas.grouped.delay([A, B, C]).get(timeout=60) == 3
     result = sagas.grouped.delay([A, FAILS])
     assert ended(result).state == "compensated"
     assert "undo a" in world.told(result)
@@ -354,20 +354,20 @@ def test_a_timeout_in_the_saga_abandons_the_step(world: World, how: str) -> None
     until(lambda: "do instead" in world.told(result), "the timeout")
     assert result.status == "running"
     world.open(f"{result} b")
-    assert result.get(timeout=20) == "timed out"
+    assert result.get(timeout=60) == "timed out"
     assert "undo b" in world.told(result)
-    assert sagas.by_timeout.delay(A, how).get(timeout=20) == "in time"
+    assert sagas.by_timeout.delay(A, how).get(timeout=60) == "in time"
 
 
 def test_hundred_branches(world: World) -> None:
     result = sagas.together.delay([plan(str(n), kind="look") for n in range(100)])
-    assert result.get(timeout=20) == [f"{n} done" for n in range(100)]
+    assert result.get(timeout=60) == [f"{n} done" for n in range(100)]
     assert len(world.effects(result)) == 100
 
 
 # -- what a saga may use -----------------------------------------------------------------------------------------------
 def test_a_sleep_is_durable_and_exact(world: World) -> None:
-    slept = sagas.sleeper.delay(0.3).get(timeout=20)
+    slept = sagas.sleeper.delay(0.3).get(timeout=60)
     assert 0.3 <= slept < 5
 
 
@@ -377,7 +377,7 @@ def test_once_now_uuid_random_version_and_info_are_recorded(world: World, own_wo
     own_worker.kill()
     own_worker.start()
     world.open(f"{result} me")
-    said, *rest = result.get(timeout=20)
+    said, *rest = result.get(timeout=60)
     assert said.startswith("me by ") and rest[-2:] == [2, result.id]
     assert [e.name for e in world.effects() if e.what == "once"] == ["me"]
 
@@ -392,7 +392,7 @@ def test_once_with_a_function_that_misbehaves_is_a_failed_attempt(sql_of: psycop
         assert entry["error"]["type"] == error
         result.cancel()
         with pytest.raises(SagaCancelled):
-            result.get(timeout=20)
+            result.get(timeout=60)
 
 
 @pytest.mark.parametrize("how", ["thread", "executor", "call", "delay"])
@@ -403,7 +403,7 @@ def test_what_cannot_be_replayed_parks_as_a_code_error_and_names_the_way_out(how
     assert re.search(r"saga\.|from a step", item["why"])
     result.cancel()
     with pytest.raises(SagaCancelled):
-        result.get(timeout=20)
+        result.get(timeout=60)
 
 
 def test_a_code_error_parks_and_the_mended_code_goes_on(world: World, own_worker: Any) -> None:
@@ -413,19 +413,19 @@ def test_a_code_error_parks_and_the_mended_code_goes_on(world: World, own_worker
     own_worker.stop()
     own_worker.start(ACCEPTANCE_MENDED="1")
     result.retry(reason="deployed a fix", by="ann")
-    assert result.get(timeout=20) == "a done, mended"
+    assert result.get(timeout=60) == "a done, mended"
     assert world.told(result) == ["do a"]
 
 
 def test_local_and_async_steps(world: World) -> None:
     result = sagas.sequence.delay([plan("l", kind="local"), plan("m", kind="async")])
-    assert result.get(timeout=20) == ["l done", "m done"]
+    assert result.get(timeout=60) == ["l done", "m done"]
 
 
 # -- the seeds ---------------------------------------------------------------------------------------------------------
 def test_order_goes_through_without_its_mail(world: World) -> None:
     result = sagas.order.delay(A, B, plan("mail", "error", kind="look"))
-    assert result.get(timeout=20) is False
+    assert result.get(timeout=60) is False
     assert done_and_undone(world, result) == ["do a", "do b"]
 
 
@@ -445,5 +445,5 @@ def test_payment_is_reversed_before_the_pivot(world: World) -> None:
 def test_payment_is_never_reversed_for_a_notification(world: World) -> None:
     notices = [plan("n1", kind="look"), plan("n2", "error", kind="look")]
     result = sagas.payment.delay(plan("hold"), plan("process"), plan("settle", kind="pivot"), notices)
-    assert result.get(timeout=20) == 1
+    assert result.get(timeout=60) == 1
     assert not [word for word in world.told(result) if word.startswith("undo")]

@@ -53,9 +53,9 @@ def test_many_runs_start_together_and_starting_them_again_starts_none(
     calls, ids = [([A],)] * 3, [f"{prefix}-{number}" for number in range(3)]
     results = sagas.sequence.start_many(calls, task_ids=ids, priority=3)
     assert [result.id for result in results] == ids
-    assert [result.get(timeout=20) for result in results] == [["a done"]] * 3
+    assert [result.get(timeout=60) for result in results] == [["a done"]] * 3
     more = sagas.sequence.start_many([*calls, ([A],)], task_ids=[*ids, f"{prefix}-3"])
-    assert [result.get(timeout=20) for result in more] == [["a done"]] * 4
+    assert [result.get(timeout=60) for result in more] == [["a done"]] * 4
     assert [world.told(run_id) for run_id in runs(sql_of, prefix)] == [["do a"]] * 4
     assert len({result.id for result in sagas.sequence.start_many(calls)}) == 3, "without ids every one is a new run"
     assert sagas.sequence.start_many([]) == []
@@ -80,24 +80,24 @@ def test_bad_calls_among_many_are_refused(sql_of: psycopg.Connection[Any]) -> No
 def test_the_run_id_makes_a_start_idempotent(world: World, sql_of: psycopg.Connection[Any]) -> None:
     run_id = new_id()
     first = sagas.sequence.apply_async(([A],), task_id=run_id)
-    assert first.get(timeout=20) == ["a done"]
+    assert first.get(timeout=60) == ["a done"]
     again = sagas.sequence.apply_async((), {"plans": [A]}, task_id=run_id)
-    assert (again.id, again.get(timeout=20), world.told(run_id)) == (run_id, ["a done"], ["do a"])
+    assert (again.id, again.get(timeout=60), world.told(run_id)) == (run_id, ["a done"], ["do a"])
     with pytest.raises(ConflictError, match=run_id):
         sagas.sequence.apply_async(([A, A],), task_id=run_id)
     with pytest.raises(ConflictError, match="sequence"):
         sagas.together.apply_async(([A],), task_id=run_id)
     assert runs(sql_of, run_id) == [run_id]
-    assert sagas.sequence.AsyncResult(run_id).get(timeout=20) == ["a done"]
+    assert sagas.sequence.AsyncResult(run_id).get(timeout=60) == ["a done"]
 
 
 def test_countdown_and_eta_wait(world: World) -> None:
     later = sagas.sequence.apply_async(([A],), countdown=0.6)
     at = datetime.now(UTC) + timedelta(seconds=0.6)
     dated = sagas.sequence.apply_async(([A],), eta=at)
-    assert sagas.sequence.delay([A]).get(timeout=20) == ["a done"]
+    assert sagas.sequence.delay([A]).get(timeout=60) == ["a done"]
     assert (later.status, dated.status) == ("pending", "pending")
-    assert later.get(timeout=20) == dated.get(timeout=20) == ["a done"]
+    assert later.get(timeout=60) == dated.get(timeout=60) == ["a done"]
     assert datetime.now(UTC) >= at
     with pytest.raises(UsageError, match="aware"):
         sagas.sequence.apply_async(([A],), eta=datetime(2030, 1, 1))
@@ -109,7 +109,7 @@ def test_a_run_that_waits_can_be_cancelled_before_it_starts(world: World) -> Non
     later = sagas.sequence.apply_async(([A],), countdown=3600)
     later.cancel(reason="changed my mind")
     with pytest.raises(SagaFailed) as caught:
-        later.get(timeout=20)
+        later.get(timeout=60)
     assert (caught.value.state, world.told(later)) == ("cancelled", [])
 
 
@@ -121,7 +121,7 @@ def test_higher_priority_goes_first(new_worker: Callable[..., Worker], world: Wo
         sagas.sequence.apply_async(([plan],), task_id=name, queue=waiting.queue, priority=int(name[-1]))
     waiting.start()
     results = [sagas.sequence.AsyncResult(name) for name in names]
-    assert [result.get(timeout=20) for result in results]
+    assert [result.get(timeout=60) for result in results]
     order = [effect.name[-1] for effect in world.effects() if effect.run in names]
     assert order == ["9", "5", "1", "0"]
 
@@ -153,10 +153,10 @@ def test_async_twins(world: World) -> None:
         result = await sagas.sequence.adelay([A])
         failing = await sagas.sequence.aapply_async(([Plan(name="x", do=["reject"])],), task_id=new_id())
         with pytest.raises(SagaFailed):
-            await failing.aget(timeout=20)
+            await failing.aget(timeout=60)
         with pytest.raises(TimeoutError):
             await (await sagas.sleeper.adelay(3600)).aget(timeout=0.1)
-        return await result.aget(timeout=20)
+        return await result.aget(timeout=60)
 
     assert asyncio.run(main()) == ["a done"]
 
@@ -182,7 +182,7 @@ def check_joined(start: Callable[[str, bool], None], sql_of: psycopg.Connection[
     rolled_back, committed = new_id(), new_id()
     start(rolled_back, False)
     start(committed, True)
-    assert sagas.sequence.AsyncResult(committed).get(timeout=20) == ["a done"]
+    assert sagas.sequence.AsyncResult(committed).get(timeout=60) == ["a done"]
     assert runs(sql_of, rolled_back) == []
     assert sql_of.execute("SELECT run FROM notes WHERE run IN (%s, %s)", [rolled_back, committed]).fetchall() == [
         (committed,)
@@ -279,12 +279,12 @@ def test_a_message_sent_twice_starts_one_run(world: World, sql_of: psycopg.Conne
         app.send_task("tests.acceptance.sagas.sequence", **call)
     result = sagas.sequence.AsyncResult(run_id)
     until(lambda: runs(sql_of, run_id), "the message starts a run")
-    assert result.get(timeout=20) == ["a done"]
+    assert result.get(timeout=60) == ["a done"]
     app.send_task("tests.acceptance.sagas.sequence", args=[[]], task_id=run_id)
     marker = new_id()
     app.send_task("tests.acceptance.sagas.sequence", kwargs={"plans": []}, task_id=marker)
     until(lambda: runs(sql_of, marker), "the message after it")
-    assert sagas.sequence.AsyncResult(marker).get(timeout=20) == []
+    assert sagas.sequence.AsyncResult(marker).get(timeout=60) == []
     assert (world.told(run_id), runs(sql_of, run_id)) == (["do a"], [run_id])
 
 
@@ -307,8 +307,8 @@ def test_a_beat_entry_starts_a_run(site: Site) -> None:
     task = app.tasks["tests.acceptance.sagas.sequence"]
     with app.amqp.producer_pool.acquire() as producer:
         result = task.apply_async([[A]], {}, producer=producer, priority=3, periodic_task_name="nightly")
-    assert result.get(timeout=20) == ["a done"]
-    assert task.delay([A]).get(timeout=20) == ["a done"]
+    assert result.get(timeout=60) == ["a done"]
+    assert task.delay([A]).get(timeout=60) == ["a done"]
 
 
 def test_unknown_sagas_are_named() -> None:
@@ -319,10 +319,10 @@ def test_unknown_sagas_are_named() -> None:
 # -- from a step -------------------------------------------------------------------------------------------------------
 def test_a_step_that_is_retried_starts_its_runs_once(world: World, sql_of: psycopg.Connection[Any]) -> None:
     result = sagas.starting.delay(Plan(name="s", do=["error", "late", "ok"]), "outside")
-    ids = result.get(timeout=20)
+    ids = result.get(timeout=60)
     assert ids == [f"{result}:tests.acceptance.sagas.start_others#0:{n}" for n in range(2)]
     assert runs(sql_of, f"{result}:") == ids
-    assert [sagas.sequence.AsyncResult(run_id).get(timeout=20) for run_id in ids] == [[], []]
+    assert [sagas.sequence.AsyncResult(run_id).get(timeout=60) for run_id in ids] == [[], []]
 
 
 @pytest.mark.parametrize("how", ["unnamed", "named", "many"])
@@ -333,21 +333,21 @@ def test_a_transactional_step_starts_a_run_only_if_it_commits(
     result = sagas.starting.delay(Plan(name="s", do=do), how)
     if do == ["reject"]:
         with pytest.raises(SagaFailed):
-            result.get(timeout=20)
+            result.get(timeout=60)
         assert runs(sql_of, f"{result}:") == []
     else:
-        started = result.get(timeout=20)
+        started = result.get(timeout=60)
         assert runs(sql_of, f"{result}:") == [started]
-        assert sagas.sequence.AsyncResult(started).get(timeout=20) == []
+        assert sagas.sequence.AsyncResult(started).get(timeout=60) == []
 
 
 def test_a_step_as_a_plain_celery_task_with_a_result_backend(world: World) -> None:
     name = new_id()
     sent = steps.look.delay(Plan(name=name))
-    assert sent.get(timeout=20) == f"{name} done"
+    assert sent.get(timeout=60) == f"{name} done"
     (effect,) = [e for e in world.effects() if e.name == name]
     assert effect.run == "" and effect.key.startswith("direct:")
-    assert app.send_task("tests.acceptance.steps.look", kwargs={"plan": {"name": name}}).get(timeout=20)
+    assert app.send_task("tests.acceptance.steps.look", kwargs={"plan": {"name": name}}).get(timeout=60)
 
 
 def test_starting_is_quick() -> None:

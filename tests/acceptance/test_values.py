@@ -22,7 +22,7 @@ BAD = ["NUL", "NaN", "Infinity", "lone surrogate", "huge integer", "depth", "siz
 
 def failure_of(result: Any) -> SagaFailed:
     with pytest.raises(SagaFailed) as caught:
-        result.get(timeout=20)
+        result.get(timeout=60)
     return caught.value
 
 
@@ -66,7 +66,7 @@ def test_an_exception_of_any_kind_is_a_failed_attempt(worker: Worker, world: Wor
 )
 def test_plain_celery_tasks_are_steps_as_they_are(worker: Worker, world: World, which: str, gives: Any) -> None:
     result = sagas.celery_tasks.delay(which)
-    assert result.get(timeout=20) == gives
+    assert result.get(timeout=60) == gives
     if which in ("retry", "autoretry"):
         assert [e.attempt for e in world.effects(result)] == [1, 2, 3]
 
@@ -76,7 +76,7 @@ def test_a_task_that_retries_too_often_fails_with_its_own_error(worker: Worker, 
     until(lambda: len(world.effects(result)) >= 4, "as many attempts as the task allows")
     result.cancel()
     with pytest.raises(SagaFailed):
-        result.get(timeout=20)
+        result.get(timeout=60)
     assert [e.attempt for e in world.effects(result)][:4] == [1, 2, 3, 4]
 
 
@@ -88,7 +88,7 @@ def test_a_task_that_retries_beyond_all_dates_waits_and_can_be_cancelled(
     assert until(lambda: sql_of.execute(due, [result.id]).fetchone(), "the second attempt is planned") == (1,)
     result.cancel()
     with pytest.raises(SagaFailed):
-        result.get(timeout=20)
+        result.get(timeout=60)
 
 
 # -- environment -------------------------------------------------------------------------------------------------------

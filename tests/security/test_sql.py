@@ -72,7 +72,7 @@ def test_runs_and_steps_are_named_by_any_text(
     results = {text: client.start(named, (text,), {}, {"task_id": text, "queue": QUEUE}) for text in TEXTS}
     new_child().drain()
     for text, result in results.items():
-        assert result.get(timeout=20) == [text, text]
+        assert result.get(timeout=60) == [text, text]
         assert client.outcome(text).id == text
         keys = {entry["key"] for entry in entries(connection, text) if "key" in entry}
         assert any(text in key for key in keys), keys
@@ -92,7 +92,7 @@ def test_sagas_are_named_by_any_text(
         sagas = [declared.enter_context(called(text)) for text in TEXTS]
         results = [client.start(each, ("done",), {}, {"queue": QUEUE}) for each in sagas]
         new_child().drain()
-        assert [result.get(timeout=20) for result in results] == ["done"] * len(TEXTS)
+        assert [result.get(timeout=60) for result in results] == ["done"] * len(TEXTS)
     for text in TEXTS:
         assert [row["saga"] for row in filters.listed(connection, filters.listing(saga=text))] == [text]
 
