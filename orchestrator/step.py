@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, get_args, overload
 
-from orchestrator.codec import FunctionCodec, Json, canonical_text, is_name
+from orchestrator.codec import FunctionCodec, Json, PlainCodec, canonical_text, is_name
 from orchestrator.errors import DefinitionError, UsageError
 from orchestrator.machine.journal import Undo
 from orchestrator.machine.loop import inside_saga
@@ -166,14 +166,14 @@ class Step(Generic[P, R]):
 
     def named_undo(self) -> Undo | None:
         """Return the compensation with its parameters by name, for any arguments that hold them."""
-        return None if self.options.compensate is None else _undo_of(self)
+        return None if self.options.compensate is None else _routed(_undo_of(self))
 
     def arm(self, args: dict[str, Json]) -> Undo | None:
         """Return the compensation of a call with these encoded arguments."""
         if self.options.compensate is None:
             return None
         if self._undo is None:
-            self._undo = _undo_of(self)
+            self._undo = _routed(_undo_of(self))
         undo = self._undo
         missing = [name for name in undo.names if name not in args]
         if missing:
@@ -335,7 +335,14 @@ def _check_parameters(other: Step[Any, Any], step: Step[Any, Any], what: str, al
 
 
 def _undo_of(step: Step[Any, Any]) -> Undo:
+    """Return the compensation, with a queue only if one is declared: at import the app may not be configured yet."""
     other = step.options.compensate
+    if isinstance(other, dict) and "task" in other:  # a signature: arguments of its own
+        return _signed_undo(step, other)
+    if not isinstance(other, Step) and hasattr(other, "run") and hasattr(other, "name"):
+        # A plain Celery task takes parameters by name as well.
+        plain = Step[Any, Any](other.run, other.name, StepOptions(queue=getattr(other, "queue", "") or ""))
+        other = registry.steps.get(other.name, plain)
     if isinstance(other, Step):
         _check_parameters(other, step, "compensation", also=("result",))
         if other.options.limit_key is not None and "result" in _key_names(other.options.limit_key):
@@ -344,19 +351,35 @@ def _undo_of(step: Step[Any, Any]) -> Undo:
                 "when the undo is armed"
             )
         return _named_undo(other)
-    if isinstance(other, dict) and "task" in other:  # a signature: arguments of its own
-        declared = registry.steps.get(other["task"])
-        args, kwargs = tuple(other.get("args") or ()), dict(other.get("kwargs") or {})
-        codec = declared.codec if declared else legacy_codec
-        encoded = codec.encode_call(args, kwargs)
-        undo = _named_undo(declared) if declared else Undo(other["task"])
-        return replace(undo, names=(), args=encoded, result=undo.result and "result" not in encoded)
-    if hasattr(other, "run") and hasattr(other, "name"):  # a plain Celery task takes parameters by name as well
-        return _named_undo(Step(other.run, other.name, StepOptions(queue=getattr(other, "queue", "") or "")))
     raise DefinitionError(
         f"step {step.name}: compensate= takes a step, a Celery task or a signature like `refund.s(...)`, "
         f"not {other!r:.80}"
     )
+
+
+def _signed_undo(step: Step[Any, Any], signature: dict[str, Any]) -> Undo:
+    name, options = str(signature["task"]), dict(signature.get("options") or {})
+    if signature.get("subtask_type") or name.startswith("celery."):
+        raise DefinitionError(
+            f"step {step.name}: compensate= takes one task, and {name} is a canvas or a task of Celery's own; "
+            "no worker would ever take it as an undo, so make a step of it"
+        )
+    queue = options.pop("queue", None)
+    if any(value is not None for value in options.values()):
+        raise DefinitionError(
+            f"step {step.name}: of a signature compensate= takes arguments and queue, not {', '.join(options)}; "
+            "what else there is to say of an undo its own step declares"
+        )
+    declared = registry.steps.get(name)
+    undo = _named_undo(declared) if declared else Undo(name)
+    codec = declared.codec if declared else legacy_codec
+    encoded = codec.encode_call(tuple(signature.get("args") or ()), dict(signature.get("kwargs") or {}))
+    undo = replace(undo, names=(), args=encoded, result=undo.result and "result" not in encoded)
+    return replace(undo, queue=str(getattr(queue, "name", queue))) if queue else undo
+
+
+def _routed(undo: Undo) -> Undo:
+    return undo if undo.queue else replace(undo, queue=route(undo.task))
 
 
 def _declared_undo(step: Step[Any, Any], undo: Undo) -> Step[Any, Any] | None:
@@ -373,17 +396,14 @@ def _named_undo(other: Step[Any, Any]) -> Undo:
         task=other.name,
         names=tuple(name for name in other.codec.parameters if name != "result"),
         result="result" in other.codec.parameters,
-        queue=other.queue,
+        queue=other.options.queue,
         timeout=timeout,
         retry=options.retry.encode() if options.retry else None,
     )
 
 
-def _legacy(*args: Any, **kwargs: Any) -> Any:
-    """The shape of a Celery task that was not declared as a step."""
-
-
-legacy_codec = FunctionCodec(_legacy, what="the Celery task")
+legacy_codec = PlainCodec(what="the Celery task")
+"""For Celery tasks that were not declared as steps."""
 
 
 # -- while a step runs -------------------------------------------------------------------------------------------------

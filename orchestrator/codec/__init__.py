@@ -7,7 +7,7 @@ or an error message.
 
 from __future__ import annotations
 
-from orchestrator.codec.calls import FunctionCodec
+from orchestrator.codec.calls import FunctionCodec, PlainCodec
 from orchestrator.codec.text import (
     DEFAULT_LIMIT_BYTES,
     MAX_DEPTH,
@@ -31,6 +31,7 @@ __all__ = [
     "MAX_INT_DIGITS",
     "FunctionCodec",
     "Json",
+    "PlainCodec",
     "ValueCodec",
     "canonical_text",
     "check",

@@ -246,6 +246,26 @@ class FunctionCodec:
         raise TypeError(f"{self.what} cannot be called with these arguments")
 
 
+class PlainCodec(FunctionCodec):
+    """Encode calls of a function that is known elsewhere alone: any arguments, as plain JSON.
+
+    What a compensation is given by parameter name arrives by that name.
+    """
+
+    def __init__(self, *, what: str) -> None:
+        super().__init__(_anything, what=what)
+
+    def decode_call(self, encoded: Mapping[str, Json]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of an encoded call; see `FunctionCodec.decode_call`."""
+        named = {name: value for name, value in encoded.items() if name[0] != "*"}
+        args, kwargs = super().decode_call({name: value for name, value in encoded.items() if name not in named})
+        return args, {**kwargs, **named}
+
+
+def _anything(*args: Any, **kwargs: Any) -> Any:
+    """The shape of a call of which nothing is known."""
+
+
 def _named(parameters: list[inspect.Parameter], kind: inspect._ParameterKind) -> str | None:
     return next((p.name for p in parameters if p.kind is kind), None)
 

@@ -25,6 +25,7 @@ KINDS: dict[str, Any] = {
     "undeclared": steps.undeclared,
     "train": steps.train,
     "beat": steps.beat_until_told,
+    "undone plainly": steps.act_undone_plainly,
 }
 
 

@@ -267,6 +267,16 @@ def autoretry(succeed_at: int) -> int:
     return step.current().attempt
 
 
+@shared_task(name="plain.take_back")
+def take_back_plainly(plan: dict[str, Any], result: str | None) -> None:
+    note("undo", plan["name"], result)
+
+
+@step(compensate=take_back_plainly, retry=QUICK)
+def act_undone_plainly(plan: Plan) -> str:
+    return behave(word_of(plan.do), "do", plan.name)
+
+
 @shared_task(name="plain.ignore")
 def ignore() -> None:
     raise Ignore

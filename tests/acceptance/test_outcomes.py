@@ -61,6 +61,13 @@ def test_a_rejected_step_is_not_undone_and_those_before_it_are_in_reverse(world:
     assert [e.told for e in world.effects(result) if e.what == "told"] == ["b done", "a done"]
 
 
+def test_a_plain_celery_task_undoes_a_step(world: World) -> None:
+    result = sagas.sequence.delay([plan("a", kind="undone plainly"), FAILS])
+    assert ended(result).state == "compensated"
+    assert done_and_undone(world, result) == ["do a", "undo a"]
+    assert [e.told for e in world.effects(result) if e.what == "undo"] == ["a done"]
+
+
 def test_a_declared_error_is_rejected_at_once(world: World) -> None:
     assert sagas.forgiving.delay([plan("x", "refuse")]).get(timeout=60) == ["rejected Refused"]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from datetime import UTC, datetime
+from typing import Any
 
 import pytest
-from celery import Celery
+from celery import Celery, chain
 from celery.exceptions import Reject
 
-from orchestrator import Orchestrator, saga, step
+from orchestrator import Orchestrator, PayloadError, saga, step, testing
+from orchestrator.step import StepContext, current_step
 
 
 def test_a_step_has_its_queue_and_options_without_a_warning_of_celery() -> None:
@@ -37,3 +40,34 @@ def test_a_message_that_comes_before_the_schema_stays_in_the_broker(empty_databa
             task.run()
         task.pop_request()
         assert rejected.value.requeue
+
+
+def test_routes_may_be_configured_after_the_steps_are_declared() -> None:
+    with Celery("routed", broker="memory://", set_as_current=False) as app:
+        Orchestrator(app, database_url="postgresql://host/db")
+
+        @step(name="routed.refund")
+        def refund() -> None: ...
+
+        @step(name="routed.charge", compensate=refund)
+        def charge() -> None: ...
+
+        app.conf.task_routes = {"routed.charge": {"queue": "payments"}, "routed.*": {"queue": "others"}}
+        assert (charge.queue, refund.queue) == ("payments", "others")
+        undo = charge.arm({})
+        assert undo is not None and undo.queue == "others"
+
+
+def test_a_plain_task_that_undoes_is_due_on_the_queue_that_the_app_routes_it_to() -> None:
+    with Celery("undoes", broker="memory://", set_as_current=False) as app:
+        app.conf.task_routes = {"undoes.refund": {"queue": "refunds"}}
+        Orchestrator(app, database_url="postgresql://host/db")
+
+        @app.task(name="undoes.refund", shared=False)
+        def refund(n: int) -> None: ...
+
+        @step(name="undoes.charge", queue="payments", compensate=refund.s(1))
+        def charge() -> None: ...
+
+        undo = charge.arm({})
+        assert undo is not None and undo.queue == "refunds"

@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from celery import chain, chord, group, shared_task
 
 from orchestrator import saga, step
 from orchestrator.errors import DefinitionError
@@ -109,3 +110,50 @@ def test_who_says_that_a_probe_decides_has_to_declare_one() -> None:
         asked_of(lonely, {}, "celery", "")
     lonely.probe(found)
     assert asked_of(lonely, {}, "celery", "").on_unknown == "probe"
+
+
+# -- undoing with tasks of Celery's ------------------------------------------------------------------------------------
+@shared_task(name="declared.give_back")
+def give_back(n: int, result: Any) -> None: ...
+
+
+@shared_task(name="declared.refund")
+def refund(n: int, reason: str) -> None: ...
+
+
+CANVASES: list[Any] = [
+    chain(give_back.s(1, 2), refund.s("no")),
+    group(give_back.s(1, 2), refund.s(1, "no")),
+    chord([give_back.s(1, 2)], refund.s("no")),
+    give_back.starmap([(1, 2)]),
+    {"task": "celery.backend_cleanup"},
+]
+
+
+@pytest.mark.parametrize("undo", CANVASES, ids=lambda undo: str(undo["task"]))
+def test_a_canvas_is_refused_as_an_undo_because_no_worker_would_ever_take_it(undo: Any) -> None:
+    with pytest.raises(DefinitionError, match=r"compensate= takes one task, and celery\.\w+ is"):
+        step(name="declared.undone", compensate=undo)(pay)
+    with pytest.raises(DefinitionError, match="compensate="):
+        sound.with_options(compensate=undo)
+
+
+@pytest.mark.parametrize("option", ["countdown", "eta", "link", "link_error", "priority", "task_id"])
+def test_an_option_of_an_undo_that_would_be_lost_is_refused_by_its_name(option: str) -> None:
+    with pytest.raises(DefinitionError, match=f"not {option}"):
+        sound.with_options(compensate=give_back.s(1, 2).set(**{option: 1}))
+
+
+@pytest.mark.parametrize("by", [step(name="declared.undoes")(pay), give_back], ids=["a step", "a plain task"])
+def test_an_undo_is_due_on_the_queue_of_its_signature(by: Any) -> None:
+    args = (1,) if by is not give_back else (1, 2)
+    signature = {"task": by.name, "args": args, "options": {"queue": "undos"}}
+    armed = sound.with_options(compensate=signature).arm({"n": 1})
+    assert armed is not None and armed.queue == "undos"
+
+
+def test_a_plain_task_takes_the_parameters_of_the_step_that_it_undoes_and_no_others() -> None:
+    armed = sound.with_options(compensate=give_back).arm({"n": 1})
+    assert armed is not None and (armed.names, armed.result) == (("n",), True)
+    with pytest.raises(DefinitionError, match=r"declared\.refund takes reason, which step declared\.sound does not"):
+        sound.with_options(compensate=refund)
