@@ -51,7 +51,7 @@ class _RolledBack(Exception):
         self.invocation = invocation
 
 
-_invoked: ContextVar[bool] = ContextVar("orchestrator_invoked", default=False)
+_invoked: ContextVar[str] = ContextVar("orchestrator_invoked", default="")  # the task that the engine runs
 _limit: ContextVar[float] = ContextVar("orchestrator_limit", default=0.0)
 
 
@@ -152,7 +152,7 @@ class Runner:
             "headers": {},  # none of its own; a Context without them looks through all its names for some, each time
             **self._events.representations,
         }  # fmt: skip
-        invoked, current = _invoked.set(True), current_step.set(context)
+        invoked, current = _invoked.set(task.name), current_step.set(context)
         seconds = (context.deadline - taken.now).total_seconds()
         limit = _limit.set(seconds)
         attempt = self._attempts[taken.fence or 0] = self._events.begin(taken)
@@ -197,12 +197,16 @@ class StepTaskMixin:
     typing = False
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the step's function: with the engine's values inside a saga, with a message's values outside."""
+        """Run the step's function: with the engine's values inside a saga, with a message's values outside.
+
+        What replaces a plain task in a saga gets values as of a message, too.
+        """
         declared = self.step
-        if _invoked.get():
+        if _invoked.get() == declared.name:
             with time_limit(_limit.get()):
                 return call(declared.function, args, kwargs)
-        self.orchestrator.refuse_plain_messages(declared.name)
+        if not _invoked.get():
+            self.orchestrator.refuse_plain_messages(declared.name)
         encoded = declared.codec.encode_call(args, kwargs, from_json=True)
         args, kwargs = declared.codec.decode_call(encoded)
         if declared.options.transactional:
@@ -215,24 +219,8 @@ class StepTaskMixin:
         """Send the step as a plain Celery task, its arguments encoded from the annotations."""
         if not options.pop("encoded", False):
             encoded = self.step.codec.encode_call(tuple(args or ()), dict(kwargs or {}))
-            args, kwargs = _message_call(encoded)
+            args, kwargs = self.step.codec.message_call(encoded)
         return super().apply_async(args, kwargs, *more, **options)  # type: ignore[misc]
-
-
-def _message_call(encoded: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    starred = any(name.startswith("*") and not name.startswith("**") for name in encoded)
-    for name, value in encoded.items():
-        if name.startswith("**"):
-            kwargs.update(value)
-        elif name.startswith("*"):
-            args.extend(value)
-        elif starred:
-            args.append(value)
-        else:
-            kwargs[name] = value
-    return args, kwargs
 
 
 def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -116,6 +116,13 @@ class FunctionCodec:
         args = self._take_positional(kwargs, bool(rest))
         return (*args, *rest), kwargs | extra
 
+    def message_call(self, encoded: dict[str, Json]) -> tuple[list[Any], dict[str, Any]]:
+        """Return an encoded call as the arguments of a message, still encoded: by name whatever may be named."""
+        kwargs: dict[str, Any] = {name: value for name, value in encoded.items() if name[0] != "*"}
+        rest: Any = encoded.get(f"*{self._star}") or []
+        extra: Any = encoded.get(f"**{self._star_star}") or {}
+        return [*self._take_positional(kwargs, bool(rest)), *rest], {**kwargs, **extra}
+
     def decode_arguments(self, encoded: Mapping[str, Json], names: Iterable[str]) -> dict[str, Any]:
         """Return some of the arguments of an encoded call, by name.
 

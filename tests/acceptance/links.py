@@ -33,6 +33,11 @@ def act(value: Any, name: str, words: list[str]) -> Any:
     return value
 
 
+@shared_task(name="links.plan")
+def plan(value: int) -> dict[str, Any]:
+    return {"name": str(value)}
+
+
 @shared_task(name="links.replaced", bind=True)
 def replaced(self: Any, value: Any, by: str) -> Any:
     """Let another canvas run in place of this task."""
@@ -42,6 +47,7 @@ def replaced(self: Any, value: Any, by: str) -> Any:
         "a group": group(add.s(value, 1), add.s(value, 2)),
         "a chord": chord([add.s(value, 1), add.s(value, 2)], total.s()),
         "itself": self.s(value, "a task"),
+        "a step": chain(plan.s(value), steps.look.s()),
         "what fails": act.s(value, "bad", ["error"]),
     }
     return self.replace(canvas[by])

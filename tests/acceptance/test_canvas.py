@@ -115,7 +115,7 @@ def _runs(run_id: str) -> set[str]:
 
 
 # -- tasks that change their canvas ------------------------------------------------------------------------------------
-REPLACED = {"a task": 3, "a chain": 4, "a group": [3, 4], "a chord": 7, "itself": 3}
+REPLACED = {"a task": 3, "a chain": 4, "a group": [3, 4], "a chord": 7, "itself": 3, "a step": "2 done"}
 
 
 @pytest.mark.parametrize("by", REPLACED)

@@ -71,3 +71,17 @@ def test_a_plain_task_that_undoes_is_due_on_the_queue_that_the_app_routes_it_to(
 
         undo = charge.arm({})
         assert undo is not None and undo.queue == "refunds"
+
+
+def test_a_step_sent_as_a_plain_task_gets_each_argument_where_it_belongs() -> None:
+    with Celery("sends", broker="memory://", set_as_current=False) as app:
+        Orchestrator(app, database_url="postgresql://host/db")
+        app.conf.task_always_eager = True
+
+        @step(name="sends.call")
+        def call(first: int, /, second: int = 2, *rest: int, flag: bool = False, **more: int) -> list[Any]:
+            return [first, second, list(rest), flag, more]
+
+        assert call.delay(1).get() == [1, 2, [], False, {}]
+        assert call.delay(1, second=3).get() == [1, 3, [], False, {}]
+        assert call.delay(1, 2, 3, flag=True, other=4).get() == [1, 2, [3], True, {"other": 4}]
