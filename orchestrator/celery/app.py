@@ -38,12 +38,13 @@ from orchestrator.errors import (
     UsageError,
 )
 from orchestrator.failpoints import failpoint
+from orchestrator.machine.loop import inside_saga
 from orchestrator.machine.turn import Script
 from orchestrator.result import SagaResult
 from orchestrator.retention import Pruned
 from orchestrator.saga import Saga
 from orchestrator.settings import Settings
-from orchestrator.step import Step, set_router
+from orchestrator.step import Step, current_step, set_router
 from orchestrator.step import registry as step_registry
 from orchestrator.store.permits import Permits
 
@@ -72,6 +73,7 @@ class Orchestrator:
         app.orchestrator = self
         app.__reduce__ = self._reduce_app
         _default_beat(app)
+        _refuse_sending_in_sagas(app)
         guard.install(app)
         set_router(self._route)
         step_type = type("WorkerStep", (worker.CompanionStep,), {"orchestrator": self, "__module__": __name__})
@@ -191,7 +193,6 @@ class Orchestrator:
     def start_by_message(self, name: str, run_id: str, args: Any, kwargs: Any) -> str | None:
         """Start a run that a Celery message asks for; its id is the message's, so that a redelivery starts nothing."""
         saga = sagas.registry.latest(name)
-        self.refuse_plain_messages(name)
         encoded = saga.codec.encode_call(tuple(args), dict(kwargs), from_json=True)
         new, _ = self.client.prepare(saga, encoded, {"task_id": run_id})
         failpoint("message.before")
@@ -322,6 +323,22 @@ def _default_beat(app: Celery) -> None:
         configured(app.conf)
 
 
+def _refuse_sending_in_sagas(app: Celery) -> None:
+    """Let saga code send no task of the app, not even by a canvas: it would be sent again at every replay."""
+    send = app.send_task
+
+    @functools.wraps(send)
+    def send_task(name: str, *args: Any, **options: Any) -> Any:
+        if inside_saga():
+            raise UsageError(
+                f"task {name} was sent directly in saga code, which would send it again whenever it is replayed; write "
+                "`await saga.step(...)` with the task or its signature, or send it in a step"
+            )
+        return send(name, *args, **options)
+
+    app.send_task = send_task
+
+
 def _respawn(rebuild: Callable[..., Celery], arguments: tuple[Any, ...], options: dict[str, Any]) -> Celery:
     app = rebuild(*arguments)
     Orchestrator(app, **options)
@@ -378,8 +395,12 @@ class _SagaTask:
 
     def run(self, *args: Any, **kwargs: Any) -> str | None:
         """Start the run that the message asks for."""
+        start = functools.partial(self.orchestrator.start_by_message, self.name, self.request.id, args, kwargs)
+        if current_step.get() is not None:  # no message, but a step or the link of a canvas: errors are its own
+            return start()
+        self.orchestrator.refuse_plain_messages(self.name)
         try:
-            return self.orchestrator.start_by_message(self.name, self.request.id, args, kwargs)
+            return start()
         except (StoreUnavailableError, SchemaError, OSError) as error:
             time.sleep(1.0)  # not lost: the broker keeps it until the database is back, and has its schema
             raise Reject(str(error), requeue=True) from error

@@ -85,3 +85,47 @@ def test_a_step_sent_as_a_plain_task_gets_each_argument_where_it_belongs() -> No
         assert call.delay(1).get() == [1, 2, [], False, {}]
         assert call.delay(1, second=3).get() == [1, 3, [], False, {}]
         assert call.delay(1, 2, 3, flag=True, other=4).get() == [1, 2, [3], True, {"other": 4}]
+
+
+@pytest.mark.parametrize("accepted", ["all", "doorbells"])
+def test_a_saga_that_is_called_as_a_step_fails_its_attempt_if_it_cannot_be_started(accepted: str) -> None:
+    """Ignored it would count as done, and as rejected it would count as certainly not started."""
+    with Celery("starts", broker="memory://", set_as_current=False) as app:
+        Orchestrator(app, database_url="postgresql://host/db", accept_messages=accepted)
+
+        @saga.define(name="starts.saga")
+        async def started(n: int) -> None: ...
+
+        task = app.tasks["starts.saga"]
+        task.push_request(id="r:starts.saga#0", args=[], kwargs={})
+        token = current_step.set(StepContext("r", "starts.saga#0", 1, "r:starts.saga#0", datetime.now(UTC)))
+        try:
+            with pytest.raises(PayloadError, match="valid integer"):
+                task.run("no number")
+        finally:
+            current_step.reset(token)
+            task.pop_request()
+
+
+@pytest.mark.parametrize("how", ["task", "canvas", "name"])
+def test_a_task_that_saga_code_sends_is_refused_because_each_replay_would_send_it_again(how: str) -> None:
+    with Celery("replays", broker="memory://", set_as_current=False) as app:
+        Orchestrator(app, database_url="postgresql://host/db")
+
+        @app.task(name="replays.count", shared=False)
+        def count(n: int) -> int:
+            return n
+
+        @saga.define(name="replays.saga")
+        async def sends() -> None:
+            match how:
+                case "task":
+                    count.delay(1)
+                case "canvas":
+                    chain(count.s(1), count.s(), app=app).delay()
+                case _:
+                    app.send_task("replays.count", [1])
+
+        run = testing.run(sends)
+        assert run.state == "parked"
+        assert run.error and "sent directly in saga code" in run.error["message"]
