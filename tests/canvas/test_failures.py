@@ -10,6 +10,7 @@ import pytest
 from celery import chain, chord, group
 
 from orchestrator import Rejected, RetryPolicy, SagaFailed, StepFailed, durable, saga, testing
+from orchestrator.canvas import walking
 from orchestrator.canvas.telling import FAILURE
 from tests.canvas.tasks import (
     Order,
@@ -242,6 +243,19 @@ def test_arguments_that_a_step_does_not_take_fail_its_link(said: list[Any]) -> N
     run = testing.run(durable(chain(same.s(1), note.s(2)).on_error(say.si("told"))))
     assert run.state == "failed" and "canvas.note cannot be called like that" in run.error["message"]  # type: ignore[index]
     assert said == ["told"]
+
+
+def test_what_a_handler_was_told_is_told_again_by_a_release_whose_lines_have_moved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    history = testing.run(durable(chain(same.s(1), note.s(2)).on_error(hear.s()))).history
+    value = walking._Walk._value
+
+    async def moved(*args: Any, **kwargs: Any) -> Any:
+        return await value(*args, **kwargs)  # a line more in every traceback
+
+    monkeypatch.setattr(walking._Walk, "_value", moved)
+    testing.replay(history)
 
 
 def test_results_that_are_too_large_together_fail_the_body(said: list[Any]) -> None:
