@@ -146,7 +146,9 @@ class SagaResult:
 
     def _value(self, outcome: runs.Outcome, propagate: bool) -> Any:
         if outcome.state == "completed":
-            saga = self._saga or saga_of(outcome)
+            saga = self._saga
+            if saga is None or (saga.name, saga.options.version) != (outcome.saga, outcome.version):
+                saga = saga_of(outcome)  # other versions may return something else
             return saga.codec.decode_result(outcome.output) if saga else outcome.output
         error = outcome.error or {}
         what = f"{error.get('type')}: {error.get('message')}" if error else "see `saga show`"

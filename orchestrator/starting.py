@@ -6,6 +6,7 @@ Owns the start options and the run id.  Must never touch the database.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import secrets
 import time
@@ -52,7 +53,7 @@ def prepare(
     context = current_step.get()
     run_id, transaction = options.get("task_id"), options.get("transaction")
     if context is not None and run_id is None:
-        run_id = f"{context.idempotency_key}:{context.starts}"
+        run_id = _named_after(f"{context.idempotency_key}:{context.starts}")
         context.starts += 1
     if context is not None and transaction is None:
         transaction = context.connection
@@ -83,6 +84,11 @@ def _new_id() -> str:
     value = value & ~(0xF << 76) | 7 << 76
     value = value & ~(0x3 << 62) | 2 << 62
     return str(uuid.UUID(int=value))
+
+
+def _named_after(key: str) -> str:
+    """Return a run id that is the same for the same key: itself, unless it is too long for one."""
+    return key if is_name(key) else hashlib.sha256(key.encode()).hexdigest()
 
 
 def _valid_id(run_id: Any) -> str:
