@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -181,12 +182,12 @@ def _as_function(stub: Any) -> Callable[..., Any]:
 def _celery_task(name: str) -> Callable[..., Any]:
     from celery import current_app  # a rehearsal of declared steps needs no Celery
 
-    from orchestrator.celery import handlers
+    from orchestrator.testing import plain
 
     task = current_app.tasks.get(name)
     if task is None:
         raise UsageError(f"no step and no Celery task named {name} is registered here; import or stub it")
-    return lambda *args, **kwargs: task(*(handlers.told(task, args) or args), **kwargs)
+    return functools.partial(plain.call, task)
 
 
 def _perform(part: _Part, context: StepContext, timeout_seconds: float | None) -> tuple[Any, BaseException | None]:

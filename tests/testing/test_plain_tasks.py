@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from celery import shared_task
+from celery.exceptions import Ignore, Reject
 
-from orchestrator import Rejected, saga, step, testing
+from orchestrator import Rejected, StepFailed, saga, step, testing
 from orchestrator.testing import Environment
 
 SAID: list[Any] = []
@@ -28,6 +29,36 @@ def refuse() -> None:
     raise Rejected("not today")
 
 
+@shared_task(name="plainly.ignore")
+def ignore() -> None:
+    raise Ignore
+
+
+@shared_task(name="plainly.reject")
+def reject() -> None:
+    raise Reject("not wanted", requeue=False)
+
+
+@shared_task(name="plainly.again", bind=True)
+def again(self: Any, succeed_at: int) -> list[Any]:
+    if self.request.retries + 1 < succeed_at:
+        raise self.retry(exc=ConnectionError("not yet"), countdown=1)
+    return [self.request.id, self.request.root_id, self.request.retries]
+
+
+@shared_task(name="plainly.again_without_a_reason", bind=True)
+def again_without_a_reason(self: Any) -> None:
+    raise self.retry(countdown=1)
+
+
+@saga.define(name="plainly.run")
+async def one(task: str, args: list[Any]) -> Any:
+    try:
+        return await saga.step({"task": task, "args": args})
+    except StepFailed as failure:
+        return [failure.outcome, failure.error["message"]]
+
+
 @saga.define(name="plainly.undone")
 async def undone(n: int) -> None:
     await saga.step(take, {"n": n})
@@ -38,6 +69,41 @@ async def undone(n: int) -> None:
 def said() -> list[Any]:
     SAID.clear()
     return SAID
+
+
+# -- as a step ---------------------------------------------------------------------------------------------------------
+def test_a_task_that_is_ignored_has_succeeded_with_none() -> None:
+    run = testing.run(one, ignore.name, [])
+    assert (run.state, run.output, len(run.calls)) == ("completed", None, 1)
+
+
+def test_a_task_that_rejects_is_rejected_and_not_tried_again() -> None:
+    run = testing.run(one, reject.name, [])
+    assert (run.output, len(run.calls)) == (["rejected", "not wanted"], 1)
+
+
+def test_a_bound_task_sees_its_request_and_may_ask_for_another_attempt() -> None:
+    run = testing.run(one, again.name, [3], task_id="r")
+    assert (run.output, len(run.calls)) == (["r:plainly.again#0", "r", 2], 3)
+    assert isinstance(run.calls[0].error, ConnectionError)
+
+
+def test_a_task_that_retries_too_often_fails_with_its_own_error() -> None:
+    run = testing.run(one, again.name, [99])
+    assert (run.output, len(run.calls)) == (["unknown", "not yet"], 5)
+
+
+def test_a_task_that_retries_without_a_reason_is_in_doubt() -> None:
+    run = testing.run(one, again_without_a_reason.name, [])
+    assert run.output[0] == "unknown" and len(run.calls) == 5
+
+
+def test_plain_tasks_behave_so_in_an_environment_as_well(saga_environment: Environment) -> None:
+    env = saga_environment
+    assert env.run(one, ignore.name, []).get() is None
+    assert env.run(one, reject.name, []).get() == ["rejected", "not wanted"]
+    run = env.run(one, again.name, [3], task_id="r")
+    assert (run.get(), len(run.calls)) == (["r:plainly.again#0", "r", 2], 3)
 
 
 # -- as an undo --------------------------------------------------------------------------------------------------------
