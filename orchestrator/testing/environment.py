@@ -183,6 +183,7 @@ class Environment:
 
     def _drive_with(self, child: Child, limit: timedelta) -> None:
         patience = iter(_PATIENCE)
+        limit += self._skipped  # what steps take, and what is waited for after a crash, is part of the time that passes
         for _ in range(_MOVES):
             looked, moved = self._do_what_is_due(child)
             if looked.stray or looked.lined or (looked.next is None and looked.open):
@@ -192,9 +193,8 @@ class Environment:
             patience = iter(_PATIENCE) if moved else patience
             held_back = looked.due or looked.lined  # by a pause, by a limit
             pause = next(patience, None) if looked.next is None and held_back else looked.next
-            if pause is None or pause > limit:
+            if pause is None or self._skipped + pause > limit:
                 return
-            limit -= pause
             self.skip(pause)
         raise UsageError(f"after {_MOVES:,} moves of the clock there is still something to do; does a saga loop?")
 

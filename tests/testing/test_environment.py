@@ -10,7 +10,7 @@ from time import monotonic
 import pytest
 from sqlalchemy import create_engine, text
 
-from orchestrator import DriftError, Rejected, SagaFailed, UsageError, testing
+from orchestrator import DriftError, Effect, Rejected, SagaFailed, UsageError, saga, step, testing
 from orchestrator.machine.journal import Attempted, Operated
 from orchestrator.store import testbed
 from orchestrator.testing import Environment
@@ -82,6 +82,24 @@ def test_advancing_takes_as_long_as_it_says(env: Environment) -> None:
     env.start(checkout, "o1")
     env.advance(timedelta(days=2))
     assert timedelta(days=2) <= env.now - before < timedelta(days=2, minutes=5)
+
+
+def test_what_steps_take_is_part_of_the_time_that_passes(env: Environment) -> None:
+    @step(name="advance.slow", effect=Effect.NONE)
+    def slow() -> None: ...
+
+    @saga.define(name="advance.sleepy")
+    async def sleepy() -> None:
+        await saga.sleep(timedelta(minutes=10))
+        await saga.step(slow)
+        await saga.sleep(timedelta(minutes=30))
+
+    env.stub({slow: testing.After(timedelta(minutes=4))})
+    run = env.start(sleepy)
+    env.advance(timedelta(minutes=42))
+    assert run.state == "running"
+    env.advance(timedelta(minutes=3))
+    assert run.state == "completed"
 
 
 def test_an_undo_is_tried_for_a_day_and_then_waits_for_a_person(env: Environment) -> None:
