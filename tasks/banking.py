@@ -73,7 +73,10 @@ anomalies = Table(
 
 
 class Page(BaseModel):
-    """Name a page of an account's transactions: the first and the last id on it, and the cursor of the next page."""
+    """Name a page of an account's transactions: the first and the last id on it, and the cursor of the next page.
+
+    A page without transactions, as a new account has, has no ids.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -97,7 +100,7 @@ def fetch(account: str, cursor: int, size: int) -> Page:
     found = told["transactions"]
     rows = [{name: each[name] for name in ("id", "booked_at", "amount", "text")} for each in found]
     _keep(transactions, rows)
-    ends = {"first": found[0]["id"], "last": found[-1]["id"]}
+    ends = {"first": found[0]["id"], "last": found[-1]["id"]} if found else {"first": "", "last": ""}
     return Page(account=account, **ends, count=len(found), total=told["total"], next=told["next"])
 
 

@@ -142,7 +142,9 @@ def report(night: Night, unchecked: list[str], complete: bool) -> Report:
         file = _write(night, [*lines, *(("not looked at", "", each) for each in unchecked)])
         told = Report(
             night=night.id,
-            accounts=len(conn.execute(_active(ledger.accounts.c.id)).all()),
+            accounts=conn.execute(
+                select(func.count()).select_from(_active(ledger.accounts.c.id).subquery())
+            ).scalar_one(),
             findings=len(found),
             unchecked=len(unchecked),
             complete=complete,

@@ -69,6 +69,13 @@ def test_a_sync_goes_through_all_pages_and_books_each_transaction_once(env: Envi
     assert [banking.count(table, ACCOUNT) for table in tables] == [700, 700, 700, 1]
 
 
+def test_an_account_without_transactions_is_synced_as_well(env: Environment, books: Engine) -> None:
+    run = env.run(sync, SyncRequest(account="checking-0"))
+
+    assert run.get() == Synced(account="checking-0", transactions=0, odd=0)
+    assert postings(books) == 0
+
+
 def test_the_history_of_a_sync_does_not_grow(env: Environment, books: Engine) -> None:
     run = env.run(sync, SYNC, task_id="long")
 
