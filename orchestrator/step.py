@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, get_args, overload
+from typing import Any, Concatenate, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, get_args, overload
 
 from orchestrator.codec import FunctionCodec, Json, PlainCodec, canonical_text, is_name
 from orchestrator.errors import DefinitionError, UsageError
@@ -136,11 +136,11 @@ class Step(Generic[P, R]):
 
     def s(self, *args: Any, **kwargs: Any) -> Any:
         """Return a signature: Celery's, or before an app is bound a mapping of the same shape."""
-        return self.bound.s(*args, **kwargs) if self.bound else {"task": self.name, "args": args, "kwargs": kwargs}
+        return self.bound.s(*args, **kwargs) if self.bound else _Unbound(task=self.name, args=args, kwargs=kwargs)
 
     def si(self, *args: Any, **kwargs: Any) -> Any:
         """Return an immutable signature, which takes no result of a link before it; see `s`."""
-        return self.bound.si(*args, **kwargs) if self.bound else {**self.s(*args, **kwargs), "immutable": True}
+        return self.bound.si(*args, **kwargs) if self.bound else _Unbound(self.s(*args, **kwargs), immutable=True)
 
     # -- what the machine is told --------------------------------------------------------------------------------------
     @property
@@ -211,6 +211,18 @@ class Step(Generic[P, R]):
             value = known[key]
             return value if isinstance(value, str) else canonical_text(value)
         return str(key(**self.codec.decode_arguments(known, names)))
+
+
+class _Unbound(dict[str, Any]):
+    """A signature before an app is bound.  Joined by ``|`` as mappings are, one of the two links would be lost."""
+
+    def __or__(self, other: Any) -> NoReturn:
+        raise UsageError(
+            f"{self['task']} belongs to no Celery app yet, so that its signature cannot be joined with another one; "
+            "create `Orchestrator(app)` first, or make the canvas in a function that is called later"
+        )
+
+    __ror__ = __ior__ = __or__
 
 
 _PROBE_OPTIONS = StepOptions(effect=Effect.NONE)

@@ -13,7 +13,7 @@ from orchestrator import PayloadError, UsageError, durable, saga, testing
 from orchestrator.canvas.starting import run_canvas
 from orchestrator.machine.journal import Asked
 from orchestrator.testing.result import STARTED
-from tests.canvas.tasks import Order, add, fail, same, say, take, total
+from tests.canvas.tasks import Order, add, fail, price, same, say, take, total
 
 
 def asked(run: testing.TestRun) -> list[Asked]:
@@ -210,3 +210,24 @@ def test_an_option_of_a_start_that_would_be_ignored_is_refused(option: str) -> N
 def test_a_saga_still_refuses_canvas_options_and_names_durable(option: str, own_app: None) -> None:
     with pytest.raises(UsageError, match=r"orchestrator\.durable"):
         run_canvas.apply_async(({"task": "x"},), **{option: fail.s()})
+
+
+# -- before an app is bound --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda: take.s(Order(id="7", cents=1)) | price.s(),
+        lambda: chain(take.s(Order(id="7", cents=1)), price.s()),
+        lambda: same.s(1) | price.s(),
+        lambda: price.s(Order(id="7", cents=1)) | same.s(),
+        lambda: chain(same.s(1), same.s(), price.s()),
+    ],
+)
+def test_steps_that_belong_to_no_app_yet_are_not_joined_because_one_would_be_lost(
+    join: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in (take, price):
+        monkeypatch.setattr(each, "bound", None)
+    with pytest.raises(UsageError, match=r"create `Orchestrator\(app\)` first"):
+        join()
+    assert testing.run(durable(group([take.s(Order(id="7", cents=1)), same.s(2)]))).state == "completed"
