@@ -31,7 +31,7 @@ _CELERY_NOISE = frozenset({
     "group_index", "periodic_task_name",
 })  # fmt: skip
 _LONGEST_S = 1000 * 365 * 86400.0
-_CANVAS = frozenset({"link", "link_error", "chain", "chord"})
+_CANVAS = frozenset({"link", "link_error", "chain", "chord", "reply_to"})  # the last one in a canvas of any kind
 
 
 def prepare(

@@ -258,7 +258,7 @@ def _direct(source: Source, call: ast.Call) -> tuple[str, str] | None:
     found = resolve(source, node)
     written = ast.unparse(node)
     if isinstance(found, Saga):
-        return "SG205", f"saga {written} is {verb} directly in saga code; start it from a step"
+        return "SG205", f"saga {written} is {verb} directly in saga code; use saga.child(...), or start it in a step"
     celery_task = hasattr(found, "apply_async") and hasattr(found, "run") and not inspect.isclass(found)
     if isinstance(found, Step) or (celery_task and sent):
         return "SG205", f"step {written} is {verb} directly in saga code; write `await saga.step({written}, ...)`"

@@ -75,7 +75,7 @@ class Saga(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Refuse: a saga is started, not called.  Raises: UsageError."""
         if inside_saga():
-            raise UsageError(f"{self.name} was called in saga code; start it from a step (`await saga.step(...)`)")
+            raise UsageError(f"{self.name} was called in saga code; write `await saga.child({self.__name__}, ...)`")
         raise UsageError(
             f"{self.name} is a saga: start it with {self.__name__}.delay(...), or in a unit test run it with "
             f"orchestrator.testing.run({self.__name__}, ...)"
@@ -89,7 +89,10 @@ class Saga(Generic[P, R]):
     # -- starting ------------------------------------------------------------------------------------------------------
     def _starter(self) -> Starter:
         if inside_saga():
-            raise UsageError(f"{self.name} was started in saga code, so start it from a step (`await saga.step(...)`)")
+            raise UsageError(
+                f"{self.name} was started in saga code; write `await saga.child({self.__name__}, ...)`, or start it "
+                "in a step if it is to go on by itself"
+            )
         if self.starter is None:
             raise UsageError(f"saga {self.name} belongs to no Celery app yet; create `Orchestrator(app)` first")
         return self.starter

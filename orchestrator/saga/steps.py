@@ -17,6 +17,7 @@ from orchestrator.machine.code import Request, SagaCode
 from orchestrator.machine.fold import Step as StepRecord
 from orchestrator.machine.journal import Asked
 from orchestrator.machine.policy import START_TO_CLOSE, Effect
+from orchestrator.saga.declare import Saga
 from orchestrator.saga.inside import code_of
 from orchestrator.step import Step, StepOptions, legacy_codec
 from orchestrator.step import registry as declared_steps
@@ -126,7 +127,8 @@ def _legacy_request(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any], co
     elif hasattr(task, "run") and isinstance(getattr(task, "name", None), str):
         name, options = task.name, {"queue": getattr(task, "queue", None)}
     else:
-        raise UsageError(f"saga.step() takes a step, a Celery task or a signature, not {type(task).__name__}")
+        hint = f"; write `await saga.child({task.__name__}, ...)`" if isinstance(task, Saga) else ""
+        raise UsageError(f"saga.step() takes a step, a Celery task or a signature, not {type(task).__name__}{hint}")
     declared = _declared(name)
     if declared is not None:
         queue = options.get("queue")

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from celery import Celery, chain
+from celery import Celery, chain, chord, group
 from celery.exceptions import Reject
 
-from orchestrator import Orchestrator, PayloadError, saga, step, testing
+from orchestrator import Orchestrator, PayloadError, UsageError, saga, step, testing
 from orchestrator.step import StepContext, current_step
 
 
@@ -129,3 +129,38 @@ def test_a_task_that_saga_code_sends_is_refused_because_each_replay_would_send_i
         run = testing.run(sends)
         assert run.state == "parked"
         assert run.error and "sent directly in saga code" in run.error["message"]
+
+
+@pytest.mark.parametrize(
+    "canvas", [group, chain, lambda links: chord(links, links[0])], ids=["group", "chain", "chord"]
+)
+def test_a_saga_in_a_canvas_of_celerys_own_is_refused_and_durable_named(canvas: Any) -> None:
+    with Celery("joins", broker="memory://", backend="cache+memory://", set_as_current=False) as app:
+        Orchestrator(app, database_url="postgresql://host/db")
+
+        @saga.define(name="joins.saga")
+        async def joined(n: int) -> None: ...
+
+        task = app.tasks["joins.saga"]
+        with pytest.raises(UsageError, match=r"orchestrator\.durable"):
+            canvas([task.s(1), task.s(2)]).apply_async()
+
+
+def test_who_takes_a_saga_for_a_step_is_told_of_children() -> None:
+    @saga.define(name="takes.other")
+    async def other(n: int) -> None: ...
+
+    @saga.define(name="takes.saga")
+    async def takes(how: str) -> None:
+        match how:
+            case "step":
+                await saga.step(other, 1)  # type: ignore[call-overload]
+            case "call":
+                await other(1)  # type: ignore[misc]
+            case _:
+                other.delay(1)
+
+    for how in ("step", "call", "delay"):
+        run = testing.run(takes, how)
+        assert run.state == "parked"
+        assert run.error and "await saga.child(other" in run.error["message"]
