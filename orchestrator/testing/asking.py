@@ -9,9 +9,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from orchestrator.testing.stubs import to_its_end
+
 
 def call(function: Callable[..., Any] | None, **known: Any) -> Any:
-    """Call a function with what it takes of `known` by name; one parameter of another name gets the first of them."""
+    """Call a function with what it takes of `known` by name; one parameter of another name gets the first of them.
+
+    It may be async.
+    """
     if function is None:
         return None
     try:
@@ -19,5 +24,5 @@ def call(function: Callable[..., Any] | None, **known: Any) -> Any:
     except ValueError:  # a builtin that does not tell
         wanted = []
     if len(wanted) == 1 and wanted[0] not in known:
-        return function(next(iter(known.values())))
-    return function(**{name: known[name] for name in wanted if name in known})
+        return to_its_end(function(next(iter(known.values()))))
+    return to_its_end(function(**{name: known[name] for name in wanted if name in known}))

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
+from orchestrator.canvas import Durable
 from orchestrator.client import Client
 from orchestrator.codec import set_limit
 from orchestrator.engine.pump import Pump
@@ -25,6 +26,7 @@ from orchestrator.store.connection import open_connection
 from orchestrator.store.transaction import Transactions
 from orchestrator.testing.faults import EVERY, Fault, Kind
 from orchestrator.testing.handle import EnvironmentRun
+from orchestrator.testing.result import as_saga
 from orchestrator.testing.stubs import name_of
 from orchestrator.testing.worker import Child, Script
 
@@ -70,24 +72,32 @@ class Environment:
 
     # -- starting ------------------------------------------------------------------------------------------------------
     def start(
-        self, saga: Saga[Any, Any], *args: Any, kwargs: Mapping[str, Any] | None = None, **options: Any
+        self, saga: Saga[Any, Any] | Durable, *args: Any, kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> EnvironmentRun:
-        """Start a run and do all that is due at once; time stands still.  Options are those of ``apply_async``."""
+        """Start a run, of a saga or a durable canvas, and do all that is due at once; time stands still.
+
+        Options are those of ``apply_async``.
+        """
         run = self._started(saga, args, kwargs, options)
         self.drain()
         return run
 
     def run(
-        self, saga: Saga[Any, Any], *args: Any, kwargs: Mapping[str, Any] | None = None, **options: Any
+        self, saga: Saga[Any, Any] | Durable, *args: Any, kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> EnvironmentRun:
         """Start a run and skip time until it has ended, is parked, or waits for something that nobody sends."""
         return self._started(saga, args, kwargs, options).finish()
 
     def _started(
-        self, saga: Saga[Any, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, options: dict[str, Any]
+        self,
+        played: Saga[Any, Any] | Durable,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None,
+        options: dict[str, Any],
     ) -> EnvironmentRun:
+        saga, args, given = as_saga(played, args, kwargs or {})
         self._bind(saga)
-        return EnvironmentRun(self, saga, self.client.start(saga, args, dict(kwargs or {}), options))
+        return EnvironmentRun(self, saga, self.client.start(saga, args, given, options))
 
     def handle(self, run_id: str) -> EnvironmentRun:
         """Return a run of this environment by its id, say that of a child.  Raises: UnknownRunError."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from orchestrator.canvas import Durable
 from orchestrator.machine.policy import Effect
 from orchestrator.machine.states import TERMINAL
 from orchestrator.saga import Saga
@@ -24,6 +25,7 @@ from orchestrator.testing.faults import EVERY, Fault, Kind
 from orchestrator.testing.handle import EnvironmentRun
 from orchestrator.testing.judge import Judge
 from orchestrator.testing.report import Exploration, InvariantBroken, Played, Schedule
+from orchestrator.testing.result import as_saga
 
 RUN_ID: Final = "explored"
 _DEEPEST: Final = 3  # faults of which each is only reached because of the one before
@@ -33,7 +35,7 @@ _OF_UNDO: Final = (Kind.SILENT, Kind.LOST, *_CRASHES, Kind.REJECTED)
 
 
 def explore(
-    saga: Saga[Any, Any],
+    saga: Saga[Any, Any] | Durable,
     args: Any = (),
     *,
     invariant: Callable[..., Any] | None = None,
@@ -50,7 +52,7 @@ def explore(
     environment: Environment | None = None,
     check: bool = True,
 ) -> Exploration:
-    """Run a saga with a failure and a crash at every step and boundary, and check that it always ends well.
+    """Run a saga or a durable canvas with a failure and a crash at every step and boundary; check that it ends well.
 
     `args` are the saga's: a tuple, or the only one.  Before each schedule the environment forgets all runs and `setup`
     makes your state what it was at first.  Then a step is rejected, loses its answer after its effect or without it,
@@ -78,8 +80,8 @@ def explore(
         from orchestrator.testing.servers import shared
 
         environment = shared()
-    arguments = args if isinstance(args, tuple) else (args,)
-    stage = _Stage(environment, saga, arguments, kwargs or {}, setup, stubs or {}, waiting, meanwhile, late)
+    saga, arguments, given = as_saga(saga, args if isinstance(args, tuple) else (args,), kwargs or {})
+    stage = _Stage(environment, saga, arguments, given, setup, stubs or {}, waiting, meanwhile, late)
     explorer = _Explorer(stage, Judge(invariant, may_leave), Exploration(saga.name, seed), max_schedules)
     try:
         explorer.explore(pairs, random.Random(seed))

@@ -160,6 +160,15 @@ class TestRun:
         return self
 
 
+def as_saga(
+    played: Saga[Any, Any] | Durable, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Saga[Any, Any], tuple[Any, ...], dict[str, Any]]:
+    """Return a saga and its arguments; a durable canvas is an argument of the saga that runs it."""
+    if isinstance(played, Durable):
+        return run_canvas, (played.called_with(args, kwargs),), played.options
+    return played, args, dict(kwargs)
+
+
 def run(
     saga: Saga[Any, Any] | Durable,
     *args: Any,
@@ -187,9 +196,8 @@ def run(
     not deterministic then parks the run as drift.
     Raises: PayloadError for input that cannot be stored; UsageError for a step that cannot be called here.
     """
-    if isinstance(saga, Durable):
-        args, kwargs, saga = (saga.called_with(args, kwargs or {}),), saga.options, run_canvas
-    encoded = saga.codec.encode_call(args, kwargs or {})
+    saga, args, kwargs = as_saga(saga, args, kwargs or {})
+    encoded = saga.codec.encode_call(args, kwargs)
     check(encoded, what=f"the input of {saga.name}")
     limit = deadline if deadline is not None else saga.options.deadline
     info = RunInfo(

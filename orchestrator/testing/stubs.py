@@ -213,6 +213,11 @@ def _off_the_loop(function: Callable[[], Any]) -> Any:
         return thread.submit(contextvars.copy_context().run, function).result()
 
 
+def to_its_end(value: Any) -> Any:
+    """Return a value, or what an awaitable one comes to, also inside of an async test."""
+    return _off_the_loop(lambda: _finished(value)) if inspect.isawaitable(value) else value
+
+
 def _finished(value: Any) -> Any:
     return asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
 

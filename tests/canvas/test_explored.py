@@ -6,8 +6,7 @@ from typing import Any
 
 from celery import chain, chord
 
-from orchestrator import durable, testing
-from orchestrator.canvas.starting import run_canvas
+from orchestrator import RetryPolicy, durable, testing
 from orchestrator.machine.journal import Asked, Raised
 from orchestrator.testing import Environment
 from tests.canvas.tasks import Order, note, price, put_back, take
@@ -28,7 +27,15 @@ def test_wherever_a_canvas_fails_or_crashes_it_ends_and_its_handler_fires_once(d
     canvas = chord([chain(take.s(orders[0]), price.s()), take.s(orders[1])], price.si(orders[0]))
     with Environment(database_url) as environment:
         found = testing.explore(
-            run_canvas, (durable(chain([canvas]).on_error(note.s())).canvas,),
+            durable(chain([canvas]).on_error(note.s())), (),
             invariant=handled_once, may_leave=[price, note, put_back], pairs=5, environment=environment,
         )  # fmt: skip
     assert found.tried > 60
+
+
+def test_an_environment_runs_a_canvas(database_url: str) -> None:
+    order = Order(id="7", cents=100)
+    with Environment(database_url) as environment:
+        assert environment.run(durable(chain(take.s(), price.s(more=5))), order, task_id="canvas").get() == 105
+        run = environment.start(durable(price.s(), retry=RetryPolicy(maximum_attempts=1)), order, kwargs={"more": 7})
+        assert (run.get(), run.history["input"]["retry"][3]) == (107, 1)

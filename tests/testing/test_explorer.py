@@ -175,6 +175,21 @@ def test_stubs_stand_in_for_what_cannot_be_called(saga_environment: Environment)
     assert world.charges == {}
 
 
+def test_functions_may_be_async(saga_environment: Environment) -> None:
+    ready: list[str] = []
+
+    async def setup() -> None:
+        world.reset()
+        ready.append("set up")
+
+    async def broken() -> bool:
+        return False
+
+    found = explore(saga_environment, checkout, setup=setup, invariant=broken, max_schedules=1)
+    assert ready == ["set up"]
+    assert "the invariant broken is broken: it returned False" in report_of(found)
+
+
 def test_functions_get_what_they_ask_for(saga_environment: Environment) -> None:
     seen: list[Any] = []
 
