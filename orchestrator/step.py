@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Concatenate, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, get_args, overload
 
 from orchestrator.codec import FunctionCodec, Json, PlainCodec, canonical_text, is_name
@@ -97,7 +98,7 @@ class Step(Generic[P, R]):
         It takes the parameters of the step (or fewer, by name), returns the step's result if the effect is there and
         None if it certainly is not.  Raises: DefinitionError for a parameter that the step does not have.
         """
-        probe: Step[..., C] = Step(function, _task_name(function), replace(_PROBE_OPTIONS, queue=self.options.queue))
+        probe: Step[..., C] = Step(function, name_of(function), replace(_PROBE_OPTIONS, queue=self.options.queue))
         _check_parameters(probe, self, "probe", also=())
         self.probe_step = probe
         registry.add(probe)
@@ -268,8 +269,13 @@ def set_router(router: Callable[[str], str]) -> None:
     _routes.clear()
 
 
-def _task_name(function: Callable[..., Any]) -> str:
-    return f"{function.__module__}.{function.__name__}"
+def name_of(function: Callable[..., Any]) -> str:
+    """Return the name of a step or saga: that under which workers import it, though its module be run as a script."""
+    module, namespace = function.__module__, getattr(function, "__globals__", {})
+    if module in ("__main__", "__mp_main__"):
+        spec, file = namespace.get("__spec__"), namespace.get("__file__")
+        module = spec.name if spec is not None else Path(file).stem if file else module
+    return f"{module}.{function.__name__}"
 
 
 def _check_options(step: Step[Any, Any]) -> None:
@@ -494,7 +500,7 @@ class _StepDecorator:
 
 def _declare(function: Callable[..., Any], options: dict[str, Any]) -> Step[Any, Any]:
     own = {name: options.pop(name) for name in tuple(options) if name in StepOptions.__dataclass_fields__}
-    name = options.pop("name", None) or _task_name(function)
+    name = options.pop("name", None) or name_of(function)
     if "key" in own:  # in a declaration the key of its limits; to name a call is for with_options()
         own["limit_key"] = own.pop("key")
     own["celery"] = refuse_or_keep(name, options)

@@ -16,6 +16,7 @@ from orchestrator.errors import DefinitionError, PayloadError, UnknownSagaError,
 from orchestrator.machine.loop import inside_saga
 from orchestrator.machine.policy import is_priority
 from orchestrator.machine.turn import Script
+from orchestrator.step import name_of
 
 if TYPE_CHECKING:
     from orchestrator.options import StartManyOptions, StartOptions
@@ -241,7 +242,7 @@ def define_saga(function: Any, name: str, options: dict[str, Any]) -> Saga[Any, 
     except TypeError as error:
         raise DefinitionError(f"saga.define of {function.__name__}: {error}") from None
     _check_options(function.__name__, declared)
-    name = name or f"{function.__module__}.{function.__name__}"
+    name = name or name_of(function)
     if not is_name(name):
         raise DefinitionError(f"saga {name!r:.80}: its name must be text of 1 to 500 printable bytes")
     saga: Saga[Any, Any] = Saga(function, name, declared)

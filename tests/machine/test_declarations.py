@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,3 +161,32 @@ def test_a_plain_task_takes_the_parameters_of_the_step_that_it_undoes_and_no_oth
     assert armed is not None and (armed.names, armed.result) == (("n",), True)
     with pytest.raises(DefinitionError, match=r"declared\.refund takes reason, which step declared\.sound does not"):
         sound.with_options(compensate=refund)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+SCRIPT = """
+from orchestrator import saga, step
+
+@step
+def charge() -> None: ...
+
+@charge.probe
+def find() -> None: ...
+
+@saga.define
+async def checkout() -> None: ...
+
+print(charge.name, charge.probe_step.name, checkout.name)
+"""
+
+
+@pytest.mark.parametrize("how", [["shop.py"], ["-m", "shop"], ["-c", "import shop"]], ids=lambda how: " ".join(how))
+def test_a_module_that_is_run_as_a_script_has_the_names_under_which_a_worker_imports_it(
+    how: list[str], tmp_path: Path
+) -> None:
+    """Under __main__ it would start runs that no worker knows."""
+    (tmp_path / "shop.py").write_text(SCRIPT)
+    path = os.pathsep.join(sys.path)
+    script = [sys.executable, *how]
+    said = subprocess.run(script, cwd=tmp_path, env={"PYTHONPATH": path}, check=True, capture_output=True, text=True)
+    assert said.stdout.split() == ["shop.charge", "shop.find", "shop.checkout"]
