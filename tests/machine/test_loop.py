@@ -370,7 +370,7 @@ async def _nested_target() -> None: ...
         (_subprocess, r"saga\.step.*saga\.once"),
         (_direct_call, r"await saga\.step\(mail"),
         (_direct_delay, r"saga\.step"),
-        (_nested_saga, "from a step"),
+        (_nested_saga, r"saga\.child"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused_with_the_name_of_what_to_use(body: Body, instead: str) -> None:
