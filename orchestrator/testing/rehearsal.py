@@ -67,6 +67,16 @@ class Rehearsal:
         """The journal, decoded."""
         return [decode_entry(_object(form)) for _, forms in self.rows for form in forms]
 
+    @property
+    def waits_for(self) -> Rehearsal | None:
+        """The child that is parked and that this run therefore waits for, if there is one; or a child of a child."""
+        for child in self._family.values():
+            if child.fold.state is RunState.PARKED:
+                return child
+            if child.fold.state not in TERMINAL and (found := child.waits_for) is not None:
+                return found
+        return None
+
     def send(self, arrival: Arrival, at: datetime | None = None) -> None:
         """Have something arrive at `at` (default: now)."""
         self._plan(at or self.now, arrival)

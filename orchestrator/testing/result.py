@@ -16,7 +16,7 @@ from orchestrator.codec import Json, check, encode_any
 from orchestrator.errors import SagaCancelled, SagaFailed, UsageError
 from orchestrator.machine.fold import RunInfo
 from orchestrator.machine.journal import Cancel, Entry, Operate, Parked, Signal, Terminate
-from orchestrator.machine.states import RunState
+from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.saga import Saga
 from orchestrator.testing.rehearsal import Rehearsal
 from orchestrator.testing.stubs import Call, Cast
@@ -56,14 +56,24 @@ class TestRun:
 
     @property
     def error(self) -> dict[str, Any] | None:
-        """What ended or parked the run: ``type``, ``message`` and, of an exception, ``traceback``."""
+        """What ended or parked the run, or the child that it waits for: ``type``, ``message``, of an exception also
+        ``traceback``."""
         fold = self._rehearsal.fold
         if self.state == RunState.PARKED:
             parked = next(e for e in reversed(self.entries) if isinstance(e, Parked))
             return {**(parked.error or {"type": "Parked"}), "message": self._why_parked(parked)}
         if fold.rollback is not None and fold.rollback.error is not None:
             return fold.rollback.error
-        return fold.raised
+        return fold.raised or self._error_of_child
+
+    @property
+    def _error_of_child(self) -> dict[str, Any] | None:
+        """Why a child is parked that the run waits for."""
+        child = None if self._rehearsal.fold.state in TERMINAL else self._rehearsal.waits_for
+        error = TestRun(child).error if child is not None else None
+        if child is None or error is None:
+            return None
+        return {**error, "message": f"child {child.info.id} is parked: {error['message']}"}
 
     @staticmethod
     def _why_parked(parked: Parked) -> str:
@@ -108,6 +118,8 @@ class TestRun:
         kind = SagaCancelled if state == RunState.CANCELLED else SagaFailed
         error = self.error or {}
         said = f": {error.get('type')}: {error.get('message')}" if error else ""
+        child = self._error_of_child
+        said += f"; {child['message']}" if child is not None and child != error else ""
         run_id = self._rehearsal.info.id
         text = f"run {run_id} of saga {self._rehearsal.saga.name} is {state}{said}"
         raise kind(text, run_id=run_id, state=state, error=error, left=self.left)

@@ -376,6 +376,35 @@ def test_a_mistake_in_saga_code_parks_the_run_as_in_production() -> None:
     assert run.error and "typo" in run.error["message"]
 
 
+@saga.define(name="parent of a mistake")
+async def parent_of_a_mistake(n: int) -> None:
+    await saga.child(_breaks(), n)
+
+
+@saga.define(name="parent that goes back")
+async def parent_that_goes_back(n: int) -> None:
+    await saga.child(checkout, ORDER)
+    await saga.step(look, n)
+
+
+def test_a_run_whose_child_is_parked_says_which_and_why() -> None:
+    run = testing.run(parent_of_a_mistake, 1)
+    assert run.state == "running"
+    assert run.error and run.error["type"] == "KeyError"
+    assert "child test-run/breaks#0 is parked" in run.error["message"] and "typo" in run.error["message"]
+    with pytest.raises(SagaFailed, match=r"is running: .*child test-run/breaks#0 is parked"):
+        run.result()
+
+
+def test_a_run_whose_childs_undo_is_parked_says_so_besides_its_own_error() -> None:
+    stubs = {look: [1, Rejected("no")], refund: Rejected("account closed")}
+    run = testing.run(parent_that_goes_back, 1, stubs=stubs)
+    assert run.state == "compensating"
+    assert run.error and run.error["type"] == "StepFailed"
+    with pytest.raises(SagaFailed, match=r"StepFailed: .*; child .* is parked: .*its undo was rejected"):
+        run.result()
+
+
 # -- determinism -----------------------------------------------------------------------------------------------------
 def test_saga_code_that_is_not_deterministic_parks_as_drift() -> None:
     counter = iter(range(100))
