@@ -106,7 +106,8 @@ class EnvironmentRun:
         outcome = self.outcome
         if outcome.state in TERMINAL:
             return self.result._value(outcome, True)
-        waits = ", ".join(f"{item['key'] or 'the run'}: {item['why']}" for item in self.parked)
+        family = [run for run in self.environment.runs_in("parked") if run.id.startswith(f"{self.id}/")]
+        waits = ", ".join([*_why(self), *(f"{child.id} is parked: {why}" for child in family for why in _why(child))])
         text = f"run {self.id} of saga {self.saga.name} is {outcome.state}{': ' if waits else ''}{waits}"
         raise SagaFailed(text, run_id=self.id, state=outcome.state, error=outcome.error, left=self.left)
 
@@ -154,3 +155,7 @@ class EnvironmentRun:
         getattr(self.result, order)(*args, **options)
         self.environment.drain()
         return self
+
+
+def _why(run: EnvironmentRun) -> list[str]:
+    return [f"{item['key'] or 'the run'}: {item['why']}" for item in run.parked]

@@ -308,6 +308,21 @@ def test_children_are_runs_of_the_environment_and_undone_with_their_parent(env: 
     assert world.money["ann"] == 100
 
 
+def test_a_run_whose_child_is_parked_says_which_and_why(env: Environment) -> None:
+    @saga.define(name="kit.mistaken")
+    async def mistaken() -> None:
+        raise KeyError("typo")
+
+    @saga.define(name="kit.parent of a mistake")
+    async def parent_of_a_mistake() -> None:
+        await saga.child(mistaken)
+
+    run = env.run(parent_of_a_mistake, task_id="p")
+    assert run.state == "running"
+    with pytest.raises(SagaFailed, match=r"is running: p/kit\.mistaken#0 is parked: .*typo"):
+        run.get()
+
+
 def test_code_that_breaks_the_one_rule_is_parked_as_drift(env: Environment) -> None:
     run = env.run(fickle, "o1")
     assert run.state == "parked"
