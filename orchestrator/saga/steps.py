@@ -160,6 +160,10 @@ class LegacyStep(Step[Any, Any]):
     """A Celery task used as a step as it is."""
 
     def __init__(self, name: str, options: StepOptions) -> None:
+        if name.startswith("celery."):
+            raise UsageError(
+                f"{name} is a task of Celery's own, which no worker takes as a step; make one that does it"
+            )
         super().__init__(_nothing, name, options)
         self.codec = legacy_codec
 

@@ -164,3 +164,17 @@ def test_who_takes_a_saga_for_a_step_is_told_of_children() -> None:
         run = testing.run(takes, how)
         assert run.state == "parked"
         assert run.error and "await saga.child(other" in run.error["message"]
+
+
+@pytest.mark.parametrize("how", ["step", "map"])
+def test_a_task_of_celerys_own_is_refused_as_a_step_because_no_worker_takes_it(how: str) -> None:
+    with Celery("owns", broker="memory://", set_as_current=False) as app:
+
+        @saga.define(name="owns.saga")
+        async def owns() -> None:
+            task = app.tasks["celery.backend_cleanup"]
+            await (saga.step(task) if how == "step" else saga.map(task, [1]))
+
+        run = testing.run(owns, stubs={"celery.backend_cleanup": None})
+        assert run.state == "parked"
+        assert run.error and "celery.backend_cleanup is a task of Celery's own" in run.error["message"]
