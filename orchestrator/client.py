@@ -115,7 +115,13 @@ class Client:
         return [result for page in pages for result in self._start_committed(saga, page)]
 
     def _start_committed(self, saga: Saga[Any, Any], new: list[runs.Start]) -> list[SagaResult]:
-        self._again_if_broken(functools.partial(self._insert, saga, new))
+        try:
+            self._insert(saga, new)
+        except StoreUnavailableError as first:  # see `_again_if_broken`
+            try:
+                self._insert(saga, new)
+            except StoreUnavailableError as second:
+                raise _of_runs(new, first if first.in_doubt else second) from None
         return [self._poller.expect(SagaResult(self, each.id, saga)) for each in new]
 
     async def astart(
@@ -484,6 +490,13 @@ def whoami() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return f"uid {os.getuid()}"
+
+
+def _of_runs(new: list[runs.Start], error: StoreUnavailableError) -> StoreUnavailableError:
+    """Name the runs that may have started: who gave no id learns it here."""
+    if error.in_doubt:
+        error.args = (f"run {new[0].id}{' and others' if new[1:] else ''}: {error}",)
+    return error
 
 
 def _known(run_id: str) -> None:

@@ -6,6 +6,7 @@ Owns the start options and the run id.  Must never touch the database.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import secrets
 import time
@@ -29,6 +30,7 @@ _CELERY_NOISE = frozenset({
     "exchange", "headers", "root_id", "parent_id", "time_limit", "soft_time_limit", "add_to_parent", "group_id",
     "group_index", "periodic_task_name",
 })  # fmt: skip
+_KEPT_OF_KEY = 400  # bytes
 _LONGEST_S = 1000 * 365 * 86400.0
 _CANVAS = frozenset({"link", "link_error", "chain", "chord"})
 
@@ -52,7 +54,7 @@ def prepare(
     context = current_step.get()
     run_id, transaction = options.get("task_id"), options.get("transaction")
     if context is not None and run_id is None:
-        run_id = f"{context.idempotency_key}:{context.starts}"
+        run_id = _id_within(context.idempotency_key, context.starts)
         context.starts += 1
     if context is not None and transaction is None:
         transaction = context.connection
@@ -83,6 +85,15 @@ def _new_id() -> str:
     value = value & ~(0xF << 76) | 7 << 76
     value = value & ~(0x3 << 62) | 2 << 62
     return str(uuid.UUID(int=value))
+
+
+def _id_within(key: str, number: int) -> str:
+    """Return the id of what a step starts, the same at each attempt; a key may be longer than an id can be."""
+    run_id = f"{key}:{number}"
+    if is_name(run_id):
+        return run_id
+    whole = hashlib.sha256(key.encode(errors="replace")).hexdigest()[:32]
+    return f"{key.encode()[:_KEPT_OF_KEY].decode(errors='ignore')}...{whole}:{number}"
 
 
 def _valid_id(run_id: Any) -> str:

@@ -100,11 +100,19 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
     return connection
 
 
-def unavailable(error: Exception) -> StoreUnavailableError:
-    """Return the error that tells a person what to do; the connection string never shows in it."""
+def unavailable(error: Exception, *, in_doubt: bool = False) -> StoreUnavailableError:
+    """Return the error that tells a person what to do; the connection string never shows in it.
+
+    `in_doubt` says that the connection was lost while something was under way.
+    """
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     what = "takes no writes" if isinstance(error, READ_ONLY) else "cannot be reached"
-    return StoreUnavailableError(
-        f"Postgres {what}: {reason}. Nothing was recorded; "
-        "check that it runs and that ORCHESTRATOR_DATABASE_URL points to it, then try again."
+    then = "check that it runs and that ORCHESTRATOR_DATABASE_URL points to it, then try again"
+    if not in_doubt:
+        return StoreUnavailableError(f"Postgres {what}: {reason}. Nothing was recorded; {then}.")
+    told = StoreUnavailableError(
+        f"Postgres {what}: {reason}. The connection was lost under way, so that it may have been recorded all the "
+        f"same; {then}, with the same id."
     )
+    told.in_doubt = True
+    return told

@@ -56,9 +56,10 @@ class ClientPool:
         try:
             yield fairy.driver_connection
         except UNAVAILABLE as error:
+            lost = fairy.driver_connection.closed
             fairy.invalidate()
             self._current().dispose()  # whatever ended this connection has most likely ended the idle ones too
-            raise unavailable(error) from error
+            raise unavailable(error, in_doubt=lost) from error
         finally:
             fairy.close()
 
