@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from orchestrator import starting
-from orchestrator.codec import Json, ValueCodec, canonical_text, check, encode_any, first_line, is_name
+from orchestrator.codec import Json, ValueCodec, canonical_text, check, encode_any, is_name, read_stored
+from orchestrator.codec.values import explain
 from orchestrator.engine.reconcile import Report, reconcile
 from orchestrator.errors import (
     ConflictError,
@@ -166,7 +167,7 @@ class Client:
     def _compare(self, saga: Saga[Any, Any], new: runs.Start, known: tuple[Any, ...] | None) -> None:
         if known is None:
             raise ConflictError(f"run {new.id} was being started by somebody else and is gone again; try once more")
-        name, version, recorded, state = known
+        name, version, text, state = known
         given: Any = new.input
         if version is None:
             raise ConflictError(
@@ -175,6 +176,7 @@ class Client:
             )
         if name != new.saga:
             raise ConflictError(f"run id {new.id} belongs to a run of {name}; choose another id for {new.saga}")
+        recorded: Any = read_stored(text)
         if canonical_text(recorded) != canonical_text(given) and saga.codec.canonical(recorded) != saga.codec.canonical(
             given
         ):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import psycopg
+from psycopg.rows import tuple_row
 from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session, scoped_session
@@ -45,7 +46,8 @@ def execute(transaction: Any, statement: str, values: dict[str, Any]) -> tuple[A
         if isinstance(transaction, psycopg.Connection):
             _refuse_inherited(transaction)
             _refuse_autocommit(transaction)
-            return transaction.execute(statement, values).fetchone()
+            with psycopg.Cursor(transaction, row_factory=tuple_row) as cursor:
+                return cursor.execute(statement, values).fetchone()
         if isinstance(transaction, str):
             return _django(transaction, statement, values)
     except _NO_SCHEMA as error:
@@ -69,7 +71,8 @@ async def aexecute(transaction: Any, statement: str, values: dict[str, Any]) -> 
         if isinstance(transaction, psycopg.AsyncConnection):
             _refuse_inherited(transaction)
             _refuse_autocommit(transaction)
-            return await (await transaction.execute(statement, values)).fetchone()
+            async with psycopg.AsyncCursor(transaction, row_factory=tuple_row) as cursor:
+                return await (await cursor.execute(statement, values)).fetchone()
     except _NO_SCHEMA as error:
         raise _no_schema() from error
     except ProgrammingError as error:

@@ -79,17 +79,18 @@ def start_and_look(
 
 
 # What a run was started with: of one that was continued as new, its first link knows.  Of one that was pruned nothing
-# is known but its saga and the state in which it ended.
+# is known but its saga and the state in which it ended.  The input as text: what a caller's connection makes of JSON is
+# the caller's business (text, with Django; a Decimal of a number).
 IDENTITY = """
-SELECT saga, version, input, state FROM (
+SELECT saga, version, CAST(input AS text), state FROM (
     SELECT id, saga, version, input, state FROM orchestrator.runs WHERE id IN (%(id)s, CAST(%(id)s AS text) || '~1')
     UNION ALL SELECT '', saga, NULL, NULL, state FROM orchestrator.pruned WHERE id = %(id)s
 ) AS known ORDER BY length(id) DESC LIMIT 1
 """
 
 
-def identity(connection: Connection, run_id: str) -> tuple[str, int | None, Json, str] | None:
-    """Return saga, version, input and state of a run; no version if it was pruned."""
+def identity(connection: Connection, run_id: str) -> tuple[str, int | None, str | None, str] | None:
+    """Return saga, version, input as JSON text, and state of a run; neither version nor input if it was pruned."""
     return connection.execute(IDENTITY, {"id": run_id}).fetchone()
 
 
