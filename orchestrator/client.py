@@ -469,7 +469,7 @@ def _payload(run_id: str, saga: Saga[Any, Any] | None, name: str, payload: Any) 
         ValueCodec(declared[name], what=f"signal {name!r}").decode(encoded)
     except ValueError as error:
         wanted = getattr(declared[name], "__name__", declared[name])
-        raise PayloadError(f"run {run_id}: signal {name!r} is to carry {wanted}: {first_line(error)}") from error
+        raise PayloadError(f"run {run_id}: signal {name!r} is to carry {wanted}: {explain(error)}") from error
     return encoded
 
 
