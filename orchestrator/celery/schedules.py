@@ -118,15 +118,18 @@ class Post:
             if entry is None:
                 raise UsageError("it is in the beat_schedule no more, and a slot of it is still to be sent")
             logger.info("Scheduler: Sending due task %s (%s)", name, entry.task)
-            self._send(entry, slot, message_id)
+            args, kwargs = entry.call(slot)
+        except Exception as error:  # an argument that is computed may fail as the broker does, with an OSError
+            raise Undeliverable(name, error) from error
+        try:
+            self._send(entry, args, kwargs, slot, message_id)
         except BROKER_AWAY:
             raise
         except Exception as error:
             raise Undeliverable(name, error) from error
 
-    def _send(self, entry: Entry, slot: datetime, message_id: str) -> None:
+    def _send(self, entry: Entry, args: Any, kwargs: Any, slot: datetime, message_id: str) -> None:
         """Send the message of a slot; once more over a new connection if the one at hand has died meanwhile."""
-        args, kwargs = entry.call(slot)
         headers = {**(entry.options.get("headers") or {}), "celery_beat_task": True, "beat_slot": slot.isoformat()}
         options = {**entry.options, "task_id": message_id, "headers": headers, "retry": False}
         known = self._producer is not None

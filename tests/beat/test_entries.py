@@ -14,7 +14,7 @@ from celery.schedules import BaseSchedule, crontab, schedstate, schedule, solar
 from orchestrator import UsageError, saga
 from orchestrator.celery import entries, nightly
 from orchestrator.celery.entries import Asked, Entry
-from orchestrator.celery.schedules import Book
+from orchestrator.celery.schedules import Book, Post, Undeliverable
 from orchestrator.client import Client
 from orchestrator.engine.schedules import EVER, LATE, CatchUp, Overlap, Schedule
 from orchestrator.engine.timetable import Crontab, Interval, Rounded
@@ -204,6 +204,19 @@ def test_lazy_arguments_are_not_computed_before_their_slot(app: Celery, client: 
     found, _ = read(app, client, task=tally.name, args=(lazy,))
     assert computed == []
     assert found.start and found.start("id", NOW).input == {"amount": 7}
+
+
+def test_an_argument_that_cannot_be_computed_is_no_broker_that_is_away(app: Celery) -> None:
+    """What reads a file or asks a server fails as a broker does, with an OSError."""
+
+    def compute() -> int:
+        raise ConnectionError("the rates cannot be had")
+
+    book = Book(app)
+    book.entries["it"] = Entry("plain", (BeatLazyFunc(compute),))
+    with pytest.raises(Undeliverable, match="it") as raised:
+        Post(app, book).deliver("it", NOW, "id")
+    assert str(raised.value.reason) == "the rates cannot be had"
 
 
 def test_it_is_the_default_of_an_app_that_names_no_scheduler_of_its_own() -> None:
