@@ -175,7 +175,7 @@ SELECT w.key, w.role, w.target, w.queue, w.task, w.attempt, w.due_at, w.reserved
     w.deadline_at, w.expires_at, w.stop, i.node, i.dead_at IS NOT NULL,
     EXISTS (SELECT FROM orchestrator.incarnations a WHERE a.dead_at IS NULL AND w.queue = ANY(a.queues)),
     EXISTS (SELECT FROM orchestrator.incarnations a
-            WHERE a.dead_at IS NULL AND w.queue = ANY(a.queues) AND w.target = ANY(a.targets)),
+            WHERE a.dead_at IS NULL AND w.queue = ANY(a.queues) AND (w.target = '*' OR w.target = ANY(a.targets))),
     w.call -> 'g', w.gate IS NOT NULL AND w.due_at > {CLOCK} + %(line)s::interval / 2,
     (SELECT count(*) FROM orchestrator.work g WHERE g.gate = w.gate AND g.due_at < {CLOCK} + %(line)s::interval / 2),
     {CLOCK}
