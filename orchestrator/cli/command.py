@@ -95,20 +95,20 @@ def saga_named(name: str) -> Saga[Any, Any]:
 
     Raises: UnknownSagaError.
     """
-    if name not in sagas.names:
-        ending = [known for known in sagas.names if words.short(known) == name]
-        if len(ending) > 1:
-            raise UnknownSagaError(f"several sagas are called {name!r}; say which: {', '.join(ending)}")
-        name = ending[0] if ending else name
-    return sagas.latest(name)
+    return sagas.latest(full_name(name))
 
 
 def full_name(name: str) -> str:
-    """Return the full name of a saga, or the name as it is: its code may be gone while its runs are not."""
-    try:
-        return saga_named(name).name if name else ""
-    except UnknownSagaError:
+    """Return the full name of a saga, or the name as it is: its code may be gone while its runs are not.
+
+    Raises: UnknownSagaError if several sagas are meant: one that is called just so need not be any of them.
+    """
+    if name in sagas.names:
         return name
+    ending = [known for known in sagas.names if words.short(known) == name]
+    if len(ending) > 1:
+        raise UnknownSagaError(f"several sagas are called {name!r}; say which: {', '.join(ending)}")
+    return ending[0] if ending else name
 
 
 def console(ctx: click.Context) -> Console:
