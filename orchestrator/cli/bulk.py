@@ -67,7 +67,20 @@ class Tag(click.ParamType[tuple[str, str]]):
         return name, wanted
 
 
-where_option = click.option("--where", "tags", multiple=True, type=Tag(), help="Only runs with this tag; repeatable.")
+def _each_once(
+    ctx: click.Context, param: click.Parameter, tags: tuple[tuple[str, str], ...]
+) -> tuple[tuple[str, str], ...]:
+    """Refuse two values for one tag, which no run can have: none of them may be taken for all that was said."""
+    for name, value in tags:
+        if dict(tags)[name] != value:
+            raise click.BadParameter(f"{name} has one value in a run, and cannot be both {value!r} and "
+                                     f"{dict(tags)[name]!r}; ask for one after the other", ctx, param)  # fmt: skip
+    return tags
+
+
+where_option = click.option(
+    "--where", "tags", multiple=True, type=Tag(), callback=_each_once, help="Only runs with this tag; repeatable."
+)
 
 
 @click.command(cls=Command)

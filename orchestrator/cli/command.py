@@ -112,10 +112,14 @@ def full_name(name: str) -> str:
 
 
 def console(ctx: click.Context) -> Console:
-    """Return the console: with colour on a terminal only, and as wide as one."""
+    """Return the console: with colour on a terminal only, and as wide as one.
+
+    Texts are shown as they are: a run's id, its input or its error may look like markup or an emoji of rich's.
+    """
     narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
-    colour = {"no_color": True} if getattr(ctx.obj, "no_color", False) else {}
-    return Console(width=None if narrow else _PIPE_WIDTH, highlight=False, soft_wrap=False, **colour)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"no_color": True} if getattr(ctx.obj, "no_color", False) else {}
+    options |= {"highlight": False, "markup": False, "emoji": False, "soft_wrap": False}
+    return Console(width=None if narrow else _PIPE_WIDTH, **options)
 
 
 def print_json(value: Any) -> None:

@@ -78,6 +78,14 @@ def test_list_shows_the_newest_first_within_80_columns(terminal: Terminal) -> No
     assert max(map(len, lines)) <= 80
 
 
+def test_what_looks_like_markup_is_shown_as_it_is(terminal: Terminal) -> None:
+    run_id = "a[/b] [true] :car:"
+    terminal.start("checkout", "[true, false] [/x] :car:", "--id", run_id)
+    assert run_id in terminal.ok("list")
+    shown = terminal.ok("show", run_id)
+    assert run_id in shown and "[true, false] [/x] :car:" in shown
+
+
 def test_list_filters_by_state_and_saga_and_says_that_there_is_more(terminal: Terminal) -> None:
     for number in range(3):
         terminal.start("checkout", str(number), "--id", f"c{number}")
