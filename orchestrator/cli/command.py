@@ -19,11 +19,12 @@ from rich.table import Table
 
 from orchestrator.cli import words
 from orchestrator.client import Client
+from orchestrator.codec import first_line, is_name
 from orchestrator.errors import OrchestratorError, UnknownSagaError
 from orchestrator.saga import Saga
 from orchestrator.saga import registry as sagas
 from orchestrator.store import check, runs
-from orchestrator.store.connection import Connection
+from orchestrator.store.connection import REFUSED, Connection
 from orchestrator.store.missing import unknown_run
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,6 +47,8 @@ class Command(click.Command):
             return super().invoke(ctx)
         except OrchestratorError as error:
             raise click.ClickException(str(error)) from None
+        except REFUSED as error:  # such as a role that may not read
+            raise click.ClickException(f"Postgres refuses: {first_line(error)}") from None
 
 
 as_json = click.option("--json", "json_", is_flag=True, help="Print JSON for programs.")
@@ -84,6 +87,8 @@ def reading(ctx: click.Context) -> Iterator[Connection]:
 
 def run_of(connection: Connection, run_id: str) -> dict[str, Any]:
     """Return the row of a run.  Raises: UnknownRunError."""
+    if not is_name(run_id, limit_bytes=2000):  # which Postgres cannot be asked for
+        raise unknown_run(run_id)
     row = runs.run(connection, run_id)
     if row is None:
         raise unknown_run(run_id, connection)

@@ -124,6 +124,14 @@ def test_a_run_that_is_not_there_is_one_sentence_and_exit_code_1(terminal: Termi
     assert missing.stderr == "Error: there is no run 'nowhere' in this database; look it up with `saga list`\n"
 
 
+@pytest.mark.parametrize("command", ["show", "history", "explain", "cancel", "diagram"])
+def test_what_is_no_text_is_no_run(terminal: Terminal, command: str) -> None:
+    """A shell hands bytes that are not UTF-8 on as lone surrogates."""
+    missing = terminal.run(command, "\udcff")
+    assert missing.exit_code == 1
+    assert missing.stderr.startswith("Error: there is no run '\\udcff' in this database")
+
+
 @pytest.fixture
 def compensated(worked: Terminal) -> str:
     """A run that was undone."""
