@@ -16,7 +16,7 @@ from orchestrator.codec import Json, check, dumps
 from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Arrival, Cancel, Operate, Terminate, encode
-from orchestrator.machine.states import RunState
+from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.store import arrivals, filters
 from orchestrator.store.connection import Connection
 from orchestrator.store.filters import Found
@@ -25,6 +25,7 @@ Action = Literal["cancel", "terminate", "pause", "resume", "retry", "skip"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 _PAGE = 500  # runs that are told with one commit
 _EXAMPLES = 5
+_OPEN = frozenset(state.value for state in RunState) - TERMINAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class Filter:
 
     `step` is a key that is parked, or the name of its step or the last part of it; `tags` are compared as text;
     `started_after` and `started_before` are aware; `limit` takes the oldest.
+    Raises: UsageError for a state that no such run has: nothing would be found, and nobody would know why.
     """
 
     saga: str = ""
@@ -42,6 +44,10 @@ class Filter:
     started_before: datetime | None = None
     tags: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.states, str) or not {*self.states} <= _OPEN:
+            raise UsageError(f"bulk: states= lists some of {', '.join(sorted(_OPEN))}, not {self.states!r:.80}")
 
     @property
     def takes_all(self) -> bool:

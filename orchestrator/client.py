@@ -381,7 +381,8 @@ class Client:
         With `archive`, a folder, they are first written there as JSON Lines.  Commits, a few hundred runs at a time.
         Raises: UsageError, StoreUnavailableError; what was pruned before stays so.
         """
-        chosen = Chosen(older_than, tuple(states), getattr(saga, "name", saga), limit)
+        states = states if isinstance(states, str) else tuple(states)  # and is refused
+        chosen = Chosen(older_than, states, getattr(saga, "name", saga), limit)
         with self.pool.connection() as connection, _schema_named():
             return prune(connection, chosen, dry_run=dry_run, archive=archive)
 

@@ -162,6 +162,8 @@ def test_what_is_parked_is_skipped(many: None, child: Child, client: Client, con
         ("cancel", {}, "would take every run"),
         ("resolve", {"saga": "x"}, "cannot be ordered for many"),
         ("cancel", {"colour": "red"}, "colour"),
+        ("cancel", {"states": "parked"}, "states= lists some of .*parked"),
+        ("cancel", {"states": ["completed"]}, "states= lists some of .*parked"),
         ("cancel", {"started_after": "yesterday"}, "started_after must be an aware datetime"),
     ],
 )
