@@ -147,6 +147,11 @@ def _harden(schema: Any) -> Any:
     kind = schema.get("type")
     if isinstance(schema.get("cls"), type) and issubclass(schema["cls"], _SECRETS):
         raise _secret(schema["cls"])
+    if kind in ("model", "dataclass") and _holds_stream(schema["schema"]):
+        # What such a field was given is read when the model is written, and a second time there is nothing left.
+        raise PayloadError(
+            f"a field of {schema['cls'].__qualname__} can be read only once; annotate it with list[...] instead."
+        )
     if _writes_stars(schema.get("serialization")):
         raise _secret(Secret)
     if kind == "model" and schema.get("config", {}).get("extra_fields_behavior") == "allow":
@@ -163,6 +168,15 @@ def _harden(schema: Any) -> Any:
 def _is_opaque(schema: dict[Any, Any], key: Any) -> bool:
     """Tell whether this part holds no schemas; what has no type is a mapping of schemas by names that authors chose."""
     return key in _OPAQUE and isinstance(schema.get("type"), str)
+
+
+def _holds_stream(schema: Any) -> bool:
+    if isinstance(schema, list | tuple):
+        return any(map(_holds_stream, schema))
+    if not isinstance(schema, dict):
+        return False
+    parts = (part for key, part in schema.items() if not _is_opaque(schema, key))
+    return schema.get("type") == "generator" or any(map(_holds_stream, parts))
 
 
 def _writes_stars(serialization: Any) -> bool:

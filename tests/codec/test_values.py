@@ -30,6 +30,7 @@ from pydantic import (
     field_validator,
 )
 from pydantic.alias_generators import to_camel
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import TypedDict
 
 from orchestrator.codec import Json, ValueCodec, dumps, encode_any, loads
@@ -375,6 +376,22 @@ def test_the_name_of_a_field_does_not_matter() -> None:
     assert (encoded["members"], encoded["default"]) == (list("abcdefgh"), list("abcdefgh"))
     with pytest.raises(PayloadError, match="nan"):
         encode_any(Crew(members=set(), default=math.nan))
+
+
+class Stream(BaseModel):
+    items: Iterable[int]
+
+
+@pydantic_dataclass
+class Flow:
+    streams: list[Stream]
+
+
+@pytest.mark.parametrize("annotation", [Stream, list[Stream], Flow, Stream | None])
+def test_a_model_that_can_be_written_only_once_is_a_wrong_definition(annotation: Any) -> None:
+    """Its second step would get nothing of what its first one got."""
+    with pytest.raises(DefinitionError, match=r"read only once.*list"):
+        ValueCodec(annotation)
 
 
 class Place(enum.Enum):
