@@ -27,6 +27,7 @@ from orchestrator.cli.orders import by_option, reason_option, who
 from orchestrator.machine.states import TERMINAL, RunState
 
 _OPEN = [state.value for state in RunState if state not in TERMINAL]
+_FILTERS = ("states", "step", "started_after", "started_before")
 _SENTENCES = {
     "cancel": "told to stop and to undo what they did",
     "terminate": "told to stop without undoing anything",
@@ -113,6 +114,8 @@ def bulk(
       saga bulk retry --saga checkout --step charge --dry-run
     """
     client = client_of(ctx)
+    if not (everything or saga_name or tags or any(chosen.get(name) for name in _FILTERS)):
+        raise click.UsageError("this would take every run that has not ended: say --all if that is meant, or a filter")
     chosen |= {"saga": full_name(saga_name), "tags": dict(tags), "everything": everything}
     effects = client.bulk(action, dry_run=True, **chosen)
     if not json_:
@@ -124,7 +127,7 @@ def bulk(
         if not json_:
             click.echo(f"{effects.told} runs were {_SENTENCES[action]}.")
     if json_:
-        print_json(effects.as_json())
+        print_json({**effects.as_json(), "dry_run": dry_run})
 
 
 def _ask(effects: Effects) -> None:

@@ -126,9 +126,12 @@ def _wanted(history: History, saga_name: str) -> bool:
 
 
 def _save(folder: Path, history: History) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.@-]+", "_", f"{history['saga']}@{history['version']}-{history['id']}")[:200]
-    (folder / f"{name}.json").write_text(json.dumps(history, ensure_ascii=False, indent=1) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(history, ensure_ascii=False, indent=1) + "\n")
+    except OSError as error:
+        raise click.ClickException(f"nothing can be saved in {folder}: {error.strerror}") from None
 
 
 # -- what came of them -------------------------------------------------------------------------------------------------

@@ -64,6 +64,12 @@ def test_there_may_be_no_such_runs(terminal: Terminal) -> None:
     assert terminal.ok("bulk", "cancel", "--saga", "nobody", "--yes") == "There are no such runs.\n"
 
 
+def test_an_order_for_nobody_is_no_dry_run(terminal: Terminal) -> None:
+    told = terminal.json("bulk", "cancel", "--all", "--yes")
+    assert (told["told"], told["dry_run"]) == (0, False)
+    assert "say --all" in terminal.run("bulk", "cancel", "--yes").stderr
+
+
 def test_runs_are_listed_by_their_tags(terminal: Terminal, three: list[str]) -> None:
     client = terminal.shop.orchestrator.client
     client.start(terminal.shop.nap, ({"id": "x"},), {}, {"task_id": "tagged", "tags": {"tenant": "acme", "size": 7}})
