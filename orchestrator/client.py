@@ -103,6 +103,8 @@ class Client:
         ids = list(options.pop("task_ids", None) or [None] * len(calls))
         if len(ids) != len(calls) or len({*ids} - {None}) != sum(each is not None for each in ids):
             raise UsageError("task_ids= takes one id for each run, all of them different")
+        if options.get("task_id") is not None:
+            raise UsageError("start_many takes task_ids=, one id for each run, and not task_id=")
         if options.get("transaction") is not None:
             raise UsageError("start_many commits by itself; in a transaction, call apply_async(...) for each run")
         prepared = [

@@ -68,7 +68,7 @@ def prepare(
         priority=_priority(options.get("priority"), saga),
         delay=_seconds("countdown", options.get("countdown") or 0),
         eta=_eta(options.get("eta")),
-        deadline=None if deadline is None else _seconds("deadline", deadline),
+        deadline=None if deadline is None else _deadline(deadline),
         tags=_tags(options.get("tags")),
     )
     return new, transaction
@@ -116,6 +116,12 @@ def _seconds(option: str, value: Any) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not abs(seconds) <= _LONGEST_S:
         raise UsageError(f"{option} must be a number of seconds, at most a thousand years")
     return float(seconds)
+
+
+def _deadline(value: Any) -> float:
+    if (seconds := _seconds("deadline", value)) <= 0:
+        raise UsageError("deadline must be positive: it counts from the start, and the run would go back at once")
+    return seconds
 
 
 def _eta(value: Any) -> datetime | None:

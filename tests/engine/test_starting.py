@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -49,10 +51,40 @@ def test_an_id_of_the_callers_own_is_as_long_as_it_may_be(inside: StepContext) -
         _start(task_id="a" * 501)
 
 
+@pytest.mark.parametrize("deadline", [0, -1.5, timedelta(0), timedelta(days=-1)])
+def test_a_deadline_that_has_passed_before_the_start_is_refused(deadline: Any) -> None:
+    with pytest.raises(UsageError, match="deadline must be positive"):
+        _start(deadline=deadline)
+
+
+@pytest.fixture
+def client(database_url: str) -> Iterator[Client]:
+    made = Client(Settings.from_environment({}, database_url=database_url), lambda *_: None, lambda: "celery")
+    yield made
+    made.pool.close()
+
+
+def test_one_id_for_many_runs_is_refused_and_not_passed_over(client: Client) -> None:
+    with pytest.raises(UsageError, match="task_ids="):
+        client.start_many(begun, [(1,)], {"task_id": "one"})
+
+
+def test_a_caller_may_wait_for_as_long_as_there_are_numbers(client: Client) -> None:
+    result = client.start(begun, (1,), {}, {"task_id": "one"})
+    with psycopg.connect(client.settings.dsn) as connection:
+        connection.execute(
+            "UPDATE orchestrator.runs SET state = 'completed', output = '7', finished_at = now() WHERE id = 'one'"
+        )
+    for timeout in (math.inf, 1e300):
+        result.ended = None
+        assert result.get(timeout=timeout) == 7
+        result.ended = None
+        assert asyncio.run(result.aget(timeout=timeout)) == 7
+
+
 def test_a_start_whose_connection_is_lost_under_way_is_not_said_to_be_undone(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
+    client: Client, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = Client(Settings.from_environment({}, database_url=database_url), lambda *_: None, lambda: "celery")
     really = runs.start_and_look
 
     def lost(connection: Any, *args: Any) -> Any:
