@@ -38,6 +38,7 @@ from orchestrator.reconcile import Looked
 from orchestrator.result import SagaResult, saga_of
 from orchestrator.retention import Chosen, Pruned, prune
 from orchestrator.saga import Saga
+from orchestrator.saga.declare import positional
 from orchestrator.settings import Settings
 from orchestrator.step import registry as step_registry
 from orchestrator.store import arrivals, pauses, runs
@@ -108,7 +109,7 @@ class Client:
         if options.get("transaction") is not None:
             raise UsageError("start_many commits by itself; in a transaction, call apply_async(...) for each run")
         prepared = [
-            self.prepare(saga, saga.codec.encode_call(tuple(args), {}), {**options, "task_id": run_id})
+            self.prepare(saga, saga.codec.encode_call(positional(args), {}), {**options, "task_id": run_id})
             for args, run_id in zip(calls, ids, strict=True)
         ]
         if prepared and prepared[0][1] is not None:  # in a transactional step, whose transaction they join

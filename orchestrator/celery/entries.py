@@ -69,6 +69,10 @@ def read(app: Celery, prepare: Prepare, name: str, raw: Any, now: datetime) -> t
     task = given.get("task")
     if not isinstance(task, str) or not task:
         raise UsageError(f"task must be the name of a task or saga, not {task!r}")
+    if isinstance(given.get("args"), (str, bytes, Mapping)):
+        raise UsageError(f"args must be a list or tuple, not a {type(given['args']).__name__}")
+    if not isinstance(given.get("kwargs") or {}, Mapping):
+        raise UsageError(f"kwargs must be a mapping, not a {type(given['kwargs']).__name__}")
     entry = Entry(
         task, tuple(given.get("args") or ()), dict(given.get("kwargs") or {}), options, own.get("slot_argument")
     )

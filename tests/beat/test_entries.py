@@ -206,6 +206,12 @@ def test_lazy_arguments_are_not_computed_before_their_slot(app: Celery, client: 
     assert found.start and found.start("id", NOW).input == {"amount": 7}
 
 
+@pytest.mark.parametrize("given", [{"args": "90d"}, {"args": {"a": 1}}, {"kwargs": ["a"]}])
+def test_a_text_in_the_place_of_arguments_is_refused(app: Celery, client: Client, given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="must be a"):
+        read(app, client, **given)
+
+
 def test_an_argument_that_cannot_be_computed_is_no_broker_that_is_away(app: Celery) -> None:
     """What reads a file or asks a server fails as a broker does, with an OSError."""
 

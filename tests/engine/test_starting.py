@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -21,6 +22,10 @@ from orchestrator.store import runs
 @saga.define
 async def begun(amount: int) -> int:
     return amount
+
+
+@saga.define
+async def both(tens: Any, ones: Any = None) -> None: ...
 
 
 @pytest.fixture
@@ -62,6 +67,19 @@ def client(database_url: str) -> Iterator[Client]:
     made = Client(Settings.from_environment({}, database_url=database_url), lambda *_: None, lambda: "celery")
     yield made
     made.pool.close()
+
+
+@pytest.mark.parametrize("args", ["42", b"42", {"amount": 42}])
+def test_a_text_in_the_place_of_arguments_is_not_taken_letter_by_letter(client: Client, args: Any) -> None:
+    """It is what ``("42")`` is."""
+    mine = copy.copy(both)
+    mine.starter = cast(Any, client)
+    with pytest.raises(UsageError, match="a list or tuple of arguments"):
+        mine.apply_async(args)
+    with pytest.raises(UsageError, match="a list or tuple of arguments"):
+        asyncio.run(mine.aapply_async(args))
+    with pytest.raises(UsageError, match="a list or tuple of arguments"):
+        mine.start_many([args])
 
 
 def test_one_id_for_many_runs_is_refused_and_not_passed_over(client: Client) -> None:
