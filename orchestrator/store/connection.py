@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 from psycopg.abc import RV, PQGen
+from psycopg.conninfo import conninfo_to_dict
 
 from orchestrator.errors import StoreUnavailableError
 
@@ -78,8 +79,10 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
     """
     # Plans are kept, and every statement has its index: one that was planned while the tables were empty must not go on
     # scanning them when they are full.
-    kept: Any = {"options": "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c timezone=UTC"}
+    kept = "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c timezone=UTC"
     try:
+        given = conninfo_to_dict(dsn).get("options")  # which ours would take the place of
+        options: Any = {"options": f"{given} {kept}" if given else kept} if prepare else {}
         connection = Patient.connect(
             dsn,
             autocommit=True,
@@ -90,7 +93,7 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
             keepalives_interval=5,
             keepalives_count=3,
             tcp_user_timeout=25_000,  # keepalives are silent while something is under way and nobody takes it
-            **(kept if prepare else {}),
+            **options,
         )
         connection.patience_s = patience_s
         if not prepare:

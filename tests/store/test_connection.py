@@ -1,0 +1,15 @@
+"""Connections as they are opened: what the URL asks of a session holds beside what we ask of it."""
+
+from __future__ import annotations
+
+from orchestrator.store.connection import open_connection
+
+
+def test_what_the_url_asks_of_the_session_is_not_forgotten(database_url: str) -> None:
+    url = f"{database_url}?options=-c%20statement_timeout%3D12345%20-c%20search_path%3Dshop"
+    with open_connection(url, name="test") as connection:
+        shown = [
+            connection.execute(f"SHOW {name}").fetchone()  # type: ignore[arg-type]
+            for name in ("statement_timeout", "search_path", "enable_seqscan", "timezone")
+        ]
+    assert shown == [("12345ms",), ("shop",), ("off",), ("UTC",)]
