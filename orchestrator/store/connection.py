@@ -13,7 +13,7 @@ import psycopg
 from psycopg.abc import RV, PQGen
 from psycopg.conninfo import conninfo_to_dict
 
-from orchestrator.errors import StoreUnavailableError
+from orchestrator.errors import ConfigurationError, StoreUnavailableError
 
 Connection = psycopg.Connection[Any]
 READ_ONLY = psycopg.errors.ReadOnlySqlTransaction
@@ -75,7 +75,8 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
     """Open an autocommit connection that Postgres shows as `name`, and that breaks if an answer takes `patience_s`.
 
     `prepare` off is for poolers that lend a connection for one transaction: no statement is prepared, and nothing is
-    asked of the session but its time zone, which such poolers carry along.  Raises: StoreUnavailableError.
+    asked of the session but its time zone, which such poolers carry along.
+    Raises: StoreUnavailableError, ConfigurationError.
     """
     # Plans are kept, and every statement has its index: one that was planned while the tables were empty must not go on
     # scanning them when they are full.
@@ -100,6 +101,11 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
             connection.execute("SET timezone TO 'UTC'")
     except psycopg.OperationalError as error:
         raise unavailable(error) from None
+    except psycopg.ProgrammingError:  # which shows what it cannot read
+        raise ConfigurationError(
+            "the driver cannot read the database URL (database_url=, or ORCHESTRATOR_DATABASE_URL); look at its "
+            "parameters, behind the question mark"
+        ) from None
     return connection
 
 
