@@ -40,7 +40,7 @@ def execute(transaction: Any, statement: str, values: dict[str, Any]) -> tuple[A
         if isinstance(transaction, (Session, scoped_session)):
             transaction = transaction.connection()
         if isinstance(transaction, Connection):
-            _refuse_inherited(transaction.connection.driver_connection)
+            _refuse_unjoinable(transaction.connection)
             row = transaction.execute(_sqlalchemy(statement), values).fetchone()
             return tuple(row) if row else None
         if isinstance(transaction, psycopg.Connection):
@@ -65,7 +65,7 @@ async def aexecute(transaction: Any, statement: str, values: dict[str, Any]) -> 
         if _is_async(transaction, "AsyncSession"):
             transaction = await transaction.connection()
         if _is_async(transaction, "AsyncConnection"):
-            _refuse_inherited((await transaction.get_raw_connection()).driver_connection)
+            _refuse_unjoinable(await transaction.get_raw_connection())
             row = (await transaction.execute(_sqlalchemy(statement), values)).fetchone()
             return tuple(row) if row else None
         if isinstance(transaction, psycopg.AsyncConnection):
@@ -131,11 +131,20 @@ def _refuse_inherited(driver: Any) -> None:
         refuse_inherited(driver.fileno())
 
 
+def _refuse_unjoinable(pooled: Any) -> None:
+    """Of SQLAlchemy: one that has none of its own, as each of its statements commits by itself, joins nothing."""
+    _refuse_inherited(pooled.driver_connection)
+    if getattr(pooled.dbapi_connection, "autocommit", False) is True:
+        raise _autocommits()
+
+
 def _refuse_autocommit(connection: Any) -> None:
     if connection.autocommit and connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
-        raise UsageError(
-            "transaction= got an autocommit connection outside of a transaction; open one around the start"
-        )
+        raise _autocommits()
+
+
+def _autocommits() -> UsageError:
+    return UsageError("transaction= got an autocommit connection outside of a transaction; open one around the start")
 
 
 def _says_no_schema(error: ProgrammingError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import sys
@@ -15,8 +16,11 @@ import pytest
 from psycopg.rows import dict_row, namedtuple_row
 from psycopg.types.json import set_json_loads
 from psycopg.types.string import TextLoader
+from sqlalchemy import create_engine
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import Session
 
-from orchestrator import ConflictError, saga
+from orchestrator import ConflictError, UnknownRunError, UsageError, saga
 from orchestrator.client import Client
 from orchestrator.settings import Settings
 
@@ -100,3 +104,34 @@ def test_the_same_start_is_known_again_in_a_transaction_of_django(
         monkeypatch.setitem(sys.modules, "django", types.ModuleType("django"))
         monkeypatch.setitem(sys.modules, "django.db", module)
         _starts_once(client, "default")
+
+
+def _autocommit(database_url: str, driver: str) -> str:
+    return database_url.replace("postgresql://", f"postgresql+{driver}://")
+
+
+def test_an_engine_that_commits_each_statement_has_no_transaction_to_join(client: Client, database_url: str) -> None:
+    engine = create_engine(_autocommit(database_url, "psycopg"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection, pytest.raises(UsageError, match="autocommit"):
+        _start(client, connection, 1.5)
+    with Session(engine) as session, pytest.raises(UsageError, match="autocommit"):
+        _start(client, session, 1.5)
+    engine.dispose()
+    with pytest.raises(UnknownRunError):
+        client.handle(joined, "same").status  # noqa: B018
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+def test_an_async_engine_that_commits_each_statement_has_none_either(
+    client: Client, database_url: str, driver: str
+) -> None:
+    async def start() -> None:
+        engine = create_async_engine(_autocommit(database_url, driver), isolation_level="AUTOCOMMIT")
+        async with engine.connect() as connection:
+            with pytest.raises(UsageError, match="autocommit"):
+                await client.astart(joined, (1.5,), {}, {"task_id": "same", "transaction": connection})
+        await engine.dispose()
+
+    asyncio.run(start())
+    with pytest.raises(UnknownRunError):
+        client.handle(joined, "same").status  # noqa: B018
