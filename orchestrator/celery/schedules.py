@@ -72,6 +72,9 @@ class Book:
         return True
 
     def _read(self, name: str, raw: Any, now: datetime) -> None:
+        if not _is_storable(name):
+            self.problems[ascii(name)[:100]] = "it cannot be used: its name must be text of 1 to 2000 bytes without NUL"
+            return
         try:
             prepare = self.app.orchestrator.client.prepare
             self.schedules[name], self.entries[name] = entries.read(self.app, prepare, name, raw, now)
@@ -85,6 +88,12 @@ class Book:
         """Return what the database is to know of the entries, the bad ones among them."""
         bad = [store.Declared(name, "", "", self.problems[name]) for name in self.problems.keys() - self.schedules]
         return [each.declared for each in self.schedules.values()] + bad
+
+
+def _is_storable(name: str) -> bool:
+    """Tell whether a name can be a key in the database, where one that cannot would keep all others out."""
+    raw = name.encode(errors="replace")
+    return 0 < len(raw) <= 2000 and b"\0" not in raw and raw.decode() == name
 
 
 def _copied(raw: Any) -> Any:
