@@ -7,7 +7,7 @@ before it is told, and then an order that comes too late changes nothing, as alw
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, get_args
@@ -17,7 +17,7 @@ from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Arrival, Cancel, Operate, Terminate, encode
 from orchestrator.machine.states import TERMINAL, RunState
-from orchestrator.store import arrivals, filters
+from orchestrator.store import arrivals, filters, pauses
 from orchestrator.store.connection import Connection
 from orchestrator.store.filters import Found
 
@@ -93,14 +93,16 @@ class Order:
     reason: str
     step: str = ""
 
-    def refusal(self, run: Found) -> str:
-        """Say why it makes no sense for a run; the empty string if it does."""
+    def refusal(self, run: Found, held: Collection[str] = ()) -> str:
+        """Say why it makes no sense for a run; the empty string if it does.  `held` are the sagas that are paused."""
         if self.action == "cancel" and run.past_pivot:
             return "past its point of no return"
         if self.action == "pause" and run.state == RunState.COMPENSATING:
             return "being undone"
         if self.action == "resume" and run.state != RunState.PAUSED:
             return "not paused"
+        if self.action == "resume" and run.saga in held:
+            return "paused with its saga: resume that"
         if self.action in ("retry", "skip") and not self._keys(run):
             return "parked as a whole" if run.parked else "not parked"
         return ""
@@ -147,11 +149,12 @@ def give(
         raise UsageError("the filter says nothing, and would take every run; say everything=True if that is meant")
     check({"by": order.by, "reason": order.reason}, what="the order")
     effects = Effects(order.action, dry_run)
+    held = {each.name for each in pauses.listed(connection) if each.kind == "saga" and not each.lifted}
     for page in _pages(connection, chosen):
         told = []
         for run in page:
             effects.found[run.saga, run.state] += 1
-            if refusal := order.refusal(run):
+            if refusal := order.refusal(run, held):
                 effects.refused[refusal] += 1
             else:
                 told.append(run)

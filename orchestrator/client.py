@@ -399,6 +399,7 @@ class Client:
         def prepare(saga: Saga[Any, Any], run_id: str, found: Looked) -> runs.Start:
             return self.prepare(saga, saga.codec.encode_call((found,), {}), {"task_id": run_id})[0]
 
+        checks = [checks] if isinstance(checks, str) else checks
         where = None if directory is None else Path(directory)
         with self.pool.connection() as connection, _schema_named():
             return reconcile(connection, list(checks), where, prepare=prepare)

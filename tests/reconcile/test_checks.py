@@ -13,9 +13,11 @@ import psycopg
 import pytest
 
 from orchestrator import DefinitionError, UsageError, reconcile
+from orchestrator.client import Client
 from orchestrator.engine.reconcile import Report
 from orchestrator.engine.reconcile import reconcile as run
 from orchestrator.reconcile import Looked
+from orchestrator.settings import Settings
 from orchestrator.store.connection import Connection, open_connection
 
 NUMBERS = """
@@ -191,6 +193,12 @@ def test_declarations_that_are_wrong_are_refused() -> None:
         reconcile.check("engine: mine", sql="SELECT 1")
     with pytest.raises(DefinitionError, match="columns="):
         reconcile.statement("file", file="f.csv", columns={"amount": "Amount"}, sql="SELECT 1")
+
+
+def test_one_check_is_named_by_its_name(database_url: str) -> None:
+    client = Client(Settings.from_environment({}, database_url=database_url), lambda *_: None, lambda: "celery")
+    assert [each.name for each in client.reconcile("engine: locks").checks] == ["engine: locks"]
+    client.pool.close()
 
 
 def test_a_check_that_there_is_not_is_named(connection: Connection) -> None:
