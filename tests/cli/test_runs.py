@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import psycopg
 import pytest
 
 from tests.cli.conftest import Terminal
@@ -108,6 +109,21 @@ def test_show_tells_all_about_a_run_that_ended(worked: Terminal) -> None:
     for part in ("tests.cli.shop.checkout, version 1", "completed", 'order={"id": "ok"', '"shipped"', "took"):
         assert part in said
     assert "explain" not in said
+
+
+def test_show_tells_what_a_run_shows_of_itself_and_its_tags(terminal: Terminal) -> None:
+    client = terminal.shop.orchestrator.client
+    client.start(terminal.shop.nap, ({"id": "x"},), {}, {"task_id": "shown", "tags": {"tenant": "acme", "size": 7}})
+    assert "progress" not in terminal.ok("show", "shown") and "published" not in terminal.ok("show", "shown")
+    published = {"progress": {"done": 3, "total": 10, "note": "on the way"}, "last": [1, 2]}
+    with psycopg.connect(terminal.database_url) as connection:
+        connection.execute("UPDATE orchestrator.runs SET published = %s", [json.dumps(published)])
+    said = " ".join(terminal.ok("show", "shown").split())
+    for part in ('tags size=7, tenant="acme"', "progress 3 of 10, on the way", "published last=[1, 2]"):
+        assert part in said
+    with psycopg.connect(terminal.database_url) as connection:
+        connection.execute("UPDATE orchestrator.runs SET published = %s", [json.dumps({"progress": "half"})])
+    assert 'published progress="half"' in " ".join(terminal.ok("show", "shown").split())
 
 
 def test_show_lists_what_is_outstanding(terminal: Terminal) -> None:
