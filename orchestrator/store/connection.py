@@ -37,6 +37,14 @@ class TransactionFailed(Exception):
 WORKER_PATIENCE_S = 20.0
 """How long a worker waits for an answer of the database; its statements take milliseconds, and are tried again."""
 _CLIENT_PATIENCE_S = 60.0
+ATTENTIVE: dict[str, Any] = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,  # keepalives are silent while something is under way and nobody takes it
+}
+"""How every connection notices that the other side is gone."""
 
 
 class Patient(psycopg.Connection[Any]):
@@ -88,12 +96,8 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
             dsn,
             autocommit=True,
             application_name=f"orchestrator {name}"[:63],
-            connect_timeout=5,
             prepare_threshold=1 if prepare else None,
-            keepalives_idle=10,
-            keepalives_interval=5,
-            keepalives_count=3,
-            tcp_user_timeout=25_000,  # keepalives are silent while something is under way and nobody takes it
+            **ATTENTIVE,
             **options,
         )
         connection.patience_s = patience_s

@@ -18,6 +18,7 @@ from orchestrator.codec import first_line
 from orchestrator.errors import OrchestratorError, SchemaError, StoreUnavailableError
 from orchestrator.failpoints import failpoint
 from orchestrator.settings import Settings
+from orchestrator.store.connection import ATTENTIVE
 from orchestrator.store.schema import newer
 from orchestrator.store.tables import SCHEMA
 
@@ -37,7 +38,7 @@ def migrate(database_url: str) -> list[str]:
     Raises: StoreUnavailableError; SchemaError if the database is newer than this code, or refuses.
     """
     settings = Settings.from_environment(database_url=database_url)
-    engine = create_engine(settings.sqlalchemy_url, poolclass=NullPool)
+    engine = create_engine(settings.sqlalchemy_url, poolclass=NullPool, connect_args=ATTENTIVE)
     try:
         with engine.begin() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
