@@ -7,7 +7,7 @@ before it is told, and then an order that comes too late changes nothing, as alw
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, get_args
@@ -16,8 +16,8 @@ from orchestrator.codec import Json, check, dumps
 from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Arrival, Cancel, Operate, Terminate, encode
-from orchestrator.machine.states import RunState
-from orchestrator.store import arrivals, filters
+from orchestrator.machine.states import TERMINAL, RunState
+from orchestrator.store import arrivals, filters, pauses
 from orchestrator.store.connection import Connection
 from orchestrator.store.filters import Found
 
@@ -25,6 +25,7 @@ Action = Literal["cancel", "terminate", "pause", "resume", "retry", "skip"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 _PAGE = 500  # runs that are told with one commit
 _EXAMPLES = 5
+_OPEN = frozenset(state.value for state in RunState) - TERMINAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class Filter:
 
     `step` is a key that is parked, or the name of its step or the last part of it; `tags` are compared as text;
     `started_after` and `started_before` are aware; `limit` takes the oldest.
+    Raises: UsageError for a state that no such run has: nothing would be found, and nobody would know why.
     """
 
     saga: str = ""
@@ -42,6 +44,10 @@ class Filter:
     started_before: datetime | None = None
     tags: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.states, str) or not {*self.states} <= _OPEN:
+            raise UsageError(f"bulk: states= lists some of {', '.join(sorted(_OPEN))}, not {self.states!r:.80}")
 
     @property
     def takes_all(self) -> bool:
@@ -87,14 +93,16 @@ class Order:
     reason: str
     step: str = ""
 
-    def refusal(self, run: Found) -> str:
-        """Say why it makes no sense for a run; the empty string if it does."""
+    def refusal(self, run: Found, held: Collection[str] = ()) -> str:
+        """Say why it makes no sense for a run; the empty string if it does.  `held` are the sagas that are paused."""
         if self.action == "cancel" and run.past_pivot:
             return "past its point of no return"
         if self.action == "pause" and run.state == RunState.COMPENSATING:
             return "being undone"
         if self.action == "resume" and run.state != RunState.PAUSED:
             return "not paused"
+        if self.action == "resume" and run.saga in held:
+            return "paused with its saga: resume that"
         if self.action in ("retry", "skip") and not self._keys(run):
             return "parked as a whole" if run.parked else "not parked"
         return ""
@@ -141,11 +149,12 @@ def give(
         raise UsageError("the filter says nothing, and would take every run; say everything=True if that is meant")
     check({"by": order.by, "reason": order.reason}, what="the order")
     effects = Effects(order.action, dry_run)
+    held = {each.name for each in pauses.listed(connection) if each.kind == "saga" and not each.lifted}
     for page in _pages(connection, chosen):
         told = []
         for run in page:
             effects.found[run.saga, run.state] += 1
-            if refusal := order.refusal(run):
+            if refusal := order.refusal(run, held):
                 effects.refused[refusal] += 1
             else:
                 told.append(run)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from orchestrator import starting
-from orchestrator.codec import Json, ValueCodec, canonical_text, check, encode_any, first_line, is_name
+from orchestrator.codec import Json, ValueCodec, canonical_text, check, encode_any, is_name, read_stored
+from orchestrator.codec.values import explain
 from orchestrator.engine.reconcile import Report, reconcile
 from orchestrator.errors import (
     ConflictError,
@@ -37,6 +38,7 @@ from orchestrator.reconcile import Looked
 from orchestrator.result import SagaResult, saga_of
 from orchestrator.retention import Chosen, Pruned, prune
 from orchestrator.saga import Saga
+from orchestrator.saga.declare import positional
 from orchestrator.settings import Settings
 from orchestrator.step import registry as step_registry
 from orchestrator.store import arrivals, pauses, runs
@@ -102,10 +104,12 @@ class Client:
         ids = list(options.pop("task_ids", None) or [None] * len(calls))
         if len(ids) != len(calls) or len({*ids} - {None}) != sum(each is not None for each in ids):
             raise UsageError("task_ids= takes one id for each run, all of them different")
+        if options.get("task_id") is not None:
+            raise UsageError("start_many takes task_ids=, one id for each run, and not task_id=")
         if options.get("transaction") is not None:
             raise UsageError("start_many commits by itself; in a transaction, call apply_async(...) for each run")
         prepared = [
-            self.prepare(saga, saga.codec.encode_call(tuple(args), {}), {**options, "task_id": run_id})
+            self.prepare(saga, saga.codec.encode_call(positional(args), {}), {**options, "task_id": run_id})
             for args, run_id in zip(calls, ids, strict=True)
         ]
         if prepared and prepared[0][1] is not None:  # in a transactional step, whose transaction they join
@@ -115,7 +119,13 @@ class Client:
         return [result for page in pages for result in self._start_committed(saga, page)]
 
     def _start_committed(self, saga: Saga[Any, Any], new: list[runs.Start]) -> list[SagaResult]:
-        self._again_if_broken(functools.partial(self._insert, saga, new))
+        try:
+            self._insert(saga, new)
+        except StoreUnavailableError as first:  # see `_again_if_broken`
+            try:
+                self._insert(saga, new)
+            except StoreUnavailableError as second:
+                raise _of_runs(new, first if first.in_doubt else second) from None
         return [self._poller.expect(SagaResult(self, each.id, saga)) for each in new]
 
     async def astart(
@@ -160,7 +170,7 @@ class Client:
     def _compare(self, saga: Saga[Any, Any], new: runs.Start, known: tuple[Any, ...] | None) -> None:
         if known is None:
             raise ConflictError(f"run {new.id} was being started by somebody else and is gone again; try once more")
-        name, version, recorded, state = known
+        name, version, text, state = known
         given: Any = new.input
         if version is None:
             raise ConflictError(
@@ -169,6 +179,7 @@ class Client:
             )
         if name != new.saga:
             raise ConflictError(f"run id {new.id} belongs to a run of {name}; choose another id for {new.saga}")
+        recorded: Any = read_stored(text)
         if canonical_text(recorded) != canonical_text(given) and saga.codec.canonical(recorded) != saga.codec.canonical(
             given
         ):
@@ -373,7 +384,8 @@ class Client:
         With `archive`, a folder, they are first written there as JSON Lines.  Commits, a few hundred runs at a time.
         Raises: UsageError, StoreUnavailableError; what was pruned before stays so.
         """
-        chosen = Chosen(older_than, tuple(states), getattr(saga, "name", saga), limit)
+        states = states if isinstance(states, str) else tuple(states)  # and is refused
+        chosen = Chosen(older_than, states, getattr(saga, "name", saga), limit)
         with self.pool.connection() as connection, _schema_named():
             return prune(connection, chosen, dry_run=dry_run, archive=archive)
 
@@ -387,6 +399,7 @@ class Client:
         def prepare(saga: Saga[Any, Any], run_id: str, found: Looked) -> runs.Start:
             return self.prepare(saga, saga.codec.encode_call((found,), {}), {"task_id": run_id})[0]
 
+        checks = [checks] if isinstance(checks, str) else checks
         where = None if directory is None else Path(directory)
         with self.pool.connection() as connection, _schema_named():
             return reconcile(connection, list(checks), where, prepare=prepare)
@@ -461,7 +474,7 @@ def _payload(run_id: str, saga: Saga[Any, Any] | None, name: str, payload: Any) 
         ValueCodec(declared[name], what=f"signal {name!r}").decode(encoded)
     except ValueError as error:
         wanted = getattr(declared[name], "__name__", declared[name])
-        raise PayloadError(f"run {run_id}: signal {name!r} is to carry {wanted}: {first_line(error)}") from error
+        raise PayloadError(f"run {run_id}: signal {name!r} is to carry {wanted}: {explain(error)}") from error
     return encoded
 
 
@@ -484,6 +497,13 @@ def whoami() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         return f"uid {os.getuid()}"
+
+
+def _of_runs(new: list[runs.Start], error: StoreUnavailableError) -> StoreUnavailableError:
+    """Name the runs that may have started: who gave no id learns it here."""
+    if error.in_doubt:
+        error.args = (f"run {new[0].id}{' and others' if new[1:] else ''}: {error}",)
+    return error
 
 
 def _known(run_id: str) -> None:

@@ -198,7 +198,13 @@ class PayloadError(OrchestratorError):
 
 
 class StoreUnavailableError(OrchestratorError):
-    """Report that the database does not answer; whatever was asked for has not been promised."""
+    """Report that the database does not answer; whatever was asked for has not been promised.
+
+    ``in_doubt`` says that it may have been done all the same, because the connection was lost under way: ask again with
+    the same id.
+    """
+
+    in_doubt = False
 
 
 class SchemaError(OrchestratorError):

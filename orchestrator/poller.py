@@ -84,10 +84,9 @@ class Poller:
             book.waiting.setdefault(run_id, []).append(future)
             book.pause, book.somebody_new, book.asked_at = _SHORTEST_PAUSE_S, True, monotonic()
             if book.thread is None:
-                book.thread = threading.Thread(
-                    target=self._poll, args=(book,), name="orchestrator results", daemon=True
-                )
-                book.thread.start()
+                thread = threading.Thread(target=self._poll, args=(book,), name="orchestrator results", daemon=True)
+                thread.start()  # where no more threads can be had it raises, and the next caller tries again
+                book.thread = thread
             book.lock.notify()
         return future
 

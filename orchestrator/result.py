@@ -6,6 +6,7 @@ Owns what it offers; a `Client` does the work.
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.codec import Json
@@ -81,7 +82,7 @@ class SagaResult:
         if self.ended is None:
             future = self._client.wait(self.id)
             try:
-                self.ended = future.result(timeout)
+                self.ended = future.result(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
             except TimeoutError:
                 raise self._late(timeout) from None
             finally:

@@ -43,6 +43,8 @@ class Chosen:
     def __post_init__(self) -> None:
         if self.older_than < timedelta(0):
             raise UsageError("prune: older_than is an age, such as timedelta(days=90)")
+        if isinstance(self.states, str):
+            raise UsageError(f"prune: states is a list of states, such as [{self.states!r:.80}]")
         if wrong := sorted(set(self.states) - TERMINAL):
             raise UsageError(f"prune: only runs that have ended can go, not those that are {', '.join(wrong)}")
         if self.limit is not None and self.limit < 1:

@@ -7,6 +7,7 @@ URL is a secret: this module must never show it in a repr, a log line or an erro
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Annotated, Any, Final, Literal, Self
@@ -18,6 +19,12 @@ from orchestrator.errors import ConfigurationError
 __all__ = ["PREFIX", "Settings"]
 
 PREFIX: Final = "ORCHESTRATOR_"
+_QUOTED: Final = "%(?!00)[0-9A-Fa-f]{2}"
+_HOST: Final = rf"(?:\[(?:[^\]@/?%]|{_QUOTED})*\]|(?:[^%@/?:,\[\]]|{_QUOTED})*)(?::\d*)?"
+_ADDRESS: Final = re.compile(  # as libpq reads it
+    rf"(?P<who>(?:[^%@/]|{_QUOTED})*@)?(?P<hosts>{_HOST}(?:,{_HOST})*)"
+    rf"(?P<path>/(?:[^%@?]|{_QUOTED})*)?(?:\?(?P<query>(?:[^%]|{_QUOTED})*))?"
+)
 _SCHEMES: Final = frozenset({"postgresql", "postgres", "postgresql+psycopg"})
 
 
@@ -90,16 +97,28 @@ class Settings(BaseModel):
     @property
     def sqlalchemy_url(self) -> str:
         """Return the database's URL as SQLAlchemy takes it, with psycopg as the driver; a secret."""
-        return f"postgresql+psycopg://{self._address()}"
+        address = self._address()
+        found = _ADDRESS.fullmatch(address)
+        if found is None or "," not in found["hosts"]:
+            return f"postgresql+psycopg://{address}"
+        # Of several hosts SQLAlchemy reads only those of the query.
+        query = "&".join([*(f"host={host}" for host in found["hosts"].split(",")), *filter(None, [found["query"]])])
+        return f"postgresql+psycopg://{found['who'] or ''}{found['path'] or '/'}?{query}"
 
     def _address(self) -> str:
         scheme, separator, address = self.database_url.get_secret_value().strip().partition("://")
-        if separator and scheme.lower() in _SCHEMES:
-            return address
-        raise ConfigurationError(
-            f"The database URL (database_url=, or {PREFIX}DATABASE_URL) must begin with "
-            "postgresql://, postgres:// or postgresql+psycopg://; correct it."
-        )
+        if not separator or scheme.lower() not in _SCHEMES:
+            raise ConfigurationError(
+                f"The database URL (database_url=, or {PREFIX}DATABASE_URL) must begin with "
+                "postgresql://, postgres:// or postgresql+psycopg://; correct it."
+            )
+        if not _ADDRESS.fullmatch(address):
+            # The driver would refuse it, too, and repeat what it takes for a host or a port: a part of the password.
+            raise ConfigurationError(
+                f"The database URL (database_url=, or {PREFIX}DATABASE_URL) is not of the form "
+                "postgresql://user:password@host:port/database; in its parts write %40 for @, %2F for / and %25 for %."
+            )
+        return address
 
 
 def _sentence(error: ValidationError) -> str:

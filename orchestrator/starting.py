@@ -30,6 +30,7 @@ _CELERY_NOISE = frozenset({
     "exchange", "headers", "root_id", "parent_id", "time_limit", "soft_time_limit", "add_to_parent", "group_id",
     "group_index", "periodic_task_name",
 })  # fmt: skip
+_KEPT_OF_KEY = 400  # bytes
 _LONGEST_S = 1000 * 365 * 86400.0
 _CANVAS = frozenset({"link", "link_error", "chain", "chord", "reply_to"})  # the last one in a canvas of any kind
 
@@ -53,7 +54,7 @@ def prepare(
     context = current_step.get()
     run_id, transaction = options.get("task_id"), options.get("transaction")
     if context is not None and run_id is None:
-        run_id = _named_after(f"{context.idempotency_key}:{context.starts}")
+        run_id = _id_within(context.idempotency_key, context.starts)
         context.starts += 1
     if context is not None and transaction is None:
         transaction = context.connection
@@ -67,7 +68,7 @@ def prepare(
         priority=_priority(options.get("priority"), saga),
         delay=_seconds("countdown", options.get("countdown") or 0),
         eta=_eta(options.get("eta")),
-        deadline=None if deadline is None else _seconds("deadline", deadline),
+        deadline=None if deadline is None else _deadline(deadline),
         tags=_tags(options.get("tags")),
     )
     return new, transaction
@@ -86,9 +87,13 @@ def _new_id() -> str:
     return str(uuid.UUID(int=value))
 
 
-def _named_after(key: str) -> str:
-    """Return a run id that is the same for the same key: itself, unless it is too long for one."""
-    return key if is_name(key) else hashlib.sha256(key.encode()).hexdigest()
+def _id_within(key: str, number: int) -> str:
+    """Return the id of what a step starts, the same at each attempt; a key may be longer than an id can be."""
+    run_id = f"{key}:{number}"
+    if is_name(run_id):
+        return run_id
+    whole = hashlib.sha256(key.encode(errors="replace")).hexdigest()[:32]
+    return f"{key.encode()[:_KEPT_OF_KEY].decode(errors='ignore')}...{whole}:{number}"
 
 
 def _valid_id(run_id: Any) -> str:
@@ -111,6 +116,12 @@ def _seconds(option: str, value: Any) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not abs(seconds) <= _LONGEST_S:
         raise UsageError(f"{option} must be a number of seconds, at most a thousand years")
     return float(seconds)
+
+
+def _deadline(value: Any) -> float:
+    if (seconds := _seconds("deadline", value)) <= 0:
+        raise UsageError("deadline must be positive: it counts from the start, and the run would go back at once")
+    return seconds
 
 
 def _eta(value: Any) -> datetime | None:

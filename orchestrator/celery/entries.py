@@ -18,6 +18,7 @@ from celery.beat import BeatLazyFunc
 from celery.schedules import BaseSchedule, crontab, maybe_schedule, schedule
 
 from orchestrator import saga as sagas
+from orchestrator.codec import first_line
 from orchestrator.engine.schedules import EVER, LATE, OPTIONS, SENT, CatchUp, Overlap, Schedule
 from orchestrator.engine.timetable import Crontab, Interval, Rounded, Timetable
 from orchestrator.errors import UsageError
@@ -52,7 +53,14 @@ class Entry:
 
 
 def _value(given: Any) -> Any:
-    return given() if isinstance(given, BeatLazyFunc) else given
+    """Return an argument; one that is lazy may fail as our own database does, and must not be taken for it."""
+    if not isinstance(given, BeatLazyFunc):
+        return given
+    try:
+        return given()
+    except Exception as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"an argument of it could not be computed: {why}") from error
 
 
 def read(app: Celery, prepare: Prepare, name: str, raw: Any, now: datetime) -> tuple[Schedule, Entry]:
@@ -69,6 +77,10 @@ def read(app: Celery, prepare: Prepare, name: str, raw: Any, now: datetime) -> t
     task = given.get("task")
     if not isinstance(task, str) or not task:
         raise UsageError(f"task must be the name of a task or saga, not {task!r}")
+    if isinstance(given.get("args"), (str, bytes, Mapping)):
+        raise UsageError(f"args must be a list or tuple, not a {type(given['args']).__name__}")
+    if not isinstance(given.get("kwargs") or {}, Mapping):
+        raise UsageError(f"kwargs must be a mapping, not a {type(given['kwargs']).__name__}")
     entry = Entry(
         task, tuple(given.get("args") or ()), dict(given.get("kwargs") or {}), options, own.get("slot_argument")
     )

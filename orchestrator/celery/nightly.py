@@ -74,5 +74,5 @@ def entries(settings: Settings, configured: Any) -> dict[str, Any]:
         prune = {"task": Prune.name, "schedule": crontab(hour=4, minute=30), "args": [settings.retention]}
         own["orchestrator.prune"] = prune
     known = configured.values() if isinstance(configured, Mapping) else ()
-    theirs = {each.get("task") if isinstance(each, Mapping) else getattr(each, "task", None) for each in known}
+    theirs = [each.get("task") if isinstance(each, Mapping) else getattr(each, "task", None) for each in known]
     return {name: entry for name, entry in own.items() if entry["task"] not in theirs}

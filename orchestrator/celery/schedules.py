@@ -72,6 +72,9 @@ class Book:
         return True
 
     def _read(self, name: str, raw: Any, now: datetime) -> None:
+        if not _is_storable(name):
+            self.problems[ascii(name)[:100]] = "it cannot be used: its name must be text of 1 to 2000 bytes without NUL"
+            return
         try:
             prepare = self.app.orchestrator.client.prepare
             self.schedules[name], self.entries[name] = entries.read(self.app, prepare, name, raw, now)
@@ -85,6 +88,12 @@ class Book:
         """Return what the database is to know of the entries, the bad ones among them."""
         bad = [store.Declared(name, "", "", self.problems[name]) for name in self.problems.keys() - self.schedules]
         return [each.declared for each in self.schedules.values()] + bad
+
+
+def _is_storable(name: str) -> bool:
+    """Tell whether a name can be a key in the database, where one that cannot would keep all others out."""
+    raw = name.encode(errors="replace")
+    return 0 < len(raw) <= 2000 and b"\0" not in raw and raw.decode() == name
 
 
 def _copied(raw: Any) -> Any:
@@ -118,15 +127,18 @@ class Post:
             if entry is None:
                 raise UsageError("it is in the beat_schedule no more, and a slot of it is still to be sent")
             logger.info("Scheduler: Sending due task %s (%s)", name, entry.task)
-            self._send(entry, slot, message_id)
+            args, kwargs = entry.call(slot)
+        except Exception as error:  # an argument that is computed may fail as the broker does, with an OSError
+            raise Undeliverable(name, error) from error
+        try:
+            self._send(entry, args, kwargs, slot, message_id)
         except BROKER_AWAY:
             raise
         except Exception as error:
             raise Undeliverable(name, error) from error
 
-    def _send(self, entry: Entry, slot: datetime, message_id: str) -> None:
+    def _send(self, entry: Entry, args: Any, kwargs: Any, slot: datetime, message_id: str) -> None:
         """Send the message of a slot; once more over a new connection if the one at hand has died meanwhile."""
-        args, kwargs = entry.call(slot)
         headers = {**(entry.options.get("headers") or {}), "celery_beat_task": True, "beat_slot": slot.isoformat()}
         options = {**entry.options, "task_id": message_id, "headers": headers, "retry": False}
         known = self._producer is not None

@@ -27,6 +27,7 @@ from orchestrator.cli.orders import by_option, reason_option, who
 from orchestrator.machine.states import TERMINAL, RunState
 
 _OPEN = [state.value for state in RunState if state not in TERMINAL]
+_FILTERS = ("states", "step", "started_after", "started_before")
 _SENTENCES = {
     "cancel": "told to stop and to undo what they did",
     "terminate": "told to stop without undoing anything",
@@ -67,7 +68,20 @@ class Tag(click.ParamType[tuple[str, str]]):
         return name, wanted
 
 
-where_option = click.option("--where", "tags", multiple=True, type=Tag(), help="Only runs with this tag; repeatable.")
+def _each_once(
+    ctx: click.Context, param: click.Parameter, tags: tuple[tuple[str, str], ...]
+) -> tuple[tuple[str, str], ...]:
+    """Refuse two values for one tag, which no run can have: none of them may be taken for all that was said."""
+    for name, value in tags:
+        if dict(tags)[name] != value:
+            raise click.BadParameter(f"{name} has one value in a run, and cannot be both {value!r} and "
+                                     f"{dict(tags)[name]!r}; ask for one after the other", ctx, param)  # fmt: skip
+    return tags
+
+
+where_option = click.option(
+    "--where", "tags", multiple=True, type=Tag(), callback=_each_once, help="Only runs with this tag; repeatable."
+)
 
 
 @click.command(cls=Command)
@@ -100,6 +114,8 @@ def bulk(
       saga bulk retry --saga checkout --step charge --dry-run
     """
     client = client_of(ctx)
+    if not (everything or saga_name or tags or any(chosen.get(name) for name in _FILTERS)):
+        raise click.UsageError("this would take every run that has not ended: say --all if that is meant, or a filter")
     chosen |= {"saga": full_name(saga_name), "tags": dict(tags), "everything": everything}
     effects = client.bulk(action, dry_run=True, **chosen)
     if not json_:
@@ -111,7 +127,7 @@ def bulk(
         if not json_:
             click.echo(f"{effects.told} runs were {_SENTENCES[action]}.")
     if json_:
-        print_json(effects.as_json())
+        print_json({**effects.as_json(), "dry_run": dry_run})
 
 
 def _ask(effects: Effects) -> None:

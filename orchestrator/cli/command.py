@@ -19,11 +19,12 @@ from rich.table import Table
 
 from orchestrator.cli import words
 from orchestrator.client import Client
+from orchestrator.codec import first_line, is_name
 from orchestrator.errors import OrchestratorError, UnknownSagaError
 from orchestrator.saga import Saga
 from orchestrator.saga import registry as sagas
 from orchestrator.store import check, runs
-from orchestrator.store.connection import Connection
+from orchestrator.store.connection import REFUSED, Connection
 from orchestrator.store.missing import unknown_run
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,6 +47,8 @@ class Command(click.Command):
             return super().invoke(ctx)
         except OrchestratorError as error:
             raise click.ClickException(str(error)) from None
+        except REFUSED as error:  # such as a role that may not read
+            raise click.ClickException(f"Postgres refuses: {first_line(error)}") from None
 
 
 as_json = click.option("--json", "json_", is_flag=True, help="Print JSON for programs.")
@@ -84,6 +87,8 @@ def reading(ctx: click.Context) -> Iterator[Connection]:
 
 def run_of(connection: Connection, run_id: str) -> dict[str, Any]:
     """Return the row of a run.  Raises: UnknownRunError."""
+    if not is_name(run_id, limit_bytes=2000):  # which Postgres cannot be asked for
+        raise unknown_run(run_id)
     row = runs.run(connection, run_id)
     if row is None:
         raise unknown_run(run_id, connection)
@@ -95,27 +100,31 @@ def saga_named(name: str) -> Saga[Any, Any]:
 
     Raises: UnknownSagaError.
     """
-    if name not in sagas.names:
-        ending = [known for known in sagas.names if words.short(known) == name]
-        if len(ending) > 1:
-            raise UnknownSagaError(f"several sagas are called {name!r}; say which: {', '.join(ending)}")
-        name = ending[0] if ending else name
-    return sagas.latest(name)
+    return sagas.latest(full_name(name))
 
 
 def full_name(name: str) -> str:
-    """Return the full name of a saga, or the name as it is: its code may be gone while its runs are not."""
-    try:
-        return saga_named(name).name if name else ""
-    except UnknownSagaError:
+    """Return the full name of a saga, or the name as it is: its code may be gone while its runs are not.
+
+    Raises: UnknownSagaError if several sagas are meant: one that is called just so need not be any of them.
+    """
+    if name in sagas.names:
         return name
+    ending = [known for known in sagas.names if words.short(known) == name]
+    if len(ending) > 1:
+        raise UnknownSagaError(f"several sagas are called {name!r}; say which: {', '.join(ending)}")
+    return ending[0] if ending else name
 
 
 def console(ctx: click.Context) -> Console:
-    """Return the console: with colour on a terminal only, and as wide as one."""
+    """Return the console: with colour on a terminal only, and as wide as one.
+
+    Texts are shown as they are: a run's id, its input or its error may look like markup or an emoji of rich's.
+    """
     narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
-    colour = {"no_color": True} if getattr(ctx.obj, "no_color", False) else {}
-    return Console(width=None if narrow else _PIPE_WIDTH, highlight=False, soft_wrap=False, **colour)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"no_color": True} if getattr(ctx.obj, "no_color", False) else {}
+    options |= {"highlight": False, "markup": False, "emoji": False, "soft_wrap": False}
+    return Console(width=None if narrow else _PIPE_WIDTH, **options)
 
 
 def print_json(value: Any) -> None:

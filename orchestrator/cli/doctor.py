@@ -20,6 +20,7 @@ from orchestrator.celery.doctor import broker as ask_broker
 from orchestrator.cli import restore
 from orchestrator.cli.command import Command, as_json, console, orchestrator_of, print_json
 from orchestrator.cli.orders import by_option
+from orchestrator.codec import first_line
 from orchestrator.engine.doctor import EXIT_CODE, Facts, Finding, Level, judge, lost_doorbells
 from orchestrator.errors import OrchestratorError
 from orchestrator.saga import registry as sagas
@@ -27,7 +28,7 @@ from orchestrator.step import registry as steps
 from orchestrator.store import check, pauses, restores, runs
 from orchestrator.store import doctor as store
 from orchestrator.store import schedules as schedules_store
-from orchestrator.store.connection import Connection
+from orchestrator.store.connection import REFUSED, Connection
 
 _CODES = "Exit codes: 0 nothing to do, 1 warnings, 2 something is broken (or wrong usage)."
 _STYLES = {Level.ADVICE: "cyan", Level.WARNING: "yellow", Level.BROKEN: "bold red"}
@@ -59,7 +60,7 @@ def doctor(ctx: click.Context, /, no_ring: bool, json_: bool, by: str, **restore
             found = judge(facts)
             if not no_ring and not facts.broker.error:
                 rung = _ring(orchestrator, connection, facts)
-    except OrchestratorError as error:
+    except (OrchestratorError, REFUSED) as error:
         facts, found = None, [_no_database(error)]
     if json_:
         print_json({"status": _status(found), "findings": [asdict(each) for each in found], "rung": rung,
@@ -114,9 +115,10 @@ def _ring(orchestrator: Any, connection: Connection, facts: Facts) -> list[str]:
     return rung
 
 
-def _no_database(error: OrchestratorError) -> Finding:
+def _no_database(error: Exception) -> Finding:
+    what = str(error) if isinstance(error, OrchestratorError) else f"Postgres refuses: {first_line(error)}"
     return Finding(
-        "database", Level.BROKEN, str(error), "nothing starts and nothing moves", "mend that first, then ask again"
+        "database", Level.BROKEN, what, "nothing starts and nothing moves", "mend that first, then ask again"
     )
 
 

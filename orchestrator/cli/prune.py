@@ -23,7 +23,7 @@ from orchestrator.cli.command import (
     reading,
 )
 from orchestrator.errors import UsageError
-from orchestrator.machine.states import TERMINAL
+from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.retention import Pruned, age
 
 
@@ -40,9 +40,12 @@ class Age(click.ParamType[timedelta]):
             self.fail(str(error), param, ctx)
 
 
+_ENDED = [state.value for state in RunState if state in TERMINAL]  # of a member click would take the name, in capitals
+
+
 @click.command(cls=Command)
 @click.option("--older-than", type=Age(), required=True, help="Only runs that ended so long ago: 90d, 12h, 2w.")
-@click.option("--state", "states", multiple=True, type=click.Choice(sorted(TERMINAL)), help="Only these; repeatable.")
+@click.option("--state", "states", multiple=True, type=click.Choice(_ENDED), help="Only these; repeatable.")
 @click.option("--saga", "saga_name", default="", metavar="NAME", help="Only runs of this saga.")
 @click.option("--limit", type=click.IntRange(1), help="At most so many, the oldest.")
 @click.option("--archive", metavar="FOLDER", help="Write them to a file there first, as JSON Lines.")

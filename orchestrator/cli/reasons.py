@@ -17,6 +17,7 @@ from orchestrator.machine.states import TERMINAL, Backward
 from orchestrator.store.gates import LINE
 from orchestrator.store.pauses import Pause
 from orchestrator.store.runs import Inbox, Outstanding, Serving
+from orchestrator.store.turns import ANYONE
 
 SILENT = timedelta(seconds=15)  # a worker renews its lease twice a second; this long means that its machine is gone
 _MOMENT = timedelta(seconds=2)  # what has been due for less is simply about to happen
@@ -302,7 +303,7 @@ def _taker_problem(case: Case, item: Outstanding, what: str) -> Reason | None:
         known = ", ".join(sorted({queue for worker in case.alive for queue in worker.queues}))
         text = f"No worker serves queue {item.queue!r}, where {what} waits (workers serve: {known})."
         return Reason("no queue", text, item.key, (f"celery -A <app> worker -Q {item.queue}",))
-    if any(item.target in worker.targets for worker in serving):
+    if any(_takes(worker, item) for worker in serving):
         return None
     nodes = ", ".join(worker.node for worker in serving)
     saga, at, version = item.target.rpartition("@")
@@ -310,10 +311,13 @@ def _taker_problem(case: Case, item: Outstanding, what: str) -> Reason | None:
         return _pinned(case, item, saga, version, serving)
     elsewhere = sorted({worker.node for worker in case.alive if item.target in worker.targets})
     else_ = f" ({', '.join(elsewhere)} knows it, but does not serve that queue)" if elsewhere else ""
-    text = (
-        f"Queue {item.queue!r} is served by {nodes}, but none of them knows task {item.target}{else_}. Deploy it there."
-    )
+    text = f"Queue {item.queue!r} is served by {nodes}, but none of them knows task {item.target}{else_}."
     return Reason("no task", f"{text} Deploy it there.", item.key)
+
+
+def _takes(worker: Serving, item: Outstanding) -> bool:
+    """Tell whether a worker takes this: a turn that resumes no saga code is for anyone who serves the queue."""
+    return item.queue in worker.queues and (item.target == ANYONE or item.target in worker.targets)
 
 
 def _pinned(case: Case, item: Outstanding, saga: str, version: str, serving: list[Serving]) -> Reason:
@@ -336,7 +340,7 @@ def _number(version: str) -> tuple[int, str]:
 
 
 def _waiting_its_turn(case: Case, item: Outstanding, what: str) -> Reason:
-    fit = [worker for worker in case.alive if item.queue in worker.queues and item.target in worker.targets]
+    fit = [worker for worker in case.alive if _takes(worker, item)]
     slots, busy = sum(worker.slots for worker in fit), sum(min(worker.draining, worker.slots) for worker in fit)
     waited = words.duration(case.now - item.due_at)
     nodes = ", ".join(worker.node for worker in fit)

@@ -5,6 +5,7 @@ Owns where histories come from and what is printed.  What fits and what does not
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -126,9 +127,15 @@ def _wanted(history: History, saga_name: str) -> bool:
 
 
 def _save(folder: Path, history: History) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^\w.@-]+", "_", f"{history['saga']}@{history['version']}-{history['id']}")[:200]
-    (folder / f"{name}.json").write_text(json.dumps(history, ensure_ascii=False, indent=1) + "\n")
+    whole = f"{history['saga']}@{history['version']}-{history['id']}"
+    name = re.sub(r"[^\w.@-]+", "_", whole, flags=re.ASCII)[:200]
+    if name != whole:  # what another run may be called as well
+        name += f"-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(history, ensure_ascii=False, indent=1) + "\n")
+    except OSError as error:
+        raise click.ClickException(f"nothing can be saved in {folder}: {error.strerror}") from None
 
 
 # -- what came of them -------------------------------------------------------------------------------------------------

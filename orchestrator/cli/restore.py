@@ -10,7 +10,7 @@ from collections.abc import Callable
 import click
 from rich.text import Text
 
-from orchestrator.cli.command import client_of, console, grid, print_json, reading
+from orchestrator.cli.command import console, grid, print_json, reading
 from orchestrator.cli.orders import who
 from orchestrator.engine import restore as engine
 from orchestrator.engine.restore import Aftermath
@@ -81,7 +81,7 @@ def _acknowledge(ctx: click.Context, json_: bool) -> int:
 
 
 def _aftermath(ctx: click.Context, by: str, dry_run: bool, snapshot: bool) -> Aftermath:
-    with client_of(ctx).pool.connection() as connection, reading(ctx):
+    with reading(ctx) as connection:
         if dry_run:
             return engine.look_ahead(connection)
         return engine.look_after(connection, by, always=snapshot)

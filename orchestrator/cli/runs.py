@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -229,6 +230,7 @@ def _facts(run: dict[str, Any], now: datetime) -> list[tuple[str, str | Text]]:
         facts.append(("deadline", f"{words.moment(run['deadline_at'])} ({words.ago(run['deadline_at'], now)})"))
     facts.append(("queue", run["queue"] + (f", priority {run['priority']}" if run["priority"] else "")))
     facts.append(("input", words.arguments(run["input"]) or "nothing"))
+    facts += _shown(run["published"] or {}, run["tags"])
     if run["state"] == RunState.COMPLETED:
         facts.append(("output", words.value(run["output"])))
     if run["error"]:
@@ -240,6 +242,19 @@ def _facts(run: dict[str, Any], now: datetime) -> list[tuple[str, str | Text]]:
     facts += [("left", f"{item['key']} ({item['outcome']}), not undone") for item in run["left_effects"]]
     facts += [("parked", _parked(item)) for item in run["parked"]]
     return facts
+
+
+def _shown(published: dict[str, Any], tags: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what a run shows of itself: `saga.progress`, `saga.publish`, `saga.tag`."""
+    if tags:
+        yield "tags", words.arguments(dict(sorted(tags.items())))
+    progress = published.get("progress")
+    if isinstance(progress, dict) and progress.keys() == {"done", "total", "note"}:
+        of = "" if progress["total"] is None else f" of {progress['total']}"
+        yield "progress", f"{progress['done']}{of}" + (f", {progress['note']}" if progress["note"] else "")
+        published = {name: value for name, value in published.items() if name != "progress"}
+    if published:
+        yield "published", words.arguments(published)
 
 
 def _parked(item: dict[str, Any]) -> str:

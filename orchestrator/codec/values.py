@@ -49,7 +49,7 @@ class ValueCodec:
         DefinitionError: the annotation is nothing that pydantic can encode.
     """
 
-    __slots__ = ("_exact", "_is_any", "_to_json", "_validate", "_validate_json", "annotation")
+    __slots__ = ("_exact", "_is_any", "_is_sure", "_to_json", "_validate", "_validate_json", "annotation")
 
     def __init__(self, annotation: Any = Any, *, what: str = "the value") -> None:
         self.annotation = _durable(annotation)
@@ -65,12 +65,23 @@ class ValueCodec:
                 f"{what} is annotated with {annotation!r}, which cannot be encoded: {explain(error)} "
                 "Annotate it with a type that pydantic supports, or with Any."
             ) from error
+        self._is_sure = _is_sure(adapter.core_schema)
         self._to_json = serializer.to_python
         self._validate = adapter.validator.validate_python
         self._validate_json = adapter.validator.validate_json
 
     def encode(self, value: Any) -> Json:
-        """Validate a value and return it as JSON; raises whatever pydantic raises."""
+        """Validate a value and return it as JSON; raises whatever pydantic raises.
+
+        What could not be read again is refused now: later nobody is there who could pass something else.
+        """
+        encoded = self.dump(value)
+        if not self._is_sure:
+            self._read_again(encoded)
+        return encoded
+
+    def dump(self, value: Any) -> Json:
+        """Validate a value and return it as JSON that nobody will read by this annotation."""
         if type(value) is self._exact:
             return typing.cast(Json, value)
         if self._is_any:
@@ -80,6 +91,17 @@ class ValueCodec:
         # Fields by their names, whatever aliases they have for others: each can be read back by its name.
         encoded: Json = self._to_json(self._validate(value), mode="json", warnings="error", by_alias=False)
         return encoded
+
+    def _read_again(self, encoded: Json) -> None:
+        try:
+            self.decode(encoded)
+        except PydanticSerializationError:
+            return  # it is no JSON at all, which is found where it is to be stored
+        except Exception as error:
+            raise PayloadError(
+                f"it cannot be read back from the JSON that it becomes: {explain(error)} Pass it in a form that can, "
+                "or correct how its type is written and read."
+            ) from error
 
     def decode(self, value: Json) -> Any:
         """Return the value of its JSON; raises whatever pydantic raises."""
@@ -121,10 +143,17 @@ def _harden(schema: Any) -> Any:
         return type(schema)(_harden(part) for part in schema)
     if not isinstance(schema, dict):
         return schema
-    hardened = {key: part if key in _OPAQUE else _harden(part) for key, part in schema.items()}
+    hardened = {key: part if _is_opaque(schema, key) else _harden(part) for key, part in schema.items()}
     kind = schema.get("type")
     if isinstance(schema.get("cls"), type) and issubclass(schema["cls"], _SECRETS):
         raise _secret(schema["cls"])
+    if kind in ("model", "dataclass") and _holds_stream(schema["schema"]):
+        # What such a field was given is read when the model is written, and a second time there is nothing left.
+        raise PayloadError(
+            f"a field of {schema['cls'].__qualname__} can be read only once; annotate it with list[...] instead."
+        )
+    if _writes_stars(schema.get("serialization")):
+        raise _secret(Secret)
     if kind == "model" and schema.get("config", {}).get("extra_fields_behavior") == "allow":
         hardened["schema"].setdefault("extras_schema", _harden(core_schema.any_schema()))
     if "serialization" in schema:
@@ -134,6 +163,71 @@ def _harden(schema: Any) -> Any:
     elif kind == "any":
         hardened["serialization"] = _AS_PLAIN
     return hardened
+
+
+def _is_opaque(schema: dict[Any, Any], key: Any) -> bool:
+    """Tell whether this part holds no schemas; what has no type is a mapping of schemas by names that authors chose."""
+    return key in _OPAQUE and isinstance(schema.get("type"), str)
+
+
+def _holds_stream(schema: Any) -> bool:
+    if isinstance(schema, list | tuple):
+        return any(map(_holds_stream, schema))
+    if not isinstance(schema, dict):
+        return False
+    parts = (part for key, part in schema.items() if not _is_opaque(schema, key))
+    return schema.get("type") == "generator" or any(map(_holds_stream, parts))
+
+
+def _writes_stars(serialization: Any) -> bool:
+    """Tell whether a serializer is that of ``Secret[...]``, whose schema does not name its class."""
+    function = serialization.get("function") if isinstance(serialization, dict) else None
+    return getattr(function, "__module__", "") == "pydantic.types" and "secret" in getattr(function, "__name__", "")
+
+
+_PLAIN: Final = frozenset({
+    "any", "none", "bool", "int", "float", "str", "bytes", "decimal", "date", "time", "datetime", "uuid", "list",
+    "tuple", "set", "frozenset", "dict", "nullable", "union", "tagged-union", "default", "definitions",
+    "definition-ref", "enum", "literal", "model", "model-fields", "model-field", "dataclass", "dataclass-args",
+    "dataclass-field", "typed-dict", "typed-dict-field",
+})  # fmt: skip
+_PLAIN_KEYS: Final = frozenset({"any", "str", "int", "decimal", "date", "datetime", "uuid", "enum"})
+# What is left out of the JSON, or is in it and not taken from it; and code that is run when a value is made anew.
+_DOUBTFUL: Final = (
+    "serialization", "serialization_exclude", "serialization_exclude_if", "computed_fields", "init_only", "custom_init",
+    "post_init",
+)  # fmt: skip
+
+
+def _is_sure(schema: Any) -> bool:
+    """Tell whether all that pydantic writes by a schema it can read again, as far as that shows in the schema.
+
+    A validator of the author's own may refuse what it has made, keys of a dict are text in JSON, and the members of an
+    enum are found by values that JSON may not have.
+    """
+    if isinstance(schema, list | tuple):
+        return all(map(_is_sure, schema))
+    if not isinstance(schema, dict):
+        return True
+    return _is_plain(schema) and all(_is_sure(part) for key, part in schema.items() if not _is_opaque(schema, key))
+
+
+def _is_plain(schema: dict[str, Any]) -> bool:
+    kind = schema.get("type")
+    if any(map(schema.get, _DOUBTFUL)) or schema.get("init") is False or callable(schema.get("discriminator")):
+        return False
+    if kind == "dict":
+        keys = schema.get("keys_schema", {"type": "any"})
+        return keys["type"] in _PLAIN_KEYS and (keys["type"] != "enum" or _values_are(keys, str))
+    if kind == "enum":
+        return _values_are(schema, str) or _values_are(schema, int)
+    if kind == "literal":
+        return all(value is None or type(value) in (str, int, bool) for value in schema["expected"])
+    return not isinstance(kind, str) or kind in _PLAIN
+
+
+def _values_are(schema: dict[str, Any], kind: type) -> bool:
+    return all(type(member.value) is kind for member in schema["members"])
 
 
 def _ordered(value: Any, handler: Callable[[Any], Any]) -> list[Any]:
@@ -178,7 +272,7 @@ def _plain_leaf(value: Any) -> Any:
     if isinstance(value, _SECRETS):
         raise _secret(type(value))
     if isinstance(value, BaseModel) or (is_dataclass(value) and not isinstance(value, type)):
-        return _of_type(type(value)).encode(value)
+        return _of_type(type(value)).dump(value)
     return _ANY.to_python(value, mode="json", warnings="error")
 
 

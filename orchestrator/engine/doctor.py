@@ -6,6 +6,7 @@ shown in a test.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -106,7 +107,7 @@ def lost_doorbells(facts: Facts) -> list[str]:
 
 # -- Postgres ----------------------------------------------------------------------------------------------------------
 def _of_server(server: Server) -> Iterator[Finding]:
-    major = int(server.version.split(".")[0].split("beta")[0])
+    major = int(re.match(r"\d*", server.version)[0] or 0)  # type: ignore[index]
     if major < _OLDEST_TESTED:
         yield Finding(
             "postgres-version",

@@ -25,7 +25,7 @@ from orchestrator.failpoints import failpoint
 from orchestrator.reconcile import Check, Looked, Statement, checks, correction_id, hooks
 from orchestrator.saga import Saga
 from orchestrator.store import reports, runs
-from orchestrator.store.connection import READ_ONLY, UNAVAILABLE, Connection
+from orchestrator.store.connection import Connection
 from orchestrator.store.reports import Earlier, Progress
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def _run(
         try:
             page.look(connection)
         except Exception as error:  # whatever a check does wrong, the others go on
-            if isinstance(error, UNAVAILABLE) and not isinstance(error, READ_ONLY):
+            if connection.closed:  # a statement that takes too long is an OperationalError as well, and the check's own
                 raise
             at.error, at.done = _text(_words(error)), True
         if not _written(connection, report_id, page):

@@ -113,7 +113,7 @@ class Saga(Generic[P, R]):
 
         Raises: PayloadError, ConflictError, StoreUnavailableError; UsageError for an option that has no meaning here.
         """
-        return self._starter().start(self, tuple(args or ()), kwargs or {}, {**options})
+        return self._starter().start(self, positional(args), kwargs or {}, {**options})
 
     def start_many(self, calls: Iterable[tuple[Any, ...]], **options: Unpack[StartManyOptions]) -> list[SagaResult]:
         """Start a run for each tuple of arguments, many with one commit; returns their handles in the same order.
@@ -131,7 +131,7 @@ class Saga(Generic[P, R]):
         self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Unpack[StartOptions]
     ) -> SagaResult:
         """Start a run without blocking the event loop; see `apply_async`."""
-        return await self._starter().astart(self, tuple(args or ()), kwargs or {}, {**options})
+        return await self._starter().astart(self, positional(args), kwargs or {}, {**options})
 
     def AsyncResult(self, task_id: str) -> SagaResult:  # noqa: N802 - Celery's name
         """Return a handle to a run by its id; asks nothing of the database yet."""
@@ -150,6 +150,14 @@ class Saga(Generic[P, R]):
         output = self.codec.encode_result(await self.function(*args, **kwargs))
         check(output, what=f"the result of {self.name}")
         return output
+
+
+def positional(args: Iterable[Any] | None) -> tuple[Any, ...]:
+    """Return the positional arguments of a start.  Raises: UsageError for a text, which is what ``("42")`` is."""
+    if isinstance(args, (str, bytes, Mapping)):
+        kind = type(args).__name__
+        raise UsageError(f"a saga is started with a list or tuple of arguments, such as (order,), not with a {kind}")
+    return tuple(args or ())
 
 
 class Registry:

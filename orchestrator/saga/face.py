@@ -6,6 +6,7 @@ part of it.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from orchestrator.codec import check, encode_any, is_name
@@ -46,4 +47,8 @@ def tag(**tags: str | int | float | bool | None) -> None:
 
 def is_tag(value: object) -> bool:
     """Tell whether a value can be searched for: text of at most 500 printable bytes, a number or a truth value."""
-    return isinstance(value, (str, int, float)) and is_name(str(value))
+    if isinstance(value, str):
+        return is_name(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and abs(value) < 10**500  # of more digits Python makes no text

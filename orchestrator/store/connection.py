@@ -11,8 +11,9 @@ from typing import Any
 
 import psycopg
 from psycopg.abc import RV, PQGen
+from psycopg.conninfo import conninfo_to_dict
 
-from orchestrator.errors import StoreUnavailableError
+from orchestrator.errors import ConfigurationError, StoreUnavailableError
 
 Connection = psycopg.Connection[Any]
 READ_ONLY = psycopg.errors.ReadOnlySqlTransaction
@@ -36,6 +37,14 @@ class TransactionFailed(Exception):
 WORKER_PATIENCE_S = 20.0
 """How long a worker waits for an answer of the database; its statements take milliseconds, and are tried again."""
 _CLIENT_PATIENCE_S = 60.0
+ATTENTIVE: dict[str, Any] = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,  # keepalives are silent while something is under way and nobody takes it
+}
+"""How every connection notices that the other side is gone."""
 
 
 class Patient(psycopg.Connection[Any]):
@@ -74,37 +83,49 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
     """Open an autocommit connection that Postgres shows as `name`, and that breaks if an answer takes `patience_s`.
 
     `prepare` off is for poolers that lend a connection for one transaction: no statement is prepared, and nothing is
-    asked of the session but its time zone, which such poolers carry along.  Raises: StoreUnavailableError.
+    asked of the session but its time zone, which such poolers carry along.
+    Raises: StoreUnavailableError, ConfigurationError.
     """
     # Plans are kept, and every statement has its index: one that was planned while the tables were empty must not go on
     # scanning them when they are full.
-    kept: Any = {"options": "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c timezone=UTC"}
+    kept = "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c timezone=UTC"
     try:
+        given = conninfo_to_dict(dsn).get("options")  # which ours would take the place of
+        options: Any = {"options": f"{given} {kept}" if given else kept} if prepare else {}
         connection = Patient.connect(
             dsn,
             autocommit=True,
             application_name=f"orchestrator {name}"[:63],
-            connect_timeout=5,
             prepare_threshold=1 if prepare else None,
-            keepalives_idle=10,
-            keepalives_interval=5,
-            keepalives_count=3,
-            tcp_user_timeout=25_000,  # keepalives are silent while something is under way and nobody takes it
-            **(kept if prepare else {}),
+            **ATTENTIVE,
+            **options,
         )
         connection.patience_s = patience_s
         if not prepare:
             connection.execute("SET timezone TO 'UTC'")
     except psycopg.OperationalError as error:
         raise unavailable(error) from None
+    except psycopg.ProgrammingError:  # which shows what it cannot read
+        raise ConfigurationError(
+            "the driver cannot read the database URL (database_url=, or ORCHESTRATOR_DATABASE_URL); look at its "
+            "parameters, behind the question mark"
+        ) from None
     return connection
 
 
-def unavailable(error: Exception) -> StoreUnavailableError:
-    """Return the error that tells a person what to do; the connection string never shows in it."""
+def unavailable(error: Exception, *, in_doubt: bool = False) -> StoreUnavailableError:
+    """Return the error that tells a person what to do; the connection string never shows in it.
+
+    `in_doubt` says that the connection was lost while something was under way.
+    """
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     what = "takes no writes" if isinstance(error, READ_ONLY) else "cannot be reached"
-    return StoreUnavailableError(
-        f"Postgres {what}: {reason}. Nothing was recorded; "
-        "check that it runs and that ORCHESTRATOR_DATABASE_URL points to it, then try again."
+    then = "check that it runs and that ORCHESTRATOR_DATABASE_URL points to it, then try again"
+    if not in_doubt:
+        return StoreUnavailableError(f"Postgres {what}: {reason}. Nothing was recorded; {then}.")
+    told = StoreUnavailableError(
+        f"Postgres {what}: {reason}. The connection was lost under way, so that it may have been recorded all the "
+        f"same; {then}, with the same id."
     )
+    told.in_doubt = True
+    return told

@@ -6,6 +6,7 @@ Apart from `runs`, which processes that only drive runs import without it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -116,5 +117,5 @@ def _readings(value: str | int | float) -> Iterator[Json]:
         read = json.loads(text)
     except ValueError:
         return
-    if isinstance(read, (int, float)):
+    if isinstance(read, int) or (isinstance(read, float) and math.isfinite(read)):  # no tag is NaN or Infinity
         yield read

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import psycopg
+from psycopg.rows import tuple_row
 from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session, scoped_session
@@ -39,13 +40,14 @@ def execute(transaction: Any, statement: str, values: dict[str, Any]) -> tuple[A
         if isinstance(transaction, (Session, scoped_session)):
             transaction = transaction.connection()
         if isinstance(transaction, Connection):
-            _refuse_inherited(transaction.connection.driver_connection)
+            _refuse_unjoinable(transaction.connection)
             row = transaction.execute(_sqlalchemy(statement), values).fetchone()
             return tuple(row) if row else None
         if isinstance(transaction, psycopg.Connection):
             _refuse_inherited(transaction)
             _refuse_autocommit(transaction)
-            return transaction.execute(statement, values).fetchone()
+            with psycopg.Cursor(transaction, row_factory=tuple_row) as cursor:
+                return cursor.execute(statement, values).fetchone()
         if isinstance(transaction, str):
             return _django(transaction, statement, values)
     except _NO_SCHEMA as error:
@@ -63,13 +65,14 @@ async def aexecute(transaction: Any, statement: str, values: dict[str, Any]) -> 
         if _is_async(transaction, "AsyncSession"):
             transaction = await transaction.connection()
         if _is_async(transaction, "AsyncConnection"):
-            _refuse_inherited((await transaction.get_raw_connection()).driver_connection)
+            _refuse_unjoinable(await transaction.get_raw_connection())
             row = (await transaction.execute(_sqlalchemy(statement), values)).fetchone()
             return tuple(row) if row else None
         if isinstance(transaction, psycopg.AsyncConnection):
             _refuse_inherited(transaction)
             _refuse_autocommit(transaction)
-            return await (await transaction.execute(statement, values)).fetchone()
+            async with psycopg.AsyncCursor(transaction, row_factory=tuple_row) as cursor:
+                return await (await cursor.execute(statement, values)).fetchone()
     except _NO_SCHEMA as error:
         raise _no_schema() from error
     except ProgrammingError as error:
@@ -128,11 +131,20 @@ def _refuse_inherited(driver: Any) -> None:
         refuse_inherited(driver.fileno())
 
 
+def _refuse_unjoinable(pooled: Any) -> None:
+    """Of SQLAlchemy: one that has none of its own, as each of its statements commits by itself, joins nothing."""
+    _refuse_inherited(pooled.driver_connection)
+    if getattr(pooled.dbapi_connection, "autocommit", False) is True:
+        raise _autocommits()
+
+
 def _refuse_autocommit(connection: Any) -> None:
     if connection.autocommit and connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
-        raise UsageError(
-            "transaction= got an autocommit connection outside of a transaction; open one around the start"
-        )
+        raise _autocommits()
+
+
+def _autocommits() -> UsageError:
+    return UsageError("transaction= got an autocommit connection outside of a transaction; open one around the start")
 
 
 def _says_no_schema(error: ProgrammingError) -> bool:

@@ -15,6 +15,7 @@ from orchestrator.failpoints import failpoint
 from orchestrator.store.arrivals import owe_turn
 from orchestrator.store.connection import CLOCK, Connection
 from orchestrator.store.pauses import Paused
+from orchestrator.store.turns import ANYONE
 
 _REGISTER = """
 INSERT INTO orchestrator.incarnations (node, host, pid, queues, targets, slots)
@@ -264,7 +265,8 @@ def neglects(
     now: datetime | None = None,
 ) -> bool:
     """Tell whether a worker has a slot that does not drain while work that it could do has been due for `patience`."""
-    values = {"incarnation": incarnation, "queues": list(queues), "targets": list(targets), "patience": patience}
+    takes = [*targets, ANYONE]
+    values = {"incarnation": incarnation, "queues": list(queues), "targets": takes, "patience": patience}
     row = connection.execute(_NEGLECTS, {**values, "now": now}).fetchone()
     return bool(row and row[0])
 

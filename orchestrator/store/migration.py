@@ -11,12 +11,14 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from orchestrator.errors import SchemaError, StoreUnavailableError
+from orchestrator.codec import first_line
+from orchestrator.errors import OrchestratorError, SchemaError, StoreUnavailableError
 from orchestrator.failpoints import failpoint
 from orchestrator.settings import Settings
+from orchestrator.store.connection import ATTENTIVE
 from orchestrator.store.schema import newer
 from orchestrator.store.tables import SCHEMA
 
@@ -33,23 +35,36 @@ def migrate(database_url: str) -> list[str]:
     """Bring the schema up to this release; returns the revisions applied, none if it was up to date.
 
     Holds a transaction-scoped advisory lock, so that several may try at once.
-    Raises: StoreUnavailableError, SchemaError if the database is newer than this code.
+    Raises: StoreUnavailableError; SchemaError if the database is newer than this code, or refuses.
     """
     settings = Settings.from_environment(database_url=database_url)
-    engine = create_engine(settings.sqlalchemy_url, poolclass=NullPool)
+    engine = create_engine(settings.sqlalchemy_url, poolclass=NullPool, connect_args=ATTENTIVE)
     try:
         with engine.begin() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
             failpoint("migrate.locked", connection)
-            connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+            if connection.execute(text("SELECT to_regnamespace(:name)"), {"name": SCHEMA}).scalar() is None:
+                # Not IF NOT EXISTS: who was given a schema may not be allowed to make one, and that is looked at first.
+                connection.execute(text(f"CREATE SCHEMA {SCHEMA}"))
             applied = _upgrade(connection)
             failpoint("migrate.applied", connection)
         failpoint("migrate.after")
         return applied
-    except OperationalError as error:
-        raise StoreUnavailableError(f"the database cannot be reached, nothing was migrated: {error.orig}") from None
+    except DBAPIError as error:
+        raise _told(error) from None
     finally:
         engine.dispose()
+
+
+def _told(error: DBAPIError) -> OrchestratorError:
+    if getattr(error.orig, "sqlstate", None) == "55P03":
+        return StoreUnavailableError(
+            "nothing was migrated: a lock could not be had in time, because another session holds what is to be "
+            "changed; try again when it has ended its transaction (`saga doctor` tells of the oldest)"
+        )
+    if isinstance(error, OperationalError):
+        return StoreUnavailableError(f"the database cannot be reached, nothing was migrated: {error.orig}")
+    return SchemaError(f"nothing was migrated, Postgres refuses: {first_line(error.orig or error)}")
 
 
 def _upgrade(connection: Connection) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -44,26 +45,45 @@ class ClientPool:
     @contextlib.contextmanager
     def connection(self) -> Iterator[Connection]:
         """Lend a connection; one that breaks is dropped.  Raises: StoreUnavailableError."""
+        fairy = self._lent()
+        try:
+            yield fairy.driver_connection
+        except UNAVAILABLE as error:
+            lost = fairy.driver_connection.closed
+            fairy.invalidate()
+            self._current().dispose()  # whatever ended this connection has most likely ended the idle ones too
+            raise unavailable(error, in_doubt=lost) from error
+        finally:
+            fairy.close()
+
+    def _lent(self) -> Any:
+        """Take a connection; if the server has ended the one at hand, it most likely has ended the idle ones too."""
         from sqlalchemy.exc import TimeoutError as PoolTimeout
 
         try:
             fairy: Any = self._current().connect()
+            if _is_over(fairy.driver_connection):
+                fairy.invalidate()
+                self._current().dispose()
+                fairy = self._current().connect()
         except PoolTimeout:
             raise StoreUnavailableError(
                 f"all {self._size} database connections of this process were in use for 10 s; raise "
                 "ORCHESTRATOR_MAX_CONNECTIONS or start fewer threads"
             ) from None
-        try:
-            yield fairy.driver_connection
-        except UNAVAILABLE as error:
-            fairy.invalidate()
-            self._current().dispose()  # whatever ended this connection has most likely ended the idle ones too
-            raise unavailable(error) from error
-        finally:
-            fairy.close()
+        return fairy
 
     def close(self) -> None:
         """Close what is idle."""
         if self._pool is not None and self._owner == os.getpid():
             self._pool.dispose()
             self._pool = None
+
+
+def _is_over(connection: Connection) -> bool:
+    """Tell, without asking, whether the server has ended a connection that nothing was asked of: it has said so."""
+    if connection.closed:
+        return True
+    waiting = select.poll()
+    waiting.register(connection.fileno(), select.POLLIN)
+    return bool(waiting.poll(0))

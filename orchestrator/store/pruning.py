@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime
 
 from orchestrator.store.connection import CLOCK, Connection
 
@@ -29,6 +29,7 @@ class Seen:
     fits: bool
 
 
+_EVER = datetime.min.replace(tzinfo=UTC)
 # Index runs_by_start.  What ended before an instant began before it.
 _PAGE = """
 SELECT started_at, id, parent_id IS NULL AND finished_at < %(before)s
@@ -44,7 +45,7 @@ def page(
     """Return the next runs that began before an instant, the oldest first; those that fit ended before it."""
     values = {
         "before": before, "states": list(states), "saga": saga, "limit": limit,
-        "at": after.started_at if after else before - timedelta(days=365_000), "id": after.id if after else "",
+        "at": after.started_at if after else _EVER, "id": after.id if after else "",
     }  # fmt: skip
     return [Seen(*row) for row in connection.execute(_PAGE, values).fetchall()]
 

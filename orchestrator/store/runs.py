@@ -79,17 +79,18 @@ def start_and_look(
 
 
 # What a run was started with: of one that was continued as new, its first link knows.  Of one that was pruned nothing
-# is known but its saga and the state in which it ended.
+# is known but its saga and the state in which it ended.  The input as text: what a caller's connection makes of JSON is
+# the caller's business (text, with Django; a Decimal of a number).
 IDENTITY = """
-SELECT saga, version, input, state FROM (
+SELECT saga, version, CAST(input AS text), state FROM (
     SELECT id, saga, version, input, state FROM orchestrator.runs WHERE id IN (%(id)s, CAST(%(id)s AS text) || '~1')
     UNION ALL SELECT '', saga, NULL, NULL, state FROM orchestrator.pruned WHERE id = %(id)s
 ) AS known ORDER BY length(id) DESC LIMIT 1
 """
 
 
-def identity(connection: Connection, run_id: str) -> tuple[str, int | None, Json, str] | None:
-    """Return saga, version, input and state of a run; no version if it was pruned."""
+def identity(connection: Connection, run_id: str) -> tuple[str, int | None, str | None, str] | None:
+    """Return saga, version, input as JSON text, and state of a run; neither version nor input if it was pruned."""
     return connection.execute(IDENTITY, {"id": run_id}).fetchone()
 
 
@@ -174,7 +175,7 @@ SELECT w.key, w.role, w.target, w.queue, w.task, w.attempt, w.due_at, w.reserved
     w.deadline_at, w.expires_at, w.stop, i.node, i.dead_at IS NOT NULL,
     EXISTS (SELECT FROM orchestrator.incarnations a WHERE a.dead_at IS NULL AND w.queue = ANY(a.queues)),
     EXISTS (SELECT FROM orchestrator.incarnations a
-            WHERE a.dead_at IS NULL AND w.queue = ANY(a.queues) AND w.target = ANY(a.targets)),
+            WHERE a.dead_at IS NULL AND w.queue = ANY(a.queues) AND (w.target = '*' OR w.target = ANY(a.targets))),
     w.call -> 'g', w.gate IS NOT NULL AND w.due_at > {CLOCK} + %(line)s::interval / 2,
     (SELECT count(*) FROM orchestrator.work g WHERE g.gate = w.gate AND g.due_at < {CLOCK} + %(line)s::interval / 2),
     {CLOCK}

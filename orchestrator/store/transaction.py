@@ -19,7 +19,7 @@ from sqlalchemy.pool import NullPool
 
 from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
-from orchestrator.store.connection import UNAVAILABLE, CommitUnknown, TransactionFailed
+from orchestrator.store.connection import ATTENTIVE, UNAVAILABLE, CommitUnknown, TransactionFailed
 from orchestrator.store.connection import Connection as Psycopg
 from orchestrator.store.permits import Permits
 
@@ -34,7 +34,7 @@ class Transactions:
 
     def __init__(self, sqlalchemy_url: str, permits: Permits | None = None, *, prepare: bool = True) -> None:
         self._permits = permits
-        options: dict[str, Any] = {} if prepare else {"connect_args": {"prepare_threshold": None}}
+        options: dict[str, Any] = {"connect_args": ATTENTIVE if prepare else ATTENTIVE | {"prepare_threshold": None}}
         if permits is None:
             options |= {"pool_size": 1, "max_overflow": 20, "pool_pre_ping": True}
         else:

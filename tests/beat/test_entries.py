@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from itertools import islice, pairwise
+from types import SimpleNamespace
 from typing import Any
 
+import psycopg
 import pytest
 from celery import Celery
 from celery.beat import BeatLazyFunc, ScheduleEntry
@@ -14,8 +16,9 @@ from celery.schedules import BaseSchedule, crontab, schedstate, schedule, solar
 from orchestrator import UsageError, saga
 from orchestrator.celery import entries, nightly
 from orchestrator.celery.entries import Asked, Entry
-from orchestrator.celery.schedules import Book
+from orchestrator.celery.schedules import Book, Post, Undeliverable
 from orchestrator.client import Client
+from orchestrator.codec import dumps
 from orchestrator.engine.schedules import EVER, LATE, CatchUp, Overlap, Schedule
 from orchestrator.engine.timetable import Crontab, Interval, Rounded
 from orchestrator.settings import Settings
@@ -189,6 +192,7 @@ def test_beat_reconciles_every_night_and_prunes_if_it_is_told_what_is_old() -> N
     assert named({}) == ["orchestrator.reconcile"]
     assert named({}, retention="90d") == ["orchestrator.prune", "orchestrator.reconcile"]
     assert named({"mine": {"task": "orchestrator.reconcile"}, "bad": 7}) == []
+    assert named({"bad": {"task": ["no", "name"]}}) == ["orchestrator.reconcile"]
     assert named({}, nightly=False, retention="90d") == []
 
 
@@ -204,6 +208,48 @@ def test_lazy_arguments_are_not_computed_before_their_slot(app: Celery, client: 
     found, _ = read(app, client, task=tally.name, args=(lazy,))
     assert computed == []
     assert found.start and found.start("id", NOW).input == {"amount": 7}
+
+
+@pytest.mark.parametrize("given", [{"args": "90d"}, {"args": {"a": 1}}, {"kwargs": ["a"]}])
+def test_a_text_in_the_place_of_arguments_is_refused(app: Celery, client: Client, given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="must be a"):
+        read(app, client, **given)
+
+
+@pytest.mark.parametrize("name", ["no\0name", "no\ud800name", "n" * 3000, ""])
+def test_a_name_that_cannot_be_stored_harms_no_other_entry(app: Celery, client: Client, name: str) -> None:
+    app.orchestrator = SimpleNamespace(client=client, settings=client.settings)
+    app.conf.beat_schedule = {name: {"task": "plain", "schedule": 60}, "it": {"task": "plain", "schedule": 60}}
+    book = Book(app)
+    book.refresh(NOW)
+    assert {declared.name for declared in book.declared()} >= {"it"}
+    assert [told for told in book.problems.values() if "its name must be text of 1 to 2000 bytes" in told]
+    assert all(len(dumps(declared.name)) < 2000 for declared in book.declared())
+
+
+def test_an_argument_that_cannot_be_computed_is_no_broker_that_is_away(app: Celery) -> None:
+    """What reads a file or asks a server fails as a broker does, with an OSError."""
+
+    def compute() -> int:
+        raise ConnectionError("the rates cannot be had")
+
+    book = Book(app)
+    book.entries["it"] = Entry("plain", (BeatLazyFunc(compute),))
+    with pytest.raises(Undeliverable, match="it") as raised:
+        Post(app, book).deliver("it", NOW, "id")
+    assert "the rates cannot be had" in str(raised.value.reason)
+
+
+def test_an_argument_of_a_saga_that_cannot_be_computed_is_no_database_that_is_away(app: Celery, client: Client) -> None:
+    """What asks another database fails as ours does."""
+
+    def compute() -> int:
+        raise psycopg.OperationalError("the other database is away")
+
+    found, _ = read(app, client, task=tally.name, args=(BeatLazyFunc(compute),))
+    assert found.start is not None
+    with pytest.raises(UsageError, match="could not be computed: OperationalError: the other database is away"):
+        found.start("id", NOW)
 
 
 def test_it_is_the_default_of_an_app_that_names_no_scheduler_of_its_own() -> None:

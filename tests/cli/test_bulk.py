@@ -64,6 +64,12 @@ def test_there_may_be_no_such_runs(terminal: Terminal) -> None:
     assert terminal.ok("bulk", "cancel", "--saga", "nobody", "--yes") == "There are no such runs.\n"
 
 
+def test_an_order_for_nobody_is_no_dry_run(terminal: Terminal) -> None:
+    told = terminal.json("bulk", "cancel", "--all", "--yes")
+    assert (told["told"], told["dry_run"]) == (0, False)
+    assert "say --all" in terminal.run("bulk", "cancel", "--yes").stderr
+
+
 def test_runs_are_listed_by_their_tags(terminal: Terminal, three: list[str]) -> None:
     client = terminal.shop.orchestrator.client
     client.start(terminal.shop.nap, ({"id": "x"},), {}, {"task_id": "tagged", "tags": {"tenant": "acme", "size": 7}})
@@ -71,3 +77,18 @@ def test_runs_are_listed_by_their_tags(terminal: Terminal, three: list[str]) -> 
         options = [option for each in where for option in ("--where", each)]
         assert [run["id"] for run in terminal.json("list", *options)] == ["tagged"]
     assert terminal.json("list", "--where", "tenant=other") == []
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 400])
+def test_a_tag_may_look_like_what_json_does_not_have(terminal: Terminal, text: str) -> None:
+    client = terminal.shop.orchestrator.client
+    client.start(terminal.shop.nap, ({"id": "x"},), {}, {"task_id": "tagged", "tags": {"name": text}})
+    assert [run["id"] for run in terminal.json("list", "--where", f"name={text}")] == ["tagged"]
+
+
+@pytest.mark.parametrize("command", [("list",), ("bulk", "cancel", "--yes")])
+def test_two_values_for_one_tag_are_refused(terminal: Terminal, command: tuple[str, ...]) -> None:
+    """The first would be forgotten, and an order go to runs that were not meant."""
+    refused = terminal.run(*command, "--where", "tenant=acme", "--where", "tenant=other")
+    assert refused.exit_code == 2 and "cannot be both 'acme' and 'other'" in refused.stderr
+    assert terminal.run(*command, "--where", "tenant=acme", "--where", "tenant=acme").exit_code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+import psycopg
 import pytest
 from celery import Celery
 from celery.bin.base import CLIContext
@@ -46,6 +47,20 @@ def test_a_database_without_schema_names_migrate_and_migrate_makes_it(
     assert terminal.ok("migrate") == "The orchestrator schema is up to date.\n"
     assert terminal.json("migrate") == {"applied": []}
     assert terminal.json("list") == []
+
+
+def test_a_database_that_refuses_is_one_sentence(on: object, empty_database_url: str, broker_url: str) -> None:
+    """Such as for a role that may not read."""
+    terminal: Terminal = on(empty_database_url, broker_url)  # type: ignore[operator]
+    with psycopg.connect(empty_database_url, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA orchestrator")
+        connection.execute(
+            "CREATE VIEW orchestrator.alembic_version AS SELECT 1 / (now() = 'epoch')::int AS version_num"
+        )
+    for command, code in (("list", 1), ("doctor", 2)):
+        refused = terminal.run(command)
+        assert refused.exit_code == code, refused.output
+        assert "Postgres refuses: division by zero" in refused.output and "Traceback" not in refused.output
 
 
 def test_a_database_that_does_not_answer_is_one_sentence(on: object, broker_url: str) -> None:

@@ -187,6 +187,15 @@ def test_a_restore_is_noticed_until_somebody_looks_after_it(terminal: Terminal, 
     assert arrivals == [({"e": "restore", "by": "ann"},)]
 
 
+def test_a_restore_can_be_looked_after_over_one_connection(
+    terminal: Terminal, sql: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(terminal.shop.orchestrator._overrides, "max_connections", 1)
+    sql.execute(_SET_BACK)
+    terminal.ok("doctor", "--after-restore", "--by", "ann")
+    assert "restored" not in examine(terminal)[2]
+
+
 def test_a_failover_that_lost_nothing_is_noted(terminal: Terminal, sql: psycopg.Connection[Any]) -> None:
     terminal.ok("start", "checkout", ORDER)
     sql.execute(_SET_BACK)

@@ -192,6 +192,23 @@ def test_a_task_that_no_worker_of_the_queue_knows() -> None:
     reason = _only(_case(_work(), workers=[elsewhere, unknowing]))
     assert reason.code == "no task"
     assert "none of them knows task shop.charge (mail@here knows it, but does not serve that queue)" in reason.text
+    assert reason.text.count("Deploy it there.") == 1
+
+
+def test_a_turn_that_needs_no_code_is_taken_by_any_worker_of_the_queue() -> None:
+    unknowing = replace(SERVING, targets=["something.else"])
+    anyone = _work(key="", role="turn", target="*")
+    assert _only(_case(anyone, workers=[unknowing])).code == "turn"
+    assert _only(_case(replace(anyone, due_at=_ago(30)), workers=[unknowing])).code == "not taken"
+
+
+def test_a_run_that_was_cancelled_waits_for_no_code(terminal: Terminal, database: psycopg.Connection[Any]) -> None:
+    run_id = terminal.start("checkout", "1")
+    terminal.ok("cancel", run_id)
+    _worker(database, "celery", "something.else")
+    [turn] = terminal.json("show", run_id)["outstanding"]
+    assert (turn["target"], turn["target_served"]) == ("*", True)
+    assert "no task" not in _codes(terminal, run_id)
 
 
 def test_workers_that_are_busy() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import getpass
 import json
 
 import pytest
 
+from orchestrator.saga import registry as sagas
 from tests.cli.conftest import Terminal, eventually
 
 CHARGE = "tests.cli.shop.charge#0"
@@ -72,6 +74,20 @@ def test_a_saga_is_paused_and_resumed_by_its_name(terminal: Terminal) -> None:
     assert reason["hints"] == ["saga resume --saga tests.cli.shop.checkout"]
     assert "goes on" in terminal.ok("resume", "--saga", "checkout")
     assert "paused" not in [reason["code"] for reason in terminal.json("explain", run_id)["reasons"]]
+
+
+@pytest.mark.parametrize(
+    "command", [("pause",), ("resume",), ("list",), ("bulk", "cancel", "--yes"), ("prune", "--older-than", "1d")]
+)
+def test_a_name_that_several_sagas_have_means_none_of_them(
+    terminal: Terminal, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = copy.copy(terminal.shop.checkout)
+    other.name = "tests.cli.other.checkout"
+    monkeypatch.setitem(sagas.sagas, (other.name, 1), other)
+    refused = terminal.run(*command, "--saga", "checkout")
+    assert refused.exit_code == 1
+    assert "several sagas are called 'checkout'; say which: tests.cli.other.checkout, tests.cli.shop" in refused.stderr
 
 
 def test_a_queue_is_paused_and_resumed(terminal: Terminal) -> None:

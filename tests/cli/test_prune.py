@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from orchestrator.machine.states import TERMINAL, RunState
 from tests.cli.conftest import Terminal
 
 
@@ -21,6 +24,15 @@ def test_prune_says_what_goes_and_beat_has_it_as_a_task(worked: Terminal, tmp_pa
     assert worked.shop.app.tasks["orchestrator.prune"]("0s")["total"] >= 1
     again = worked.run("start", "checkout", json.dumps([{"id": "x"}]), "--id", "prune-1")
     assert again.exit_code == 1 and "was pruned" in again.output
+
+
+@pytest.mark.parametrize("state", sorted(state.value for state in RunState if state in TERMINAL))
+def test_a_state_is_named_as_everywhere(terminal: Terminal, state: str) -> None:
+    assert "0 runs would go." in terminal.ok("prune", "--older-than", "1d", "--state", state, "--dry-run")
+
+
+def test_an_age_that_no_run_can_have_finds_none(terminal: Terminal) -> None:
+    assert "0 runs would go." in terminal.ok("prune", "--older-than", "999999999d", "--dry-run")
 
 
 def test_prune_says_what_is_wrong_with_its_arguments(terminal: Terminal) -> None:

@@ -137,6 +137,21 @@ def test_runs_of_the_database_are_replayed_and_saved(worked: Terminal, tmp_path:
     assert [(each["saga"], each["fits"]) for each in found] == [("tests.cli.shop.checkout", True)]
 
 
+def test_each_run_is_saved_as_a_file_of_its_own(terminal: Terminal, tmp_path: Path) -> None:
+    ids = ["a/b", "a_b", "ü" * 250, "ü" * 249]
+    for run_id in ids:
+        terminal.start("checkout", "1", "--id", run_id)
+    assert "4 of 4 runs fit" in terminal.ok("replay", *ids, "--save", str(tmp_path))
+    assert {json.loads(file.read_text())["id"] for file in tmp_path.iterdir()} == {*ids}
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(terminal: Terminal, histories: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    failed = terminal.run("replay", "--from", str(histories / "done.json"), "--save", str(tmp_path / "file" / "folder"))
+    assert failed.exit_code == 1
+    assert failed.stderr.startswith("Error: nothing can be saved in ") and "Not a directory" in failed.stderr
+
+
 def test_an_unknown_run_is_one_sentence(terminal: Terminal) -> None:
     refused = terminal.run("replay", "nobody")
     assert refused.exit_code == 1

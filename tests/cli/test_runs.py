@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import psycopg
 import pytest
 
 from tests.cli.conftest import Terminal
@@ -78,6 +79,14 @@ def test_list_shows_the_newest_first_within_80_columns(terminal: Terminal) -> No
     assert max(map(len, lines)) <= 80
 
 
+def test_what_looks_like_markup_is_shown_as_it_is(terminal: Terminal) -> None:
+    run_id = "a[/b] [true] :car:"
+    terminal.start("checkout", "[true, false] [/x] :car:", "--id", run_id)
+    assert run_id in terminal.ok("list")
+    shown = terminal.ok("show", run_id)
+    assert run_id in shown and "[true, false] [/x] :car:" in shown
+
+
 def test_list_filters_by_state_and_saga_and_says_that_there_is_more(terminal: Terminal) -> None:
     for number in range(3):
         terminal.start("checkout", str(number), "--id", f"c{number}")
@@ -102,6 +111,21 @@ def test_show_tells_all_about_a_run_that_ended(worked: Terminal) -> None:
     assert "explain" not in said
 
 
+def test_show_tells_what_a_run_shows_of_itself_and_its_tags(terminal: Terminal) -> None:
+    client = terminal.shop.orchestrator.client
+    client.start(terminal.shop.nap, ({"id": "x"},), {}, {"task_id": "shown", "tags": {"tenant": "acme", "size": 7}})
+    assert "progress" not in terminal.ok("show", "shown") and "published" not in terminal.ok("show", "shown")
+    published = {"progress": {"done": 3, "total": 10, "note": "on the way"}, "last": [1, 2]}
+    with psycopg.connect(terminal.database_url) as connection:
+        connection.execute("UPDATE orchestrator.runs SET published = %s", [json.dumps(published)])
+    said = " ".join(terminal.ok("show", "shown").split())
+    for part in ('tags size=7, tenant="acme"', "progress 3 of 10, on the way", "published last=[1, 2]"):
+        assert part in said
+    with psycopg.connect(terminal.database_url) as connection:
+        connection.execute("UPDATE orchestrator.runs SET published = %s", [json.dumps({"progress": "half"})])
+    assert 'published progress="half"' in " ".join(terminal.ok("show", "shown").split())
+
+
 def test_show_lists_what_is_outstanding(terminal: Terminal) -> None:
     run_id = terminal.start("checkout", "1")
     assert "(next turn)" in terminal.ok("show", run_id)
@@ -114,6 +138,14 @@ def test_a_run_that_is_not_there_is_one_sentence_and_exit_code_1(terminal: Termi
     missing = terminal.run(command, "nowhere")
     assert missing.exit_code == 1
     assert missing.stderr == "Error: there is no run 'nowhere' in this database; look it up with `saga list`\n"
+
+
+@pytest.mark.parametrize("command", ["show", "history", "explain", "cancel", "diagram"])
+def test_what_is_no_text_is_no_run(terminal: Terminal, command: str) -> None:
+    """A shell hands bytes that are not UTF-8 on as lone surrogates."""
+    missing = terminal.run(command, "\udcff")
+    assert missing.exit_code == 1
+    assert missing.stderr.startswith("Error: there is no run '\\udcff' in this database")
 
 
 @pytest.fixture

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pickle
 from datetime import timedelta
 
+import psycopg
 import pytest
+from sqlalchemy import make_url
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg as psycopg_dialect
 
 from orchestrator.errors import ConfigurationError
 from orchestrator.settings import Settings
@@ -63,6 +66,39 @@ def test_another_database_is_refused_without_showing_the_url(url: str) -> None:
     with pytest.raises(ConfigurationError, match="must begin with postgresql://") as caught:
         Settings.from_environment({}, database_url=url)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("password", ["sec@ret", "sec/ret", "sec%ret", "sec%00ret"])
+def test_a_password_that_is_not_quoted_is_refused_without_showing_it(password: str) -> None:
+    """The driver takes a part of it for a host or a port, and says which."""
+    with pytest.raises(ConfigurationError, match="write %40 for @") as caught:
+        Settings.from_environment({}, database_url=f"postgresql://ann:{password}@db:5432/shop")
+    assert "sec" not in str(caught.value) and "ret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "", "/shop", "db", "ann@db/shop", "ann:s:e?c#ret@db/shop", "ann:secret@db:5432/a:b#c",
+        "ann:s%40cret@db:5432/shop?sslmode=require&application_name=a@b",
+        "[::1]:5432/shop", "ann:s,cret@%2Fvar%2Frun/shop", "/shop?host=/var/run", "ann:secret@/shop?host=/var/run",
+    ],
+)  # fmt: skip
+def test_what_the_driver_takes_is_taken(address: str) -> None:
+    settings = Settings.from_environment({}, database_url=f"postgresql://{address}")
+    assert settings.dsn == f"postgresql://{address}"
+    assert psycopg.conninfo.conninfo_to_dict(settings.dsn) is not None
+
+
+def test_several_hosts_are_named_to_sqlalchemy_in_its_own_way() -> None:
+    url = "postgresql://ann:s%40cret@one:5432,two:5433/shop?target_session_attrs=read-write"
+    settings = Settings.from_environment({}, database_url=url)
+    assert settings.dsn == url
+    _, options = psycopg_dialect().create_connect_args(make_url(settings.sqlalchemy_url))
+    assert options == {
+        "host": "one,two", "port": "5432,5433", "dbname": "shop", "user": "ann", "password": "s@cret",
+        "target_session_attrs": "read-write",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,29 @@ import math
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from uuid import UUID, uuid4
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, Secret, SecretBytes, SecretStr
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Secret,
+    SecretBytes,
+    SecretStr,
+    computed_field,
+    field_validator,
+)
 from pydantic.alias_generators import to_camel
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import TypedDict
 
 from orchestrator.codec import Json, ValueCodec, dumps, encode_any, loads
@@ -325,7 +336,21 @@ class Login(BaseModel):
     password: SecretStr | None = None
 
 
-@pytest.mark.parametrize("annotation", [SecretStr, SecretBytes, Login, list[Login], dict[str, Login]])
+class SecretDate(Secret[date]): ...
+
+
+class Session(BaseModel):
+    metadata: SecretStr
+
+
+class Token(BaseModel):
+    valid: Secret[int] | None = None
+
+
+SECRET = [SecretStr, SecretBytes, Login, list[Login], dict[str, Login], Session, Secret[int], SecretDate, Token]
+
+
+@pytest.mark.parametrize("annotation", SECRET)
 def test_a_secret_is_a_wrong_definition_and_never_stored_as_stars(annotation: Any) -> None:
     with pytest.raises(DefinitionError, match="what is secret is not stored"):
         ValueCodec(annotation)
@@ -336,3 +361,109 @@ def test_a_secret_without_annotation_is_refused(value: Any) -> None:
     with pytest.raises((PayloadError, DefinitionError), match="what is secret is not stored") as refused:
         encode_any(value)
     assert "abc" not in str(refused.value)
+
+
+class Crew(BaseModel):
+    """Its fields have the names of parts of pydantic's own schemas."""
+
+    members: set[str]
+    default: Any = None
+
+
+def test_the_name_of_a_field_does_not_matter() -> None:
+    crew = Crew(members=set("hgfedcba"), default=set("hgfedcba"))
+    encoded: Any = ValueCodec(Crew).encode(crew)
+    assert (encoded["members"], encoded["default"]) == (list("abcdefgh"), list("abcdefgh"))
+    with pytest.raises(PayloadError, match="nan"):
+        encode_any(Crew(members=set(), default=math.nan))
+
+
+class Stream(BaseModel):
+    items: Iterable[int]
+
+
+@pydantic_dataclass
+class Flow:
+    streams: list[Stream]
+
+
+@pytest.mark.parametrize("annotation", [Stream, list[Stream], Flow, Stream | None])
+def test_a_model_that_can_be_written_only_once_is_a_wrong_definition(annotation: Any) -> None:
+    """Its second step would get nothing of what its first one got."""
+    with pytest.raises(DefinitionError, match=r"read only once.*list"):
+        ValueCodec(annotation)
+
+
+class Place(enum.Enum):
+    HOME = (1, 2)
+
+
+class Size(enum.Enum):
+    SMALL = 1
+
+
+class Hidden(BaseModel):
+    id: str
+    card: str = Field(exclude=True)
+
+
+class Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    net: int
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def gross(self) -> int:
+        return self.net * 2
+
+
+class Split(BaseModel):
+    words: list[str]
+
+    @field_validator("words", mode="before")
+    @classmethod
+    def split(cls, text: str) -> list[str]:
+        return text.split()
+
+
+@dataclass
+class Scaled:
+    factor: InitVar[int]
+    value: int = 0
+
+    def __post_init__(self, factor: int) -> None:
+        self.value *= factor
+
+
+LOST: list[tuple[Any, Any]] = [
+    (Place, Place.HOME),
+    (dict[tuple[int, int], str], {(1, 2): "a"}),
+    (dict[Size, str], {Size.SMALL: "a"}),
+    (list[Hidden], [Hidden(id="a", card="b")]),
+    (Closed, Closed(net=1)),
+    (Split, Split(words="a b")),  # type: ignore[arg-type]
+    (Scaled, Scaled(2, 3)),
+]
+
+
+@pytest.mark.parametrize(("annotation", "value"), LOST, ids=[str(annotation) for annotation, _ in LOST])
+def test_what_could_not_be_read_again_is_refused_before_it_is_stored(annotation: Any, value: Any) -> None:
+    with pytest.raises(PayloadError, match="cannot be read back"):
+        ValueCodec(annotation).encode(value)
+    encode_any(value if not isinstance(value, Scaled) else None)
+
+
+def test_what_is_read_as_it_was_written_is_not_refused() -> None:
+    class Point3(NamedTuple):
+        x: int
+        raw: bytes
+
+    for annotation, value in (
+        (dict[Color, int], {Color.RED: 1}),
+        (dict[Level, int], {Level.HIGH: 1}),
+        (dict[bool, int], {True: 1}),
+        (Point3, Point3(1, b"a")),
+        (Literal[1, "a", None], "a"),
+        (Path, Path("/tmp")),
+    ):
+        assert ValueCodec(annotation).decode(ValueCodec(annotation).encode(value)) == value

@@ -56,6 +56,8 @@ def test_nothing_is_found_where_all_is_well() -> None:
     [
         ("postgres-version", Level.BROKEN, server(version="13.9")),
         ("postgres-version", Level.ADVICE, server(version="19beta1")),
+        ("postgres-version", Level.ADVICE, server(version="19rc1")),
+        ("postgres-version", Level.ADVICE, server(version="20devel")),
         ("standby", Level.BROKEN, server(in_recovery=True)),
         ("fsync", Level.BROKEN, server(settings={**ON, "fsync": "off"})),
         ("full-page-writes", Level.BROKEN, server(settings={**ON, "full_page_writes": "off"})),

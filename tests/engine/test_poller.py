@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 
-from orchestrator.poller import _Book, _settle
+from orchestrator.poller import Poller, _Book, _settle
 from orchestrator.store.runs import Outcome
 
 NOW = 1000.0
@@ -40,3 +42,22 @@ def test_how_long_callers_wait_is_learned(book: _Book) -> None:
         book.waiting["run"] = [Future()]
         _settle(book, ["run"], {"run": ended}, {})
     assert book.usual_s == pytest.approx(0.008, rel=0.01)
+
+
+class Broken:
+    """A pool whose connections cannot be had, for a reason that every caller is to hear."""
+
+    def connection(self) -> Any:
+        raise ZeroDivisionError
+
+
+def test_where_no_thread_can_be_had_the_next_caller_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    poller = Poller(Broken())  # type: ignore[arg-type]
+    with monkeypatch.context() as crowded, pytest.raises(RuntimeError, match="new thread"):
+        crowded.setattr(threading.Thread, "start", refuse)
+        poller.wait("run")
+    with pytest.raises(ZeroDivisionError):
+        poller.wait("run").result(timeout=30)

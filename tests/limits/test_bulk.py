@@ -149,6 +149,19 @@ def test_many_are_paused_and_resumed(many: None, child: Child, client: Client, c
     assert client.bulk("resume", saga=sleeps).refused == {"not paused": 3}
 
 
+def test_runs_that_are_paused_with_their_saga_are_not_said_to_go_on(
+    many: None, child: Child, client: Client, connection: Any
+) -> None:
+    client.pause(saga=sleeps)
+    child.drain()
+    assert state(connection, "sleeps-0") == "paused"
+    effects = client.bulk("resume", states=["paused"])
+    assert (effects.told, effects.refused) == (0, {"paused with its saga: resume that": 2})
+    client.resume(saga=sleeps)
+    child.drain()
+    assert state(connection, "sleeps-0") == "running"
+
+
 def test_what_is_parked_is_skipped(many: None, child: Child, client: Client, connection: Any) -> None:
     effects = client.bulk("skip", everything=True)
     assert (effects.told, effects.refused) == (3, {"not parked": 4})
@@ -162,6 +175,8 @@ def test_what_is_parked_is_skipped(many: None, child: Child, client: Client, con
         ("cancel", {}, "would take every run"),
         ("resolve", {"saga": "x"}, "cannot be ordered for many"),
         ("cancel", {"colour": "red"}, "colour"),
+        ("cancel", {"states": "parked"}, "states= lists some of .*parked"),
+        ("cancel", {"states": ["completed"]}, "states= lists some of .*parked"),
         ("cancel", {"started_after": "yesterday"}, "started_after must be an aware datetime"),
     ],
 )

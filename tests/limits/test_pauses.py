@@ -233,6 +233,16 @@ def test_nothing_is_taken_from_a_paused_queue_nobody_rings_for_it_and_no_worker_
     assert state(connection) == "completed"
 
 
+def test_a_run_that_is_to_be_undone_is_work_of_any_worker(child: Child, client: Client, connection: Any) -> None:
+    """Which needs none of its code: a worker that lets it lie neglects it, whatever it has registered."""
+    start(connection, other, 1)
+    targets, child.targets = child.targets, ["something.else"]
+    assert not _neglects(connection, child)
+    client.cancel("run")
+    assert _neglects(connection, child)
+    child.targets = targets
+
+
 def _neglects(connection: Any, child: Child) -> bool:
     return liveness.neglects(connection, child.incarnation, [QUEUE], child.targets, timedelta(0))
 

@@ -13,9 +13,11 @@ import psycopg
 import pytest
 
 from orchestrator import DefinitionError, UsageError, reconcile
+from orchestrator.client import Client
 from orchestrator.engine.reconcile import Report
 from orchestrator.engine.reconcile import reconcile as run
 from orchestrator.reconcile import Looked
+from orchestrator.settings import Settings
 from orchestrator.store.connection import Connection, open_connection
 
 NUMBERS = """
@@ -143,6 +145,34 @@ def test_a_check_that_fails_is_an_error_and_the_others_go_on(connection: Connect
     assert next(each.breaks for each in report.checks if each.name == "a good one") == 10
 
 
+def test_a_statement_that_takes_too_long_is_an_error_and_the_others_go_on(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.engine.reconcile._TIMEOUT", "SET LOCAL statement_timeout = '50ms'")
+    reconcile.check("a slow one", sql="SELECT pg_sleep(60)::text AS key WHERE %(after)s = '' LIMIT %(limit)s")
+    reconcile.check("things", sql=NUMBERS)
+
+    @reconcile.check
+    def another_database(connection: Any, after: str, limit: int) -> Iterator[Looked]:
+        raise psycopg.OperationalError("the provider's database is away")
+        yield
+
+    report = run(connection, list(reconcile.checks))
+    errors = {each.name: each.error or "" for each in report.checks}
+    assert "statement timeout" in errors.pop("a slow one") and "is away" in errors.pop("another database")
+    assert errors == {"things": ""}
+
+
+def test_a_connection_that_is_lost_is_no_error_of_a_check(connection: Connection) -> None:
+    @reconcile.check
+    def cuts(connection: Any, after: str, limit: int) -> Iterator[Looked]:
+        connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+        yield
+
+    with pytest.raises(psycopg.OperationalError):
+        run(connection, ["cuts"])
+
+
 def test_a_directory_that_cannot_be_written_is_said_and_the_report_is_there(
     connection: Connection, tmp_path: Path
 ) -> None:
@@ -163,6 +193,12 @@ def test_declarations_that_are_wrong_are_refused() -> None:
         reconcile.check("engine: mine", sql="SELECT 1")
     with pytest.raises(DefinitionError, match="columns="):
         reconcile.statement("file", file="f.csv", columns={"amount": "Amount"}, sql="SELECT 1")
+
+
+def test_one_check_is_named_by_its_name(database_url: str) -> None:
+    client = Client(Settings.from_environment({}, database_url=database_url), lambda *_: None, lambda: "celery")
+    assert [each.name for each in client.reconcile("engine: locks").checks] == ["engine: locks"]
+    client.pool.close()
 
 
 def test_a_check_that_there_is_not_is_named(connection: Connection) -> None:

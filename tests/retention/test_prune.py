@@ -217,3 +217,8 @@ def test_ages_are_text() -> None:
             age(wrong)
     with pytest.raises(UsageError, match="running"):
         Chosen(NOTHING, states=("running",))
+
+
+def test_one_state_is_given_in_a_list(client: Client) -> None:
+    with pytest.raises(UsageError, match=r"list of states, such as \['failed'\]"):
+        client.prune(NOTHING, states="failed")

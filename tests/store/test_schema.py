@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import uuid
+from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -67,6 +70,42 @@ def test_a_missing_and_a_newer_schema_are_named(empty_database_url: str, databas
 def test_without_a_database_a_migration_says_so() -> None:
     with pytest.raises(StoreUnavailableError, match="cannot be reached"):
         store.migrate("postgresql://me:s3cret@127.0.0.1:1/nothing")
+
+
+@pytest.fixture
+def visitor(empty_database_url: str) -> Iterator[str]:
+    """URL of an empty database for a role that may connect to it, and nothing else."""
+    role = f"visitor_{uuid.uuid4().hex}"
+    with open_connection(empty_database_url, name="test") as connection:
+        connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
+        where = urlsplit(empty_database_url)
+        yield where._replace(netloc=f"{role}:x@{where.netloc.rpartition('@')[2]}").geturl()
+        connection.execute(f"DROP OWNED BY {role} CASCADE")
+        connection.execute(f"DROP ROLE {role}")
+
+
+def test_a_role_that_may_make_no_schema_is_told_so(visitor: str) -> None:
+    with pytest.raises(SchemaError, match="Postgres refuses: permission denied for database"):
+        store.migrate(visitor)
+
+
+def test_a_role_that_was_given_the_schema_can_migrate(visitor: str, empty_database_url: str) -> None:
+    with open_connection(empty_database_url, name="test") as connection:
+        connection.execute(f"CREATE SCHEMA {SCHEMA} AUTHORIZATION {urlsplit(visitor).username}")
+    assert store.migrate(visitor)
+    assert store.migrate(visitor) == []
+
+
+def test_a_lock_that_cannot_be_had_is_no_database_that_cannot_be_reached(
+    empty_database_url: str,
+) -> None:
+    database = urlsplit(empty_database_url).path[1:]
+    with open_connection(empty_database_url, name="test") as connection:
+        connection.execute(f"ALTER DATABASE {database} SET lock_timeout = '50ms'")
+        with connection.transaction():
+            connection.execute("SELECT pg_advisory_xact_lock(7091237)")
+            with pytest.raises(StoreUnavailableError, match="a lock could not be had in time"):
+                store.migrate(empty_database_url)
 
 
 def test_a_terminal_state_and_its_instant_belong_together(connection: Connection) -> None:

@@ -66,3 +66,13 @@ def test_a_database_that_is_away_fails_the_transaction() -> None:
     nobody = Transactions("postgresql+psycopg://nobody@127.0.0.1:1/nowhere")
     with pytest.raises(TransactionFailed, match="refused"):
         nobody.run(False, MINUTE, lambda connection: None, lambda connection, value: True)
+
+
+def test_its_connection_is_given_up_as_any_other_when_the_way_to_the_database_hangs(transactions: Transactions) -> None:
+    def parameters(connection: Any) -> dict[str, str]:
+        found: dict[str, str] = connection.connection.driver_connection.info.get_parameters()
+        return found
+
+    shown = transactions.run(False, timedelta(minutes=1), parameters, lambda connection, value: True)
+    wanted = {"tcp_user_timeout": "25000", "keepalives_idle": "10", "keepalives_count": "3", "connect_timeout": "5"}
+    assert {name: shown.get(name) for name in wanted} == wanted

@@ -1,0 +1,123 @@
+"""What a run is started with, before anything is asked of the database."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import math
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+import psycopg
+import pytest
+
+from orchestrator import StoreUnavailableError, UsageError, saga, starting
+from orchestrator.client import Client
+from orchestrator.settings import Settings
+from orchestrator.step import StepContext, current_step
+from orchestrator.store import runs
+
+
+@saga.define
+async def begun(amount: int) -> int:
+    return amount
+
+
+@saga.define
+async def both(tens: Any, ones: Any = None) -> None: ...
+
+
+@pytest.fixture
+def inside() -> Iterator[StepContext]:
+    """A step that runs, of a run with an id as long as one may be."""
+    context = StepContext("r" * 500, "shop.charge#0", 1, f"{'r' * 500}:shop.charge#0", datetime.now(UTC))
+    token = current_step.set(context)
+    yield context
+    current_step.reset(token)
+
+
+def _start(**options: object) -> str:
+    return starting.prepare(begun, {"amount": 1}, options, lambda: "celery")[0].id
+
+
+def test_what_a_step_with_a_long_key_starts_has_an_id_that_is_the_same_at_each_attempt(inside: StepContext) -> None:
+    first = [_start() for _ in range(2)]
+    inside.starts, inside.attempt = 0, 2
+    assert [_start() for _ in range(2)] == first
+    assert len({*first}) == 2 and all(len(run_id) <= 500 for run_id in first)
+    inside.starts, inside.idempotency_key = 0, f"{'r' * 500}:shop.charge#1"
+    assert _start() not in first, "another step of the run starts others"
+
+
+def test_an_id_of_the_callers_own_is_as_long_as_it_may_be(inside: StepContext) -> None:
+    assert _start(task_id="a" * 500) == "a" * 500
+    with pytest.raises(UsageError, match="500"):
+        _start(task_id="a" * 501)
+
+
+@pytest.mark.parametrize("deadline", [0, -1.5, timedelta(0), timedelta(days=-1)])
+def test_a_deadline_that_has_passed_before_the_start_is_refused(deadline: Any) -> None:
+    with pytest.raises(UsageError, match="deadline must be positive"):
+        _start(deadline=deadline)
+
+
+@pytest.fixture
+def client(database_url: str) -> Iterator[Client]:
+    made = Client(Settings.from_environment({}, database_url=database_url), lambda *_: None, lambda: "celery")
+    yield made
+    made.pool.close()
+
+
+@pytest.mark.parametrize("args", ["42", b"42", {"amount": 42}])
+def test_a_text_in_the_place_of_arguments_is_not_taken_letter_by_letter(client: Client, args: Any) -> None:
+    """It is what ``("42")`` is."""
+    mine = copy.copy(both)
+    mine.starter = cast(Any, client)
+    with pytest.raises(UsageError, match="a list or tuple of arguments"):
+        mine.apply_async(args)
+    with pytest.raises(UsageError, match="a list or tuple of arguments"):
+        asyncio.run(mine.aapply_async(args))
+    with pytest.raises(UsageError, match="a list or tuple of arguments"):
+        mine.start_many([args])
+
+
+def test_one_id_for_many_runs_is_refused_and_not_passed_over(client: Client) -> None:
+    with pytest.raises(UsageError, match="task_ids="):
+        client.start_many(begun, [(1,)], {"task_id": "one"})
+
+
+def test_a_caller_may_wait_for_as_long_as_there_are_numbers(client: Client) -> None:
+    result = client.start(begun, (1,), {}, {"task_id": "one"})
+    with psycopg.connect(client.settings.dsn) as connection:
+        connection.execute(
+            "UPDATE orchestrator.runs SET state = 'completed', output = '7', finished_at = now() WHERE id = 'one'"
+        )
+    for timeout in (math.inf, 1e300):
+        result.ended = None
+        assert result.get(timeout=timeout) == 7
+        result.ended = None
+        assert asyncio.run(result.aget(timeout=timeout)) == 7
+
+
+def test_a_start_whose_connection_is_lost_under_way_is_not_said_to_be_undone(
+    client: Client, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = runs.start_and_look
+
+    def lost(connection: Any, *args: Any) -> Any:
+        really(connection, *args)
+        client.pool._dsn = "postgresql://nobody@127.0.0.1:1/nothing"
+        connection.close()
+        raise psycopg.OperationalError("the connection is lost")
+
+    monkeypatch.setattr(runs, "start_and_look", lost)
+    with pytest.raises(StoreUnavailableError, match="may have been recorded all the same") as raised:
+        client.start(begun, (1,), {}, {})
+    assert raised.value.in_doubt and "Nothing was recorded" not in str(raised.value)
+    with psycopg.connect(database_url) as connection:
+        [(run_id,)] = connection.execute("SELECT id FROM orchestrator.runs").fetchall()
+    assert f"run {run_id}:" in str(raised.value)
+    with pytest.raises(StoreUnavailableError, match="Nothing was recorded") as raised:
+        client.start(begun, (1,), {}, {})
+    assert not raised.value.in_doubt

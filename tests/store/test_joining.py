@@ -1,0 +1,137 @@
+"""Starting in a caller's transaction, over connections that are set up in the ways that callers like."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import types
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row, namedtuple_row
+from psycopg.types.json import set_json_loads
+from psycopg.types.string import TextLoader
+from sqlalchemy import create_engine
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import Session
+
+from orchestrator import ConflictError, UnknownRunError, UsageError, saga
+from orchestrator.client import Client
+from orchestrator.settings import Settings
+
+
+@saga.define
+async def joined(amount: float) -> float:
+    return amount
+
+
+@pytest.fixture
+def client(database_url: str) -> Iterator[Client]:
+    made = Client(Settings.from_environment({}, database_url=database_url), lambda *_: None, lambda: "celery")
+    yield made
+    made.pool.close()
+
+
+def _exact(connection: Any) -> None:
+    set_json_loads(lambda text: json.loads(text, parse_float=Decimal), connection)
+
+
+def _as_text(connection: Any) -> None:
+    connection.adapters.register_loader("jsonb", TextLoader)
+
+
+def _raw(connection: Any) -> None:
+    connection.cursor_factory = psycopg.RawCursor
+
+
+def _dicts(connection: Any) -> None:
+    connection.row_factory = dict_row
+
+
+def _named(connection: Any) -> None:
+    connection.row_factory = namedtuple_row
+
+
+SETTINGS = [_exact, _as_text, _raw, _dicts, _named]
+
+
+def _start(client: Client, transaction: Any, amount: float) -> None:
+    client.start(joined, (amount,), {}, {"task_id": "same", "transaction": transaction})
+
+
+def _starts_once(client: Client, transaction: Any) -> None:
+    """Start a run twice in a transaction, and see that other input is refused."""
+    _start(client, transaction, 1.5)
+    _start(client, transaction, 1.5)
+    with pytest.raises(ConflictError, match="other input"):
+        _start(client, transaction, 2.5)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_same_start_is_known_again_however_the_connection_reads(
+    client: Client, database_url: str, setting: Callable[[Any], None]
+) -> None:
+    with psycopg.connect(database_url) as connection:
+        setting(connection)
+        _starts_once(client, connection)
+    assert client.handle(joined, "same").status == "pending"
+
+
+class Database:
+    """A database of Django's, as far as a start needs one: JSON comes as text."""
+
+    in_atomic_block = True
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        _as_text(connection)
+        self.connection = connection
+
+    def cursor(self) -> contextlib.AbstractContextManager[psycopg.Cursor[Any]]:
+        return self.connection.cursor()
+
+
+def test_the_same_start_is_known_again_in_a_transaction_of_django(
+    client: Client, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with psycopg.connect(database_url) as connection:
+        module: Any = types.ModuleType("django.db")
+        module.connections = {"default": Database(connection)}
+        monkeypatch.setitem(sys.modules, "django", types.ModuleType("django"))
+        monkeypatch.setitem(sys.modules, "django.db", module)
+        _starts_once(client, "default")
+
+
+def _autocommit(database_url: str, driver: str) -> str:
+    return database_url.replace("postgresql://", f"postgresql+{driver}://")
+
+
+def test_an_engine_that_commits_each_statement_has_no_transaction_to_join(client: Client, database_url: str) -> None:
+    engine = create_engine(_autocommit(database_url, "psycopg"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection, pytest.raises(UsageError, match="autocommit"):
+        _start(client, connection, 1.5)
+    with Session(engine) as session, pytest.raises(UsageError, match="autocommit"):
+        _start(client, session, 1.5)
+    engine.dispose()
+    with pytest.raises(UnknownRunError):
+        client.handle(joined, "same").status  # noqa: B018
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+def test_an_async_engine_that_commits_each_statement_has_none_either(
+    client: Client, database_url: str, driver: str
+) -> None:
+    async def start() -> None:
+        engine = create_async_engine(_autocommit(database_url, driver), isolation_level="AUTOCOMMIT")
+        async with engine.connect() as connection:
+            with pytest.raises(UsageError, match="autocommit"):
+                await client.astart(joined, (1.5,), {}, {"task_id": "same", "transaction": connection})
+        await engine.dispose()
+
+    asyncio.run(start())
+    with pytest.raises(UnknownRunError):
+        client.handle(joined, "same").status  # noqa: B018
