@@ -75,6 +75,8 @@ class ValueCodec:
 
         What could not be read again is refused now: later nobody is there who could pass something else.
         """
+        if type(value) is self._exact:
+            return typing.cast(Json, value)
         encoded = self.dump(value)
         if not self._is_sure:
             self._read_again(encoded)
