@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -288,17 +289,18 @@ def test_a_message_sent_twice_starts_one_run(world: World, sql_of: psycopg.Conne
     assert (world.told(run_id), runs(sql_of, run_id)) == (["do a"], [run_id])
 
 
-def test_messages_that_cannot_start_anything_do_no_harm(worker: Worker, sql_of: psycopg.Connection[Any]) -> None:
+def test_messages_that_cannot_start_anything_do_no_harm(own_worker: Worker, sql_of: psycopg.Connection[Any]) -> None:
     bad, good = new_id(), new_id()
-    app.send_task("tests.acceptance.sagas.sequence", args=["no plans"], task_id=bad)
-    app.send_task("tests.acceptance.sagas.sequence", args=[1, 2, 3], task_id=f"{bad}-2")
-    app.send_task("tests.acceptance.sagas.nobody", args=[[]], task_id=f"{bad}-3")
-    app.send_task("tests.acceptance.sagas.sequence", args=[[]], task_id=good)
+    send = partial(app.send_task, queue=own_worker.queue)
+    send("tests.acceptance.sagas.sequence", args=["no plans"], task_id=bad)
+    send("tests.acceptance.sagas.sequence", args=[1, 2, 3], task_id=f"{bad}-2")
+    send("tests.acceptance.sagas.nobody", args=[[]], task_id=f"{bad}-3")
+    send("tests.acceptance.sagas.sequence", args=[[]], task_id=good)
     until(lambda: runs(sql_of, good), "the good message")
-    until(lambda: bad in worker.said and f"{bad}-2" in worker.said, "one line each")
+    until(lambda: bad in own_worker.said and f"{bad}-2" in own_worker.said, "one line each")
     assert runs(sql_of, bad) == []
     assert "No task 'tests.acceptance.sagas.nobody' here" in until(
-        lambda: "nobody" in worker.said and worker.said, "a warning"
+        lambda: "nobody" in own_worker.said and own_worker.said, "a warning"
     )
 
 
