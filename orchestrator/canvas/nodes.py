@@ -100,9 +100,10 @@ class Node(BaseModel):
 
 
 class Link(Node):
-    """One task."""
+    """One task; `declared` if it is a declared step where the canvas was read, and so has an undo and a policy."""
 
     task: TaskName
+    declared: bool = False
     queue: Name | None = None
     priority: Annotated[int, Field(ge=0, le=9)] | None = None
 

@@ -17,6 +17,7 @@ from orchestrator.canvas.nodes import Canvas, Chain, Each, Group, Link
 from orchestrator.codec import encode_any
 from orchestrator.codec.values import explain
 from orchestrator.errors import PayloadError, UsageError
+from orchestrator.step import registry as declared_steps
 
 Form: TypeAlias = Mapping[str, Any]
 _HONOURED = ("queue", "priority", "countdown", "eta", "link", "link_error")
@@ -79,7 +80,7 @@ def _link(form: Form, kwargs: Form, inherited: dict[str, Any]) -> Canvas:
     name = form["task"]
     common, inherited = _common(form, inherited)
     given: Any = encode_any(dict(kwargs), f"the kwargs of {name}")
-    return Link(task=name, kwargs=given, **inherited, **common)
+    return Link(task=name, declared=name in declared_steps.steps, kwargs=given, **inherited, **common)
 
 
 def _chain(form: Form, kwargs: Form, inherited: dict[str, Any]) -> Canvas:

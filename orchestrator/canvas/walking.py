@@ -16,7 +16,7 @@ from orchestrator.canvas.nodes import Canvas, Chain, Each, Group, Link
 from orchestrator.canvas.reading import read
 from orchestrator.canvas.telling import arguments_of_handler, failure_of
 from orchestrator.codec import Json, check, encode_any
-from orchestrator.errors import PayloadError, StepFailed
+from orchestrator.errors import PayloadError, StepFailed, UsageError
 from orchestrator.machine.code import RequestFuture
 from orchestrator.saga.inside import code_of
 from orchestrator.saga.steps import LegacyStep, request_of
@@ -159,6 +159,11 @@ def _step_of(link: Link, plain: StepOptions) -> Step[Any, Any]:
     given: dict[str, Any] = {"queue": link.queue, "priority": link.priority}
     options = {name: value for name, value in given.items() if value is not None}
     declared = declared_steps.steps.get(link.task)
+    if declared is None and link.declared:
+        raise UsageError(
+            f"{link.task} is a declared step that this worker does not import: as a plain task it would have neither "
+            "undo nor policy. Include its module in every worker of the run's queue, then `saga retry` the run"
+        )
     if declared is None:
         return LegacyStep(link.task, replace(plain, **options) if options else plain)
     return declared.with_options(**options) if options else declared

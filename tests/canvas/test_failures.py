@@ -12,6 +12,7 @@ from celery import chain, chord, group
 from orchestrator import Rejected, RetryPolicy, SagaFailed, StepFailed, durable, saga, testing
 from orchestrator.canvas import walking
 from orchestrator.canvas.telling import FAILURE
+from orchestrator.step import registry
 from tests.canvas.tasks import (
     Order,
     add,
@@ -237,6 +238,19 @@ def test_a_parked_link_that_is_skipped_has_failed_and_one_that_is_resolved_has_i
     assert testing.run(canvas).skip("canvas.fail#0").state == "failed"
     assert said == ["test-run:canvas.fail#0"]
     assert testing.run(canvas).resolve("canvas.fail#0", 1).result() == 2
+
+
+def test_a_worker_that_does_not_import_a_declared_step_never_runs_it_without_its_undo(
+    said: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canvas = durable(chain(same.s({"id": "7", "cents": 1}), take.s()))
+    with monkeypatch.context() as worker:
+        worker.delitem(registry.steps, "canvas.take")
+        run = testing.run(canvas)
+        assert run.state == "parked" and "canvas.take is a declared step" in run.error["message"]  # type: ignore[index]
+        assert said == []
+    assert run.retry().state == "completed"
+    assert said == ["take 7"]
 
 
 def test_arguments_that_a_step_does_not_take_fail_its_link(said: list[Any]) -> None:
