@@ -62,7 +62,7 @@ class Settings(BaseModel):
     show_payloads: bool = False
     nightly: bool = Field(default=True, description="beat reconciles every night, and prunes if retention is set")
     retention: str = Field(
-        default="", pattern=r"^(\d{1,9}[smhdw])?$", description="what beat prunes: 90d; empty: nothing"
+        default="", pattern=r"^(\d{1,9}[smhd]|\d{1,8}w)?$", description="what beat prunes: 90d; empty: nothing"
     )
 
     @classmethod

@@ -144,7 +144,7 @@ reconcile.check(
     LEFT JOIN customers.profiles c ON c.id = r.input #>> '{signup,id}'
     CROSS JOIN LATERAL (
         SELECT count(*) AS accounts FROM ledger.accounts a
-        WHERE a.id LIKE 'customer:' || (r.input #>> '{signup,id}') || ':%%'
+        WHERE starts_with(a.id, 'customer:' || (r.input #>> '{signup,id}') || ':')
     ) AS has
     ORDER BY r.id
     """,

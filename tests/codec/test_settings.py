@@ -102,8 +102,12 @@ def test_several_hosts_are_named_to_sqlalchemy_in_its_own_way() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("LEASE", "-1"), ("LEASE", "soon"), ("ACCEPT_MESSAGES", "none"), ("DRAIN_STEPS", "x")]
-)
+    ("name", "value"),
+    [
+        ("LEASE", "-1"), ("LEASE", "soon"), ("ACCEPT_MESSAGES", "none"), ("DRAIN_STEPS", "x"), ("RETENTION", "90"),
+        ("RETENTION", "999999999w"),
+    ],
+)  # fmt: skip
 def test_a_wrong_setting_is_named(name: str, value: str) -> None:
     with pytest.raises(ConfigurationError, match=f"ORCHESTRATOR_{name}"):
         Settings.from_environment({"ORCHESTRATOR_DATABASE_URL": URL, f"ORCHESTRATOR_{name}": value})
