@@ -186,7 +186,8 @@ class Day:
         until = time.monotonic() + _GIVE_UP_S
         while not self.is_over():
             if time.monotonic() > until:
-                raise SystemExit("the runs have not ended")
+                states = self.look.execute("SELECT id, state FROM orchestrator.runs ORDER BY id").fetchall()
+                raise SystemExit(f"the runs have not ended: {states}")
             self.turn()
         for _ in range(self.rounds):
             self.tolerant(self.pump_once)

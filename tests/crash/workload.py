@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
-from celery import chain, group
+from celery import chain, group, signature
 from sqlalchemy import Connection as SqlConnection
 from sqlalchemy import text
 
@@ -170,7 +171,8 @@ async def family(names: list[str]) -> list[str]:
     for part in await asyncio.gather(saga.child(child_of_a_family, ["b", "c"]), saga.child(child_of_a_family, ["d"])):
         done += part
     if "canvas" in names:
-        done.append(await saga.step(chain(take.s("g"), group(take.s(), take.s()))))
+        link = partial(signature, take.name)
+        done.append(await saga.step(chain(link(("g",)), group(link(), link()))))
     if "many" in names:
         done.append(str((await saga.map(take, ["e", "bad", "f"], page=2, tolerate=1)).succeeded))
     if "bad" in names:
