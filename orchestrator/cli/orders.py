@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from orchestrator.cli.command import Command, JsonType, as_json, client_of, full_name, print_json, run_argument
 from orchestrator.client import Client
 from orchestrator.errors import UsageError
+from orchestrator.saga import registry as sagas
 
 reason_option = click.option("--reason", default="", help="Why; kept in the run's history.")
 by_option = click.option("--by", default="", help="Who decides; the name of this account by default.")
@@ -132,6 +133,9 @@ def _say_all(json_: bool, action: str, saga_name: str, queue: str, changed: bool
         print_json({kind: name, "ordered": action, "changed": changed})
     else:
         click.echo(f"{kind.capitalize()} {name} {sentence}.")
+    if saga_name and saga_name not in sagas.names:
+        note = f"Note: no saga of this app is called {name}; the order holds for runs of that name, if there are any."
+        click.echo(note, err=True)
 
 
 @_order

@@ -76,6 +76,13 @@ def test_a_saga_is_paused_and_resumed_by_its_name(terminal: Terminal) -> None:
     assert "paused" not in [reason["code"] for reason in terminal.json("explain", run_id)["reasons"]]
 
 
+def test_a_name_that_no_saga_of_the_app_has_is_told(terminal: Terminal) -> None:
+    """It may be one whose code is gone; more likely it is misspelt."""
+    paused = terminal.run("pause", "--saga", "chekout")
+    assert paused.exit_code == 0 and "no saga of this app is called chekout" in paused.stderr
+    assert "no saga" not in terminal.run("pause", "--saga", "checkout").stderr
+
+
 @pytest.mark.parametrize(
     "command", [("pause",), ("resume",), ("list",), ("bulk", "cancel", "--yes"), ("prune", "--older-than", "1d")]
 )
