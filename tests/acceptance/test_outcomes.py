@@ -328,10 +328,11 @@ def test_gather_with_one_failing_waits_for_the_others_and_undoes_them(world: Wor
     result = sagas.together.delay([plan("b", "gate"), A, FAILS])
     world.until_at(result, "at b")
     until(lambda: result.status == "compensating", "the failure is known")
-    assert done_and_undone(world, result) == ["do a"]
+    before = done_and_undone(world, result)
+    assert before in (["do a"], []), "nobody begins it any more, if nobody had begun it"
     world.open(f"{result} b")
     assert ended(result).state == "compensated"
-    assert done_and_undone(world, result) == ["do a", "do b", "undo a", "undo b"]
+    assert done_and_undone(world, result) == [*before, "do b", *(["undo a"] if before else []), "undo b"]
 
 
 def test_an_abandoned_branch_is_undone_while_the_run_completes(world: World) -> None:
