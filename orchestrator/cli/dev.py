@@ -113,7 +113,9 @@ def _enter(orchestrator: Any, servers: Servers, data_dir: Path) -> None:
     (data_dir / ".gitignore").write_text("*\n")
     file = data_dir / "env"
     file.touch(0o600)
-    file.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()))
+    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in variables.items()]
+    programs = Path(sys.executable).parent  # of a virtual environment that the second terminal may not have activated
+    file.write_text("".join([*lines, f'export PATH={shlex.quote(str(programs))}:"$PATH"\n']))
 
 
 def _children(
