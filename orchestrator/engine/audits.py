@@ -64,6 +64,8 @@ def _folded(run: Audited, late: list[str]) -> tuple[Fold | None, str]:
 def _of_the_row(run: Audited, fold: Fold) -> str | None:
     if run["state"] != str(fold.state):
         return f"it is {run['state']}, and {fold.state} by its journal"
+    if (run["finished_at"] is not None) != (fold.state in TERMINAL):
+        return f"it is {run['state']}, and its finished_at does not say so"
     told = columns_of(fold)
     compared = told if fold.ended else {name: told[name] for name in ("parked", "past_pivot")}
     differ = [name for name, value in compared.items() if run[name] != (None if value == [] else value)]

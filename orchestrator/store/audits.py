@@ -35,7 +35,7 @@ class Audited:
 _RUNS = """
 SELECT r.id, r.saga, r.version, r.state, r.output, r.error, nullif(r.left_effects, '[]') AS left_effects,
     nullif(r.parked, '[]') AS parked, r.parent_id, r.root_id, r.queue, r.position, r.past_pivot, r.link, r.since,
-    r.started_at, p.id IS NOT NULL AS has_parent, root.state AS root_state, root.link AS root_link,
+    r.started_at, r.finished_at, p.id IS NOT NULL AS has_parent, root.state AS root_state, root.link AS root_link,
     ARRAY(SELECT key FROM orchestrator.work w WHERE w.run_id = r.id) AS work,
     (SELECT true FROM orchestrator.arrivals a WHERE a.run_id = r.id LIMIT 1) IS NOT NULL AS unread,
     ARRAY(SELECT key FROM orchestrator.locks l WHERE l.run_id = r.id AND l.granted_at IS NULL) AS in_line

@@ -21,8 +21,13 @@ from orchestrator.store.gates import LINE
 START = """
 SELECT run_id FROM orchestrator.start_runs_1(CAST(%(runs)s AS json), CAST(%(now)s AS timestamptz))
 """
-# The same, its commit, and after that a look at who drains, in one round trip; not for a transaction that is open.
-_START_AND_LOOK = "CALL orchestrator.start_and_look_1(%s::json, %s, %s::timestamptz, NULL, NULL)"
+# The function start_run_2 of 0007_lean_statements.sql: one run, and a look at who drains.
+_START_ONE = """
+SELECT started, rings FROM orchestrator.start_run_2(
+    %s, %s, %s, %s::jsonb, %s, %s::smallint, %s::float8, %s, %s::float8, %s::jsonb, %s)
+"""
+# Many, their commit, and after that a look at who drains, in one round trip; not for a transaction that is open.
+_START_MANY = "CALL orchestrator.start_and_look_1(%s::json, %s, %s::timestamptz, NULL, NULL)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +78,17 @@ def start_and_look(
 
     Returns the ids that were not taken, and that number.  Commits: the connection must be in autocommit mode.
     """
-    row = connection.execute(_START_AND_LOOK, (_text(new), queue, now)).fetchone()
+    if len(new) == 1 and new[0].parent is None:
+        (one,) = new
+        tags = None if one.tags is None else dumps(one.tags)
+        values = (
+            one.id, one.saga, one.version, dumps(one.input), queue, one.priority, one.delay, one.eta, one.deadline,
+            tags, now,
+        )  # fmt: skip
+        row = connection.execute(_START_ONE, values).fetchone()
+        assert row is not None
+        return {one.id} if row[0] else set(), int(row[1])
+    row = connection.execute(_START_MANY, (_text(new), queue, now)).fetchone()
     assert row is not None
     return set(row[0] or ()), int(row[1])
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 
@@ -258,36 +258,6 @@ class Commit:
             more["continue"] = self.continued
         return more or None
 
-    def among_others(self) -> dict[str, Any]:
-        """Return the turn as commit_turns_1 takes it."""
-        assert self.is_plain
-        turn: dict[str, Any] = {
-            "run": self.run_id, "position": self.position, "at": self.at.isoformat(), "state": self.state,
-            "entries": self.entries,
-        }  # fmt: skip
-        held: list[dict[str, Any]] = [{"row_key": key, "done": fence} for key, fence in self.done]
-        work: list[Any] = list(self.work)
-        if self.holds_turn:
-            turn["holds"] = True
-            held.append({"row_key": ""})
-            if self.wake is not None:
-                turn["wake"] = self.wake.isoformat()
-        if self.next is not None:
-            begun = {**self.next, "fence": self.next_fence}
-            if held and (held[0]["row_key"] or self.wake is None):
-                # A row that goes becomes the one that comes: its own if it is tried again, so that no two have its key.
-                next((row for row in held if row["row_key"] == begun["key"]), held[0])["next"] = begun
-            else:
-                work.append(begun)
-        if self.ended:
-            turn["ended"] = True
-        for name, value in (("held", held), ("work", work), ("consumed", list(self.consumed))):
-            if value:
-                turn[name] = value
-        if self.summary is not None:
-            turn["summary"] = self.summary
-        return turn
-
 
 @dataclass(slots=True)
 class Committed:
@@ -338,9 +308,68 @@ def _is_idle(connection: Connection) -> bool:
     return connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 
-# The body is the function commit_turns_1 of 0001_first.sql: one statement for all.  Lock order: the runs' rows in the
-# order of their ids, then their attempts, then the rest, all by primary keys.
-_COMMIT_MANY = "SELECT * FROM orchestrator.commit_turns_1(%s, %s, %s, %s)"
+# The body is the function commit_turns_2 of 0007_lean_statements.sql: one statement for all.  Lock order: the runs'
+# rows in the order of their ids, then their attempts, then the rest, all by primary keys.
+_COMMIT_MANY = "SELECT * FROM orchestrator.commit_turns_2(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
+
+
+@dataclass(slots=True)
+class _Wave:
+    """Turns of different runs as commit_turns_2 takes them: each kind of thing that they do is a list of its own."""
+
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    summaries: list[dict[str, Any]] = field(default_factory=list)
+    next: list[dict[str, Any]] = field(default_factory=list)
+    gone: list[dict[str, Any]] = field(default_factory=list)
+    sleeping: list[dict[str, Any]] = field(default_factory=list)
+    ended: list[dict[str, Any]] = field(default_factory=list)
+    added: list[dict[str, Any]] = field(default_factory=list)
+    consumed: list[int] = field(default_factory=list)
+
+    def add(self, commit: Commit) -> None:
+        assert commit.is_plain
+        run = commit.run_id
+        turn: dict[str, Any] = {
+            "run": run, "position": commit.position, "at": commit.at.isoformat(), "state": commit.state,
+            "entries": commit.entries,
+        }  # fmt: skip
+        if commit.summary is not None:
+            turn["summed"] = True
+            about: dict[str, Any] = {"run": run, "position": commit.position, "state": commit.state}
+            self.summaries.append({**about, "ended": commit.ended, **commit.summary})
+        if commit.ended:
+            turn["ended"] = True
+            self.ended.append({
+                "run": run, "holds": commit.holds_turn or None, "done": [fence for _, fence in commit.done]
+            })  # fmt: skip
+        else:
+            self._hold(commit)
+        self.turns.append(turn)
+        self.added.extend({"run": run, **cast("dict[str, Any]", work)} for work in commit.work)
+        self.consumed.extend(commit.consumed)
+
+    def _hold(self, commit: Commit) -> None:
+        """Say what becomes of the rows that the child held.
+
+        One that goes becomes the one that comes: its own if it is tried again, so that no two have its key.
+        """
+        run = commit.run_id
+        going: list[dict[str, Any]] = [{"run": run, "held": key, "done": fence} for key, fence in commit.done]
+        if commit.holds_turn and commit.wake is not None:
+            self.sleeping.append({"run": run, "wake": commit.wake.isoformat()})
+        elif commit.holds_turn:
+            going.append({"run": run, "held": ""})
+        if commit.next is not None:
+            key, call = commit.next["key"], commit.next["call"]
+            row = next((row for row in going if row["held"] == key), going[0] if going else {"run": run})
+            going = [other for other in going if other is not row]
+            limits = {"seconds": call.get("t"), "silence": call.get("h")}
+            self.next.append({**row, **commit.next, **limits, "fence": commit.next_fence})
+        self.gone.extend(going)
+
+    def values(self) -> tuple[Any, ...]:
+        kinds = (self.turns, self.summaries, self.next, self.gone, self.sleeping, self.ended, self.added)
+        return (*(dumps(cast(Json, rows)) if rows else None for rows in kinds), self.consumed or None)
 
 
 def commit_turns(
@@ -351,11 +380,12 @@ def commit_turns(
     One whose run is not at its position any more is left out.  A lost fence rolls all of them back, and then none is
     returned.  Commits if the connection is in autocommit mode.  Raises: psycopg.Error.
     """
-    first = commits[0]
-    text = f"[{','.join(dumps(commit.among_others()) for commit in commits)}]"
+    first, wave = commits[0], _Wave()
+    for commit in commits:
+        wave.add(commit)
     try:
         failpoint("commits.before", connection)
-        rows = connection.execute(_COMMIT_MANY, (text, first.incarnation, first.child, now)).fetchall()
+        rows = connection.execute(_COMMIT_MANY, (*wave.values(), first.incarnation, first.child, now)).fetchall()
         failpoint("commits.after", connection)
     except psycopg.Error as error:
         # What an attempt is to be followed by may meet the row that it was given away with before its fence is missed.

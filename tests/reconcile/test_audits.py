@@ -128,6 +128,12 @@ PLANTED = {
         f"UPDATE orchestrator.runs SET state = 'failed', {_ENDED} WHERE id = 'good'",
         "runs", "good", "failed, and completed by its journal",
     ),
+    "an end has no instant": (
+        "UPDATE orchestrator.runs SET finished_at = NULL WHERE id = 'good'", "runs", "good", "finished_at",
+    ),
+    "what goes on has ended": (
+        f"UPDATE orchestrator.runs SET {_ENDED} WHERE id = 'locked'", "runs", "locked", "finished_at",
+    ),
     "an output is another": ("UPDATE orchestrator.runs SET output = '7' WHERE id = 'good'", "runs", "good", "output"),
     "an effect was not undone": (
         "UPDATE orchestrator.journal SET entries = (SELECT json_agg(e) FROM json_array_elements(entries) e "

@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
 from orchestrator import SchemaError, StoreUnavailableError, store
-from orchestrator.store.connection import Connection, open_connection
+from orchestrator.store.connection import open_connection
 from orchestrator.store.tables import SCHEMA, metadata
 
 
@@ -106,15 +106,3 @@ def test_a_lock_that_cannot_be_had_is_no_database_that_cannot_be_reached(
             connection.execute("SELECT pg_advisory_xact_lock(7091237)")
             with pytest.raises(StoreUnavailableError, match="a lock could not be had in time"):
                 store.migrate(empty_database_url)
-
-
-def test_a_terminal_state_and_its_instant_belong_together(connection: Connection) -> None:
-    import psycopg
-
-    insert = (
-        "INSERT INTO orchestrator.runs (id, saga, version, state, input, root_id, queue, started_at, finished_at) "
-        "VALUES ('r', 's', 1, %s, '{}', 'r', 'q', now(), %s)"
-    )
-    for state, finished in (("completed", None), ("running", "2026-01-01"), ("dreaming", None)):
-        with pytest.raises(psycopg.errors.CheckViolation):
-            connection.execute(insert, [state, finished])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from threading import Thread
 from typing import Any
 
 import psycopg
@@ -13,6 +14,7 @@ import pytest
 from orchestrator.store import arrivals, attempts, circles, gates, liveness, pauses, runs, turns
 from orchestrator.store.connection import Connection, open_connection
 from orchestrator.store.turns import Commit, Committed, Taken
+from tests.acceptance.running import until
 from tests.databases import Databases
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -433,6 +435,49 @@ def test_rings_help_up_to_the_free_slots(connection: Connection) -> None:
     assert runs.rings_needed(connection, "elsewhere", 5) == 0
 
 
+def begin(connection: Connection, run_id: str = "r", **options: Any) -> tuple[set[str], int]:
+    new = runs.Start(id=run_id, saga="s", version=1, input={}, queue="q", **options)
+    return runs.start_and_look(connection, [new], "q")
+
+
+def test_a_start_says_whether_to_ring(connection: Connection) -> None:
+    incarnation = worker(connection, slots=1)
+    assert begin(connection) == ({"r"}, 1)
+    assert begin(connection) == (set(), 0), "the id is taken"
+    assert begin(connection, "later", delay=60.0, priority=3, deadline=5.0, tags={"a": 1}) == ({"later"}, 0)
+    later = runs.run(connection, "later")
+    assert later is not None and (later["priority"], later["tags"]) == (3, {"a": 1})
+    assert later["deadline_at"] - later["started_at"] == timedelta(seconds=5)
+    assert later["started_at"] > NOW
+    assert liveness.enter(connection, incarnation, 1, ["q"])
+    assert begin(connection, "heard") == ({"heard"}, 0), "every slot drains, and looks once more before it leaves"
+    connection.execute("INSERT INTO orchestrator.pruned VALUES ('gone', 's', 'completed', now())")
+    assert begin(connection, "gone") == (set(), 0)
+
+
+def test_who_leaves_waits_for_a_start_that_counts_on_it(connect: Connect) -> None:
+    caller, child, watcher = connect(), connect(), connect()
+    incarnation = worker(caller, slots=1)
+    assert liveness.enter(child, incarnation, 1, ["q"])
+    leaving = Thread(target=liveness.leave, args=(child, incarnation, 1))
+    with caller.transaction():
+        assert begin(caller) == ({"r"}, 0)
+        leaving.start()
+        waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = %s AND NOT granted"
+        until(lambda: watcher.execute(waits, [child.info.backend_pid]).fetchone() == (1,), "who leaves waits")
+    leaving.join(30.0)
+    assert [taken.run_id for taken in take(child)] == ["r"]
+
+
+def test_a_start_neither_counts_on_nor_waits_for_who_is_leaving(connect: Connect) -> None:
+    caller, child = connect(), connect()
+    incarnation = worker(caller, slots=1)
+    assert liveness.enter(child, incarnation, 1, ["q"])
+    with child.transaction():
+        liveness.leave(child, incarnation, 1)
+        assert begin(caller) == ({"r"}, 1), "the mark can still be seen, and nobody looks any more"
+
+
 def test_what_is_due_is_counted_per_queue_that_somebody_serves(connection: Connection) -> None:
     worker(connection)
     for number in range(3):
@@ -576,7 +621,7 @@ HOT: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         lambda c: turns.commit_turns(
             c,
             [
-                turn(1, run_id="r7", done=[("k", 1)], work=[asked("x")], consumed=[7]),
+                turn(1, run_id="r7", done=[("b", 7)], work=[asked("x")], consumed=[7]),
                 turn(1, run_id="r8", state="completed", ended=True, summary=summary()),
             ],
         ),
