@@ -104,7 +104,7 @@ class SagaCode:
     """One live execution of a saga function, at some position of its journal."""
 
     def __init__(self, main: Callable[[], Coroutine[Any, Any, Json]], fold: Fold) -> None:
-        self.loop: Any = SagaLoop()  # type: ignore[abstract]
+        self.loop: Any = SagaLoop(fold.info.id)  # type: ignore[abstract]
         self.loop.code = self  # type: ignore[attr-defined]
         self.fold = fold
         self._main = main

@@ -12,6 +12,7 @@ import asyncio.tasks
 import contextlib
 import heapq
 import sys
+import zlib
 from asyncio import events
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
@@ -33,22 +34,28 @@ _TIMER_SLACK = 1e-6  # journal time has microseconds; a timer is due within one 
 
 
 class SagaTask(asyncio.Task[Any]):
-    """A task that knows its branch of the saga; sets of tasks, as in a TaskGroup, keep the same order everywhere."""
+    """A task that knows its branch of the saga; sets of tasks, as in a TaskGroup, keep the same order everywhere.
+
+    asyncio keeps a set of all tasks of the process, and each run has a task of each number: the high bits of the hash,
+    which order a set only where tasks of one run collide many times, tell runs apart.
+    """
 
     branch: Branch
 
-    def __init__(self, coro: Coroutine[Any, Any, Any], number: int, **options: Any) -> None:
+    def __init__(self, coro: Coroutine[Any, Any, Any], number: int, run: int, **options: Any) -> None:
         self.number = number
+        self._hash = (run << 31) + number
         super().__init__(coro, **options)
 
     def __hash__(self) -> int:
-        return self.number
+        return self._hash
 
 
 class SagaLoop(asyncio.AbstractEventLoop):
     """Run coroutines until they are quiet; time stands still between turns."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_id: str) -> None:
+        self._run = zlib.crc32(run_id.encode())
         self._ready: deque[asyncio.Handle] = deque()
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._timer_count = 0
@@ -150,7 +157,8 @@ class SagaLoop(asyncio.AbstractEventLoop):
         else:
             branch = parent.branch.child()
         self._task_count += 1
-        task = SagaTask(coro, self._task_count, loop=self, name=name or f"branch {branch.path}", context=context)
+        name = name or f"branch {branch.path}"
+        task = SagaTask(coro, self._task_count, self._run, loop=self, name=name, context=context)
         task.branch = branch
         self._tasks[task.number] = task  # kept alive too: when garbage is collected must not decide what a saga does
         task.add_done_callback(self._forget)

@@ -17,11 +17,13 @@ T0 = datetime(2026, 1, 1, tzinfo=UTC)
 class Stage:
     """A run in memory; steps are named by their key, or by the last part of their task's name."""
 
-    def __init__(self, saga: Saga[Any, Any], *args: Any, deadline_s: float | None = None) -> None:
+    def __init__(
+        self, saga: Saga[Any, Any], *args: Any, deadline_s: float | None = None, run_id: str = "run-1"
+    ) -> None:
         deadline = None if deadline_s is None else T0 + timedelta(seconds=deadline_s)
         encoded = saga.codec.encode_call(args, {})
         self.saga = saga
-        self.info = RunInfo("run-1", saga.name, saga.options.version, encoded, T0, "", deadline)
+        self.info = RunInfo(run_id, saga.name, saga.options.version, encoded, T0, "", deadline)
         self.execution = Execution(self.info, saga.script())
         self.rows: list[tuple[datetime, list[dict[str, Any]]]] = []
         self.work: dict[str, Work] = {}

@@ -110,3 +110,13 @@ def costs(drive: Callable[[Stage], None], shape: saga.Saga[Any, Any]) -> tuple[i
     """Return the calls that 60 and 240 steps take."""
     _calls(drive, Stage(shape, 5))  # whatever is built at first use is built
     return tuple(_calls(drive, Stage(shape, n)) for n in (60, 240))
+
+
+def test_who_holds_many_runs_tells_their_tasks_apart() -> None:
+    """asyncio keeps one set of all tasks, in which those with the same hash are compared with each other."""
+    stages = [Stage(all_at_once, 1, run_id=f"run-{number % 300}") for number in range(301)]
+    for stage in stages:
+        stage.turn()
+    *hashes, again = [hash(task) for stage in stages for task in stage.execution.code.loop.pending_tasks()]
+    assert len(set(hashes)) == 300
+    assert again == hashes[0], "every process keeps the sets of a run in the same order"
