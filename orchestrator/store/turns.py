@@ -369,7 +369,12 @@ class _Wave:
 
     def values(self) -> tuple[Any, ...]:
         kinds = (self.turns, self.summaries, self.next, self.gone, self.sleeping, self.ended, self.added)
-        return (*(dumps(cast(Json, rows)) if rows else None for rows in kinds), self.consumed or None)
+        return (*map(_text, kinds), self.consumed or None)
+
+
+def _text(rows: list[dict[str, Any]]) -> str | None:
+    """Return rows as JSON; each by itself, for as a whole they would look deep enough to be inspected."""
+    return f"[{','.join(map(dumps, rows))}]" if rows else None
 
 
 def commit_turns(

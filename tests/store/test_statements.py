@@ -478,6 +478,21 @@ def test_a_start_neither_counts_on_nor_waits_for_who_is_leaving(connect: Connect
         assert begin(caller) == ({"r"}, 1), "the mark can still be seen, and nobody looks any more"
 
 
+def test_a_start_that_waits_for_its_id_keeps_nobody_from_leaving(connect: Connect) -> None:
+    slow, caller, child, watcher = connect(), connect(), connect(), connect()
+    incarnation = worker(child, slots=1)
+    assert liveness.enter(child, incarnation, 1, ["q"])
+    again = Thread(target=begin, args=(caller,))
+    with slow.transaction():
+        start(slow)  # in a transaction of the application, which may take long
+        again.start()
+        waits = "SELECT count(*) FROM pg_locks WHERE pid = %s AND NOT granted"
+        until(lambda: watcher.execute(waits, [caller.info.backend_pid]).fetchone() == (1,), "the second start waits")
+        child.execute("SET lock_timeout = '10s'")
+        liveness.leave(child, incarnation, 1)
+    again.join(30.0)
+
+
 def test_what_is_due_is_counted_per_queue_that_somebody_serves(connection: Connection) -> None:
     worker(connection)
     for number in range(3):

@@ -2,12 +2,12 @@
 ALTER TABLE orchestrator.runs DROP CONSTRAINT runs_state, DROP CONSTRAINT runs_priority_check;
 ALTER TABLE orchestrator.work DROP CONSTRAINT work_role_check;
 
--- Who leaves a queue waits for starts that are under way; who starts sees who drains, without a commit in between.
+-- Who leaves a queue waits for starts that count on it; a start sees who drains without a commit in between.
 CREATE FUNCTION orchestrator.leave_2(p_incarnation bigint, p_child integer) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     v_queue text;
 BEGIN
-    -- In the order of names; a start takes such a lock only if it need not wait.
+    -- In the order of names.  A start takes such a lock last, and only if it need not wait.
     FOR v_queue IN
         SELECT unnest(queues) FROM orchestrator.drainers WHERE incarnation = p_incarnation AND child = p_child ORDER BY 1
     LOOP
@@ -23,9 +23,6 @@ CREATE FUNCTION orchestrator.start_run_2(
 DECLARE
     v_now constant timestamptz := coalesce(p_now, orchestrator.now());
     v_start constant timestamptz := greatest(v_now + make_interval(secs => p_delay), p_eta);
-    -- Whoever drains now looks once more after this is committed.
-    v_stay constant boolean := pg_try_advisory_xact_lock_shared(
-        hashtextextended('orchestrator.drainers ' || p_queue, 0));
 BEGIN
     -- One row for the run and one for its first turn, or nothing at all if the id is taken (primary key of runs), or
     -- was taken by a run that is pruned (primary key of pruned).
@@ -36,12 +33,19 @@ BEGIN
     ON CONFLICT (id) DO NOTHING;
     started := FOUND;
     rings := 0;
-    IF started THEN
-        INSERT INTO orchestrator.work (run_id, key, role, target, queue, priority, due_at)
-        VALUES (p_id, '', 'turn', p_saga || '@' || p_version, p_queue, p_priority, v_start);
-        IF v_start <= v_now THEN
-            rings := CASE WHEN v_stay THEN orchestrator.rings_1(p_queue, 1) ELSE 1 END;
-        END IF;
+    IF NOT started THEN
+        RETURN;
+    END IF;
+    INSERT INTO orchestrator.work (run_id, key, role, target, queue, priority, due_at)
+    VALUES (p_id, '', 'turn', p_saga || '@' || p_version, p_queue, p_priority, v_start);
+    IF v_start > v_now THEN
+        RETURN;
+    END IF;
+    -- Whoever drains from here on looks once more after this is committed.  Nothing below waits, for they may.
+    IF pg_try_advisory_xact_lock_shared(hashtextextended('orchestrator.drainers ' || p_queue, 0)) THEN
+        rings := orchestrator.rings_1(p_queue, 1);
+    ELSE
+        rings := 1;
     END IF;
 END $$;
 
