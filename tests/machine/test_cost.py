@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,3 +112,19 @@ def costs(drive: Callable[[Stage], None], shape: saga.Saga[Any, Any]) -> tuple[i
     """Return the calls that 60 and 240 steps take."""
     _calls(drive, Stage(shape, 5))  # whatever is built at first use is built
     return tuple(_calls(drive, Stage(shape, n)) for n in (60, 240))
+
+
+@pytest.mark.parametrize("shape", [one_by_one, all_at_once, many_effects])
+def test_what_a_run_took_is_free_when_its_code_has_ended(shape: saga.Saga[Any, Any]) -> None:
+    """And not only when garbage is collected, until when a busy child would hold a hundred runs that are over."""
+    gc.disable()
+    try:
+        stage = Stage(shape, 3)
+        stage.turn()
+        code = weakref.ref(stage.execution.code)
+        assert code() is not None
+        while stage.work:
+            stage.succeed(next(iter(stage.work)), 1 if shape is not many_effects else "done")
+        assert code() is None
+    finally:
+        gc.enable()
