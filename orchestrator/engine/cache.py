@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 
@@ -39,8 +40,21 @@ class Clock:
         return now
 
 
+@dataclass(slots=True)
+class _Kept:
+    """An execution, how much it had asked for when it was used last, and how many had been made by then."""
+
+    execution: Execution
+    size: int
+    made: int
+
+
 class Executions:
-    """Executions by run id, the least recently used dropped first."""
+    """Executions by run id, the least recently used dropped first.
+
+    A run that others bring to its end is not asked for here again, and nobody says so.  So those that have ended count
+    for as long as they would have been kept: an execution goes when `limit` others were made since it was used.
+    """
 
     def __init__(
         self,
@@ -50,20 +64,20 @@ class Executions:
     ) -> None:
         self._script_of = script_of
         self._limit = limit
-        self._live: OrderedDict[str, Execution] = OrderedDict()
-        self._sizes: dict[str, int] = {}
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._size = 0
+        self._made = 0  # how many executions, for a run that was forgotten and came back another one
         self.clock = Clock(seconds)
 
     def __contains__(self, run_id: str) -> bool:
-        return run_id in self._live
+        return run_id in self._kept
 
     def known(self, connection: Connection, run_id: str) -> Loaded | None:
         """Return what the cache knows as a snapshot without arrivals, else load it; None if there is no such run.
 
         With many at work on the run others have moved it meanwhile: to look is cheaper than to be refused.
         """
-        cached = self._live.get(run_id)
+        cached = self._get(run_id)
         if cached is not None and cached.fold.in_flight < MANY:
             info = cached.info
             row = RunRow(info.id, info.saga, info.version, info.queue, info.input, info.started, info.deadline,
@@ -81,7 +95,7 @@ class Executions:
 
     def load_all(self, connection: Connection, run_ids: Sequence[str]) -> dict[str, Loaded]:
         """Read what the cache does not know of these runs, in one round trip."""
-        cached = {run_id: self._live.get(run_id) for run_id in run_ids}
+        cached = {run_id: self._get(run_id) for run_id in run_ids}
         known = {run_id: execution.fold.position if execution else 0 for run_id, execution in cached.items()}
         found = turns.load(connection, known)
         for loaded in found.values():
@@ -102,6 +116,7 @@ class Executions:
                 run.parent or "", run.link, run.since,
             )  # fmt: skip
             execution = Execution(info, script)
+            self._made += 1
         begin = max(loaded.since, run.since)
         missing = loaded.rows[execution.fold.position - begin : run.position - begin]
         if missing:
@@ -110,27 +125,41 @@ class Executions:
         return execution
 
     def remember(self, execution: Execution) -> None:
-        """Keep an execution; the oldest others go if there are too many, or if they have become too large."""
+        """Keep an execution; the least recently used go if they are too many, too large or of too long ago."""
         run_id = execution.info.id
         self._pop(run_id)
-        self._live[run_id] = execution
-        self._sizes[run_id] = len(execution.fold.steps)
-        self._size += self._sizes[run_id]
-        while len(self._live) > self._limit or (len(self._live) > 1 and self._size > self._limit * _REQUESTS):
-            self._drop(next(iter(self._live)))
+        self._kept[run_id] = kept = _Kept(execution, len(execution.fold.steps), self._made)
+        self._size += kept.size
+        while self._keeps_too_much():
+            self._drop(next(iter(self._kept)))
+
+    def _keeps_too_much(self) -> bool:
+        oldest = next(iter(self._kept.values()), None)
+        if oldest is None:
+            return False
+        if len(self._kept) > self._limit or self._made - oldest.made >= self._limit:
+            return True
+        return len(self._kept) > 1 and self._size > self._limit * _REQUESTS
 
     def forget(self, run_id: str) -> None:
         self._pop(run_id)
 
     def discard(self) -> None:
         """Drop every live coroutine."""
-        while self._live:
-            self._drop(next(iter(self._live)))
+        while self._kept:
+            self._drop(next(iter(self._kept)))
 
     def _drop(self, run_id: str) -> None:
         if (execution := self._pop(run_id)) is not None:
             execution.discard()
 
+    def _get(self, run_id: str) -> Execution | None:
+        kept = self._kept.get(run_id)
+        return kept.execution if kept else None
+
     def _pop(self, run_id: str) -> Execution | None:
-        self._size -= self._sizes.pop(run_id, 0)
-        return self._live.pop(run_id, None)
+        kept = self._kept.pop(run_id, None)
+        if kept is None:
+            return None
+        self._size -= kept.size
+        return kept.execution

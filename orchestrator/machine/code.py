@@ -219,6 +219,14 @@ class SagaCode:
             task._log_destroy_pending = False
         for future in self._futures.values():
             future._log_traceback = False
+        self._cut_circles()
+
+    def _cut_circles(self) -> None:
+        """Let go of what leads back here, so that memory is free at once and not when garbage is collected."""
+        self._futures.clear()
+        self._requests.clear()
+        self._beside.clear()
+        self._task = self._recorder = self.loop.code = None
 
     # -- called by saga code -------------------------------------------------------------------------------------------
     @property

@@ -282,3 +282,21 @@ def test_the_coroutines_that_are_kept_are_bounded_by_their_size_as_well(
         child.drain()
     assert child.drainer._session.advancer is not None
     assert [name in child.drainer._session.advancer._runs for name in ("a", "b", "c")] == [False, True, True]
+
+
+def test_a_run_that_another_child_ended_is_kept_no_longer_than_one_that_lives(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    one, two = new_child(cache_runs=10, drain_steps=1), new_child()
+    start(connection, quick, "a", run_id="a")
+    one.drain()
+    two.drain()
+    assert state(connection, "a") == "completed"
+    assert one.drainer._session.advancer is not None
+    known = one.drainer._session.advancer._runs
+    kept = []
+    for number in range(10):
+        start(connection, slow, "b", run_id=f"b{number}")
+        one.drain()
+        kept.append("a" in known)
+    assert kept == [True] * 9 + [False]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,3 +122,19 @@ def test_who_holds_many_runs_tells_their_tasks_apart() -> None:
     *hashes, again = [hash(task) for stage in stages for task in stage.execution.code.loop.pending_tasks()]
     assert len(set(hashes)) == 300
     assert again == hashes[0], "every process keeps the sets of a run in the same order"
+
+
+@pytest.mark.parametrize("shape", [one_by_one, all_at_once, many_effects])
+def test_what_a_run_took_is_free_when_its_code_has_ended(shape: saga.Saga[Any, Any]) -> None:
+    """And not only when garbage is collected, until when a busy child would hold a hundred runs that are over."""
+    gc.disable()
+    try:
+        stage = Stage(shape, 3)
+        stage.turn()
+        code = weakref.ref(stage.execution.code)
+        assert code() is not None
+        while stage.work:
+            stage.succeed(next(iter(stage.work)), 1 if shape is not many_effects else "done")
+        assert code() is None
+    finally:
+        gc.enable()
