@@ -65,6 +65,7 @@ def test_queues_that_are_emptied_under_load_cost_nothing(
             still.enter_context(scene.stopped(worker))
         for number in range(10):
             scene.start(f"unheard {number}", Stop(name="a"))
+        until(lambda: scene.office.ring(20) and scene.waiting(), "more doorbells wait than a worker has in hand")
         assert _empty(scene) > 0
     for number in range(10):
         scene.until_state(f"unheard {number}", "completed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ def as_amqp(raw: Any) -> amqp.Message | None:
             application_headers=headers, **properties,
         )  # fmt: skip
         message._serialize_properties()
+        json.dumps(headers, allow_nan=False)  # RabbitMQ hangs up on who sends what is no number
     except (TypeError, KeyError, ValueError, AttributeError, binascii.Error, FrameSyntaxError):
         return None
     return message if isinstance(headers, dict) else None
