@@ -10,8 +10,9 @@ from celery import Celery
 
 from orchestrator.celery import guard
 
-url = os.environ["CELERY_BROKER_URL"]
-app = Celery("guarded", broker=url, backend=url)
+broker = os.environ["CELERY_BROKER_URL"]
+url = os.environ.get("GUARD_RESULTS", broker)  # a broker that keeps no results needs another place for them
+app = Celery("guarded", broker=broker, backend=url)
 app.conf.update(worker_hijack_root_logger=True, worker_cancel_long_running_tasks_on_connection_loss=True)
 app.conf.broker_connection_retry_on_startup = True
 guard.install(

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from datetime import timedelta
 
+import psycopg
 import pytest
 
 from orchestrator import RetryPolicy, failpoints, saga, step
@@ -19,6 +20,7 @@ from tests.crash.points import RESTORE
 from tests.engine.stage import Child, entries, start, states
 
 RUNS = [f"run-{number}" for number in range(5)]
+CUT = 3  # the exit code of who lost the connection
 LATER = "run-9"  # has not had its first turn when the database is restored
 tried: Counter[str] = Counter()
 
@@ -58,17 +60,24 @@ def look_after(database_url: str, points: str = "") -> int:
     """Look after a restore in a process of its own; returns its exit code."""
     process = os.fork()
     if process == 0:
-        failpoints.arm({VARIABLE: points})
-        with open_connection(database_url, name="doctor") as connection:
-            restore.look_after(connection, "ann", always=True, watch_s=0.1)
-        os._exit(0)
+        code = 1
+        try:
+            failpoints.arm({VARIABLE: points})
+            with open_connection(database_url, name="doctor") as connection:
+                restore.look_after(connection, "ann", always=True, watch_s=0.1)
+            code = 0
+        except psycopg.OperationalError:
+            code = CUT
+        finally:
+            os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+@pytest.mark.parametrize("action", ["exit", "raise"])
 @pytest.mark.parametrize("name", sorted(RESTORE))
-def test_whatever_happens_at(name: str, database_url: str, connection: Connection) -> None:
+def test_whatever_happens_at(name: str, action: str, database_url: str, connection: Connection) -> None:
     with connection:
-        assert look_after(database_url, f"{name}=exit") == EXIT_CODE
+        assert look_after(database_url, f"{name}={action}") == (EXIT_CODE if action == "exit" else CUT)
         aftermath = restore.look_after(connection, "ann", always=name == "restore.buried", watch_s=0.1)
         ended = name == "restore.ended"
         assert aftermath.needed is not ended

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 from celery import Celery
 
-from orchestrator import Orchestrator
+from orchestrator import Orchestrator, telemetry
 
 app = Celery("faults", include=["tests.faults.steps", "tests.faults.sagas"])
 if os.environ.get("FAULTS_NEWER"):
@@ -36,3 +37,13 @@ if os.environ.get("FAULTS_POOL_START"):
 if os.environ.get("FAULTS_SOFT"):
     app.conf.worker_soft_shutdown_timeout = float(os.environ["FAULTS_SOFT"])
 orchestrator = Orchestrator(app)
+
+
+def _tell(event: telemetry.Event) -> None:
+    """Write down what metrics and traces are made of."""
+    with (Path(os.environ["FAULTS_FOLDER"]) / "telemetry").open("a") as file:
+        file.write(f"{event!r}\n")
+
+
+if os.environ.get("FAULTS_FOLDER"):
+    telemetry.subscribe(_tell)

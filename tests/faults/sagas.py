@@ -30,16 +30,18 @@ async def trip(stops: list[Stop], together: bool = False) -> list[str]:
     return done
 
 
+CANARY = 'canary "of" the loäd 5b1e'
+"""Part of arguments and results of a load; it must show up nowhere but in the database."""
 ENDS = ("completed",) * 5 + ("together", "compensated", "silent", "failed", "cancelled", "terminated")
 
 
 def plan(number: int, dice: random.Random, ms: int) -> tuple[str, list[Stop]]:
     """Return the end that a trip of a load is to have, and its stops; all ends come round."""
     end = ENDS[number % len(ENDS)]
-    first = Stop(name="a", kind="insist", ms=dice.randint(0, ms))
+    first = Stop(name=f"a {CANARY}", kind="insist", ms=dice.randint(0, ms))
     source, target = dice.sample(range(ACCOUNTS), 2)
-    ledger = Stop(name="b", kind="move", ms=dice.randint(0, ms), source=source, target=target)
-    last = Stop(name="c", kind="look", ms=dice.randint(0, ms))
+    ledger = Stop(name=f"b {CANARY}", kind="move", ms=dice.randint(0, ms), source=source, target=target)
+    last = Stop(name=f"c {CANARY}", kind="look", ms=dice.randint(0, ms))
     if end in ("compensated", "failed"):
         refused = Stop(name="x", how=["reject"], kind="insist")
         return end, [first, ledger, refused] if end == "compensated" else [refused]

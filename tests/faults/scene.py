@@ -8,30 +8,51 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import kombu
 import psutil
 import psycopg
+import redis
+from amqp.exceptions import ChannelError
 
 from tests.acceptance.running import Worker, until
 from tests.engine.proxy import Proxy
 from tests.faults import steps
 from tests.faults.load import QUEUE, Load, Office
+from tests.faults.sagas import CANARY
 from tests.faults.servers import kill_all
 from tests.faults.steps import ACCOUNTS, BALANCE, Stop
 from tests.faults.tally import TALLY
 from tests.proof import effects
-from tests.proof.checker import Demand, Report, Seen, check, refused_in, wait_until_settled
+from tests.proof.checker import (
+    ALLOWANCE,
+    Baseline,
+    Demand,
+    Levels,
+    Report,
+    Seen,
+    check,
+    refused_in,
+    wait_until_settled,
+)
+from tests.proof.levels import measure
+from tests.proof.secrecy import Place
 
 LOADED = Demand(faults=1, redeliveries=0, fenced=0, redispatches=0)
 """What every test with a load must have seen: a fault, and runs that ended in each way."""
 BARE = replace(LOADED, states=frozenset())
 """What a test must have seen that has a few runs of its own instead of a load."""
 WITHIN_S = 240.0
+BEATS = 500
+"""Dead tuples that come of leases which idle workers renew while it is looked."""
+WARM_BYTES = 32 << 20
+"""What a process of a worker keeps once it has done something: modules, statements, runs that go on."""
 
 
 class Scene:
@@ -49,6 +70,11 @@ class Scene:
         self.workers: list[Worker] = []
         self.office = Office(database_url, broker_url, folder / "acknowledged")
         self._offices = [self.office]
+        self.messages: list[Any] = []
+        """What somebody has seen of the broker's messages: they must hold no secret, as all else that is outside."""
+        self.spawns = False
+        """Whether pool children are spawned: their lines in the log are Celery's own, with the results of steps."""
+        self._resident: dict[int, int] = {}
         with psycopg.connect(database_url) as connection:
             connection.execute(steps.LEDGER)
             connection.execute(effects.TABLE)
@@ -76,6 +102,7 @@ class Scene:
         made = [self.worker(*options, **how).launch() for _ in range(count)]
         for worker in made:
             worker.until_ready()
+            self._resident |= {each.pid: each.memory_info().rss for each in _family(worker)}
         return made
 
     def proxied_office(self) -> Office:
@@ -133,6 +160,27 @@ class Scene:
         companions = set(self._companions(worker))
         return [child.pid for child in psutil.Process(_pid(worker)).children() if child.pid not in companions]
 
+    def overtake(self, stopped: Worker, heir: Worker, run_id: str) -> None:
+        """Let a worker stand still with a run's step, after its effect, until another one has done it again."""
+        with self.stopped(heir):
+            self.start(run_id, Stop(name="a", kind="linger", how=["after", "ok"]))
+            self.until_at(run_id, "after")
+        with self.stopped(stopped):
+            self.until_state(run_id, "completed")
+            self.let_go(run_id, "after")
+        until(lambda: self.entries(run_id, "late"), f"the late result of {run_id} is on record")
+
+    def ring_again(self, times: int = 20) -> None:
+        """Ring doorbells once more than they had to be."""
+        until(lambda: self.office.ring(times), "the bell rings", 30.0)
+        self.redeliveries += times
+        self.fault("doorbell rung again", times)
+
+    def kill_in_a_step(self, run_id: str) -> None:
+        """Kill the process in which a run's step is under way."""
+        self.start(run_id, Stop(name="a", kind="insist", how=["before", "ok"]))
+        self.signal(self.until_at(run_id, "before"), signal.SIGKILL)
+
     # -- gates ---------------------------------------------------------------------------------------------------------
     def until_at(self, run_id: str, where: str, attempt: int = 1, within_s: float = 60.0) -> int:
         """Wait until an attempt is at its gate; returns the process that it runs in."""
@@ -184,6 +232,7 @@ class Scene:
             load.finish()
         options = {"meanwhile": meanwhile} if meanwhile else {}
         wait_until_settled(self.database_url, within_s, may_park=may_park, **options)
+        pids = self._still_there()
         report = check(
             self.database_url,
             effect_log=self.effect_log,
@@ -191,6 +240,12 @@ class Scene:
             may_park=may_park,
             refused=refused_in(*self.logs()),
             conserved={"money": ("SELECT sum(balance)::bigint FROM accounts", ACCOUNTS * BALANCE)},
+            places=self._outside() if loads else {},
+            canaries=[CANARY] if loads else [],
+            baseline=self._baseline(pids),
+            pids=pids,
+            allowance=replace(ALLOWANCE, dead_tuples=BEATS, memory_bytes=len(pids) * WARM_BYTES),
+            before=Report(ended={run: end for load in loads for run, end in load.ends.items()}),
             seen=Seen(faults=self.faults.total(), redeliveries=self.redeliveries),
             demand=demand,
         )
@@ -203,6 +258,49 @@ class Scene:
             assert {run for run in wrong if states[run] != "completed"} == set(), "good trips were not completed"
         return report
 
+    def _outside(self) -> dict[str, Place]:
+        """Return the places at which others than the database may read."""
+        places: dict[str, Place] = {f"log {n}": log for n, log in enumerate(self.logs(), 1) if not self.spawns}
+        if (told := self.folder / "telemetry").exists():
+            places["telemetry"] = told
+        for n, message in enumerate(self.messages):
+            body = message.body if isinstance(message.body, bytes) else str(message.body).encode()
+            places[f"message {n}"] = body + repr((message.headers, message.properties)).encode()
+        if self.broker_url.startswith("redis"):
+            with redis.Redis.from_url(self.broker_url) as broker:
+                places["broker"] = b"".join(broker.dump(key) or b"" for key in broker.keys("*"))
+        return places
+
+    # -- what must not pile up -----------------------------------------------------------------------------------------
+    def _still_there(self) -> list[int]:
+        """Return the processes of workers that have lived since before the first fault."""
+        return [pid for pid in self._resident if psutil.pid_exists(pid) and _is_there(pid)]
+
+    def _baseline(self, pids: list[int]) -> Baseline:
+        """Return what there was before, with the connections that idle workers and clients keep.
+
+        What is dead in the tables can be swept away, unless somebody holds on to it.  It is swept more than once:
+        sessions tell late of what they have left, and of what is gone by then.
+        """
+        give_up_at = time.monotonic() + 30.0
+        while measure(self.database_url).dead_tuples > BEATS // 2 and time.monotonic() < give_up_at:
+            with psycopg.connect(self.database_url, autocommit=True) as connection:
+                connection.execute("VACUUM")
+        idle = sum(len(_family(worker)) for worker in self.workers if worker.is_alive)
+        pooled = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'orchestrator client' "
+        ((clients,),) = self.sql(pooled + "AND datname = current_database()")
+        most = sum(office.client.settings.max_connections for office in self._offices)
+        before = Levels(connections=idle + min(clients, most), memory_bytes=sum(self._resident[pid] for pid in pids))
+        return Baseline(self.database_url, before, self.waiting, within_s=30.0)
+
+    def waiting(self) -> int:
+        """Return how many messages wait in the queue."""
+        with kombu.Connection(self.broker_url) as broker:
+            try:
+                return int(broker.default_channel.queue_declare(QUEUE, passive=True).message_count)
+            except ChannelError:
+                return 0
+
     def close(self) -> None:
         """End what runs, at once; how workers stop by themselves is a test of its own."""
         for worker in self.workers:
@@ -213,6 +311,18 @@ class Scene:
             office.close()
         self.database.close()
         self.broker.close()
+
+
+def _family(worker: Worker) -> list[psutil.Process]:
+    """Return a worker's main process, its companion and its pool children."""
+    main = psutil.Process(_pid(worker))
+    return [main, *main.children()]
+
+
+def _is_there(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _pid(worker: Worker) -> int:

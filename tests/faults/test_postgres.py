@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import time
 from dataclasses import replace
 
+import psycopg
 import pytest
 
 from tests.acceptance.running import until
@@ -101,16 +103,28 @@ def test_a_way_to_postgres_that_breaks_hangs_and_is_slow_loses_no_run(scene: Sce
 
 
 def test_a_pump_that_is_interrupted_in_its_sweep_is_no_matter(scene: Scene, own_servers: Servers) -> None:
-    """A worker dies with many attempts under way, and Postgres crashes while they are given back."""
+    """A worker dies with many attempts under way, and Postgres crashes in the middle of giving them back.
+
+    The turns that the sweep has to make due are held up by who makes them due at the same time.
+    """
     doomed, _ = scene.start_workers(2, "-c", "4")
     for number in range(8):
         scene.start(f"swept-{number}", Stop(name="a", kind="linger", how=["before", "ok"]))
     at = [scene.until_at(f"swept-{number}", "before", within_s=60.0) for number in range(8)]
     assert len(set(at)) == 8
-    scene.signal(doomed, signal.SIGKILL, whole=True)
-    until(lambda: scene.sql("SELECT count(*) FROM orchestrator.incarnations WHERE dead_at IS NOT NULL")[0][0], "dead")
-    own_servers.restart_postgres()
-    scene.fault("Postgres crashed")
+    begun = "SELECT count(*) FROM orchestrator.work WHERE fence IS NOT NULL"
+    with contextlib.suppress(psycopg.OperationalError), psycopg.connect(scene.database_url) as held_up:
+        held_up.execute(
+            "INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at) "
+            "SELECT id, '', 'turn', '*', queue, orchestrator.now() FROM orchestrator.runs"
+        )
+        scene.signal(doomed, signal.SIGKILL, whole=True)
+        sweeps = """SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+            AND wait_event_type = 'Lock' AND query LIKE '%%INSERT INTO orchestrator.work AS w%%'"""
+        until(lambda: scene.sql(sweeps)[0][0], "a pump is in the middle of its sweep", 30.0)
+        assert scene.sql(begun) == [(8,)]
+        own_servers.restart_postgres()
+        scene.fault("Postgres crashed")
     for number in range(8):
         scene.let_go(f"swept-{number}", "before")
-    scene.judge(replace(BARE, redispatches=1))
+    scene.judge(replace(BARE, redispatches=4))

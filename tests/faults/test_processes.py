@@ -66,6 +66,8 @@ def test_an_undo_is_not_overtaken_by_the_effect_that_it_undoes(scene: Scene) -> 
     with scene.stopped(stopped):
         scene.office.order(result, "cancelled")
         until(lambda: scene.entries("late", "attempted"), "the attempt is given up", 30.0)
+        waits = "SELECT due_at > orchestrator.now() + interval '2 s' FROM orchestrator.work WHERE role = 'undo'"
+        assert until(lambda: scene.sql(waits), "the undo is asked for", 30.0) == [(True,)], "it waits for the deadline"
         assert scene.effects("late") == []
         scene.let_go("late", "before")
     scene.until_state("late", "cancelled")
@@ -151,7 +153,11 @@ def test_shutdowns_burn_no_attempt_and_leave_no_lease(scene: Scene) -> None:
             scene.signal(worker, each)
         assert worker.process is not None
         worker.process.wait(60.0)
-        until(lambda node=f"w{2 + number}@faults": node not in living(scene), "its lease is given back", 5.0)  # type: ignore[misc]
+        gone_at = scene.sql("SELECT clock_timestamp()")[0][0]
+        node = f"w{2 + number}@faults"
+        until(lambda node=node: node not in living(scene), "its lease is given back", 5.0)  # type: ignore[misc]
+        ((given_back_at,),) = scene.sql("SELECT dead_at FROM orchestrator.incarnations WHERE node = %s", node)
+        assert (given_back_at - gone_at).total_seconds() < 1.0
         assert begun_by_the_dead(scene) == 0
     scene.judge(LOADED, load)
     assert attempts_lost(scene) == []
@@ -222,19 +228,27 @@ def test_a_pool_child_that_the_kernel_kills_for_want_of_memory_costs_an_attempt(
 
 
 # -- messages that go with a process -----------------------------------------------------------------------------------
+def pushes(broker: redis.Redis) -> int:
+    """Return how many messages Valkey was ever given."""
+    return int(broker.info("commandstats").get("cmdstat_lpush", {"calls": 0})["calls"])
+
+
 def test_a_message_that_a_dead_worker_had_in_hand_is_not_missed(scene: Scene) -> None:
-    """Valkey hands a message to whoever waits for it; with nobody at the other end it is gone."""
-    stopped = scene.worker().start()
+    """Valkey hands a message to whoever waits for it, be it one that stands still; with that one killed it is gone."""
+    doomed = scene.worker().start()
     with redis.Redis.from_url(scene.broker_url) as broker:
         for number in range(20):  # a BRPOP waits for a second: the message may come just after one has ended
-            with scene.stopped(stopped):
-                scene.start(missed := f"missed {number}", Stop(name="a"))
-                if broker.llen(QUEUE) == 0:
-                    scene.worker().start()
-                    scene.until_state(missed, "completed")
-                    break
+            before = pushes(broker)
+            scene.signal(doomed, signal.SIGSTOP, whole=True)
+            scene.start(missed := f"missed {number}", Stop(name="a"))
+            if pushes(broker) > before and broker.llen(QUEUE) == 0:
+                break
+            scene.signal(doomed, signal.SIGCONT, whole=True)
             scene.until_state(missed, "completed")
         else:
             pytest.fail("no message was handed out to who cannot read it")
-    scene.signal(stopped, signal.SIGKILL)
+        scene.signal(doomed, signal.SIGKILL, whole=True)
+        assert (scene.state(missed), broker.llen(QUEUE), broker.hlen("unacked")) == ("pending", 0, 0), "it is gone"
+    scene.worker().start()
+    scene.until_state(missed, "completed")
     scene.judge(BARE)

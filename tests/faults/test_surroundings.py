@@ -135,6 +135,8 @@ def test_disks_that_are_full_lose_no_run(tmp_path: Path, times: int) -> None:
                 filler = _fill(disk)
                 scene.fault("disk full")
                 refused = scene.office.refusals
+                with pytest.raises(psycopg.Error):  # so full that whoever needs a new page is told, or Postgres ends
+                    scene.sql("CREATE TABLE more AS SELECT repeat('x', 1000) FROM generate_series(1, 300000)")
                 with contextlib.suppress(AssertionError):  # with room left in the log all may still go well
                     until(lambda refused=refused: scene.office.refusals > refused, "a start is refused", 4.0)  # type: ignore[misc]
                 filler.unlink()

@@ -21,7 +21,7 @@ from orchestrator import Effect, UnknownRunError, UsageError, saga, step, store
 from orchestrator.client import Client
 from orchestrator.saga import Saga, registry
 from orchestrator.settings import Settings
-from orchestrator.store import filters, liveness, runs, turns
+from orchestrator.store import filters, liveness, pauses, runs, schedules, turns
 from orchestrator.store.connection import Connection, open_connection
 from tests.engine.stage import QUEUE, Child, entries
 from tests.security.conftest import count
@@ -52,6 +52,12 @@ async def asleep(text: str) -> str:
 @saga.define(name="security.elsewhere")
 async def elsewhere(text: str) -> str:
     return await saga.step(echo.with_options(queue=text), text)
+
+
+@saga.define(name="security.told")
+async def told(text: str) -> str:
+    async with saga.lock(text, text):
+        return await saga.wait_signal(text, str)
 
 
 @contextmanager
@@ -141,21 +147,116 @@ def test_orders_carry_any_text(
         assert outcome.error is not None and outcome.error["message"] == f"cancelled by {text}: {text}"
 
 
+def test_filters_take_any_text(
+    client: Client, new_child: Callable[[], Child], connection: Connection, untouched: None
+) -> None:
+    """Every one by which runs are found: one that fits finds its run, one that does not finds none and harms none."""
+    child = new_child()
+    for text in TEXTS:
+        options = {"task_id": f"run {text}", "queue": QUEUE, "tags": {"said": text, text: "x"}}
+        client.start(asleep, ("x",), {}, options)
+    child.drain()
+    for text in TEXTS:
+        for tags, expected in (({"said": text}, 1), ({text: "x"}, 1), ({text: text}, 0), ({"said": f"{text}!"}, 0)):
+            for found in (filters.listing(tags=tags), filters.unfinished(tags=tags)):
+                ids = [row["id"] for row in filters.listed(connection, found)]
+                assert ids == [f"run {text}"] * expected
+            assert client.bulk("cancel", tags=tags, dry_run=True).total == expected
+        for wanted in (
+            filters.listing(states=[text]),
+            filters.listing(states=[text, "running"], saga=text),
+            filters.unfinished(states=[text]),
+            filters.unfinished(saga=text, parked=True),
+        ):
+            assert filters.listed(connection, wanted) == []
+        assert client.bulk("terminate", saga=text, by=text, reason=text).total == 0
+        assert client.bulk("retry", step=text, by=text, reason=text).total == 0
+        assert client.bulk("skip", saga=asleep, step=text, tags={"said": text}, by=text).total == 0
+        assert client.prune(timedelta(0), saga=text).total == 0
+        with pytest.raises(UsageError):
+            client.bulk("cancel", states=[text])
+        with pytest.raises(UsageError):
+            client.prune(timedelta(0), states=[text])
+    assert count(connection) == len(TEXTS)
+    assert {client.outcome(f"run {text}").state for text in TEXTS} == {"running"}
+
+
+def test_signals_locks_and_pauses_are_named_by_any_text(
+    client: Client, new_child: Callable[[], Child], connection: Connection, untouched: None
+) -> None:
+    child = new_child()
+    results = {text: client.start(told, (text,), {}, {"queue": QUEUE, "task_id": f"run {text}"}) for text in TEXTS}
+    child.drain()
+    held = {name for (name,) in connection.execute("SELECT name FROM orchestrator.locks").fetchall()}
+    assert len(held) == len(TEXTS)
+    for text in TEXTS:
+        for kind in ("saga", "queue"):
+            assert client.pause(**{kind: text}, by=text, reason=text)
+            assert not client.pause(**{kind: text}, by=text, reason=text)
+            assert [(p.name, p.by, p.reason) for p in pauses.listed(connection) if not p.lifted] == [(text,) * 3]
+            assert client.resume(**{kind: text}, by=text, reason=text)
+            while pauses.untold(connection):
+                pauses.tell(connection, text)
+        assert client.signal(f"run {text}", text, text, text) == text
+    child.drain()
+    assert {text: result.get(timeout=60) for text, result in results.items()} == {text: text for text in TEXTS}
+    assert count(connection, "locks") == count(connection, "pauses") == 0
+
+
+def test_schedules_are_named_by_any_text(connection: Connection, untouched: None) -> None:
+    since = schedules.clock(connection)
+    for app in TEXTS:
+        schedules.declare(connection, app, [schedules.Declared(text, text, text, text) for text in TEXTS], since)
+    for text in TEXTS:
+        assert schedules.lead(connection, text, text, timedelta(seconds=1)) is not None
+        schedules.note_problem(connection, text, text, text)
+        assert schedules.pause(connection, text, text, text, text)
+        assert schedules.decide(
+            connection, text, text, since, origin="trigger", state="skipped", run_id=text, because=text
+        )
+        assert set(schedules.standing(connection, text)) == set(TEXTS)
+        (paused,) = [row for row in schedules.listing(connection, text) if row["paused_at"] is not None]
+        assert (paused["name"], paused["problem"]) == (text, text)
+        assert schedules.resume(connection, text, text, catch_up=False)
+        schedules.resign(connection, text, text)
+    assert count(connection, "schedules") == len(TEXTS) ** 2
+    assert count(connection, "slots") == len(TEXTS)
+
+
 def test_the_command_line_passes_any_text_on(database_url: str, untouched: None) -> None:
     """Every command that takes a name, all of them in one process."""
     run = ["show", "history", "explain", "cancel", "terminate", "retry", "skip", "resolve"]
     commands = [[command, text] for text in TEXTS for command in run if not text.startswith("-")]
     commands += [["list", "--saga", text, "--json"] for text in TEXTS]
+    commands += [["list", "--where", f"{text}={text}", "--json"] for text in TEXTS]
     commands += [["start", text, "[]"] for text in TEXTS]
+    for text in TEXTS:
+        commands += [["list", "--state", text], ["signal", "--id", text, "--", text, text, '"x"'],
+                     ["pause", "--", text], ["resume", "--queue", text], ["bulk", "cancel", "--state", text, "--yes"],
+                     ["prune", "--older-than", text], ["schedules", "pause", "--", text],
+                     ["schedules", "trigger", "--", text]]  # fmt: skip
+    empty = [["bulk", "cancel", f"--{name}", f"{text}=" if name == "where" else text, "--yes", "--json"]
+             for text in TEXTS for name in ("saga", "step", "where")]  # fmt: skip
+    empty += [["prune", "--older-than", "1d", "--saga", text, "--json"] for text in TEXTS]
+    commands += empty
     environment = {**os.environ, "ORCHESTRATOR_DATABASE_URL": database_url, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.security.commands"], input=json.dumps(commands), capture_output=True, text=True,
         cwd=ROOT, env=environment, timeout=100, check=True,
     )  # fmt: skip
     answers = [(command, code, said) for command, (code, said) in zip(commands, json.loads(done.stdout), strict=True)]
-    odd = [a for a in answers if a[0][0] != "list" and (a[1] not in (1, 2) or "Traceback" in a[2])]
+    done_well = [a for a in answers if (a[0][0] == "list" and "--json" in a[0]) or a[0] in empty]
+    refused = [a for a in answers if a not in done_well and a[0][0] != "resume"]  # which says that nothing is paused
+    odd = [a for a in refused if a[1] not in (1, 2)] + [a for a in answers if "Traceback" in a[2]]
     assert odd == []
-    assert {(code, said) for command, code, said in answers if command[0] == "list"} == {(0, "[]\n")}
+    assert {(code, said) for command, code, said in done_well if command[0] == "list"} == {(0, "[]\n")}
+    assert {(code, _total(said)) for command, code, said in done_well if command[0] != "list"} == {(0, 0)}
+
+
+def _total(said: str) -> int:
+    """Return how many runs an order has found, by the numbers of what it prints for programs."""
+    told = json.loads(said)
+    return int(told["total"])
 
 
 @pytest.mark.parametrize("password", ["p@ss:/?#[]%27", "'; DROP TABLE canary; --", "a b&host=elsewhere"])
