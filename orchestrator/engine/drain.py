@@ -18,6 +18,7 @@ from orchestrator.engine.commit import new_fence
 from orchestrator.engine.session import DeclaredDeadError, Session
 from orchestrator.engine.worker import Worker
 from orchestrator.errors import StoreUnavailableError
+from orchestrator.machine.journal import AttemptEnded
 from orchestrator.store import liveness, pauses, turns
 from orchestrator.store.connection import UNAVAILABLE, Connection, unavailable
 from orchestrator.store.turns import Taken
@@ -31,6 +32,7 @@ _LOOK_S = 0.004  # between looks whether it was read
 _BATCH = 8
 _LARGEST_BATCH = 32
 _WAVE_S = 0.02
+_LONGEST_WAVE_S = 0.1  # a wave that turns out to take longer is committed so far
 _PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, *[1.0] * 30)  # between looks whether the database is back
 
 
@@ -277,8 +279,20 @@ class Drainer:
         return begun
 
     def _run_together(self, items: list[Taken]) -> list[Taken]:
-        """Run short steps one after the other and record their outcomes with one commit."""
-        ended = [(item, self._attempts.attempt(item)) for item in items]
+        """Run short steps one after the other and record their outcomes with one commit.
+
+        Where one took long all the same, what has ended is recorded before the others are run, as steps by themselves
+        if they are of the same task.
+        """
+        ended: list[tuple[Taken, AttemptEnded]] = []
+        began = time.monotonic()
+        for item in items:
+            if ended and time.monotonic() - began > _LONGEST_WAVE_S:
+                break
+            ended.append((item, self._attempts.attempt(item)))
+        later = items[len(ended) :]
+        self._steps -= len(later)  # they are counted again
+        self._begun.extend(later)
         try:
             connection, advancer = self._session.ready()
             begun = advancer.record_together(connection, ended, self._attempts.is_short)

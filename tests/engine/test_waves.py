@@ -174,6 +174,22 @@ def test_nothing_that_is_begun_waits_behind_a_long_step(child: Child, connection
     assert states == [("completed",)]
 
 
+def test_a_wave_that_takes_long_all_the_same_is_committed_so_far(
+    child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child.drainer._attempts.recent_s[short.name] = 0.001
+    monkeypatch.setattr(drain, "_LONGEST_WAVE_S", -1.0)
+    recorded = "SELECT count(*) FROM orchestrator.journal WHERE entries::text LIKE '%%settled%%'"
+    seen = []
+    child.runner.before = lambda taken: seen.append((taken.run_id, connection.execute(recorded).fetchone()))
+    for name in ("a", "b", "c"):
+        start(connection, quick, name, run_id=name)
+    assert child.drain() == 6
+    assert [count for _, (count,) in seen] == list(range(6)), "each outcome before the next step is run"
+    assert sorted(name for name, _ in seen) == ["a", "a", "b", "b", "c", "c"]
+    assert {state(connection, name) for name in ("a", "b", "c")} == {"completed"}
+
+
 def test_a_shared_commit_that_was_not_answered_makes_no_step_run_twice(
     new_child: Callable[..., Child], connection: Connection, proxy: Proxy
 ) -> None:
