@@ -22,12 +22,13 @@ def warm(side: Side, load: str, scale: Scale) -> None:
 def three(stack: Stack, scale: Scale) -> list[Row]:
     """Runs of three steps from one client, next to a raw chain and to the bare database."""
     url, runs = stack.servers.database_url, scale.runs
-    ours, raws, ones, eights = [], [], [], []
+    ours, bulks, raws, ones, eights = [], [], [], [], []
     with stack.engine() as engine, stack.raw() as raw:
         warm(engine, "three", scale)
         warm(raw, "three", scale)
         for _ in scale.each_round():
             ours.append(rate(engine, "three", runs))
+            bulks.append(rate(engine, "in_bulk", runs))
             raws.append(rate(raw, "three", runs))
             ones.append(floor.sagas_per_second(url, runs, 1))
             eights.append(floor.sagas_per_second(url, runs, 8))
@@ -36,6 +37,8 @@ def three(stack: Stack, scale: Scale) -> list[Row]:
         Row(case, "runs/s", ours, "raw chain", raws, least=4.0),
         Row(case, "runs/s", ours, "floor, 1 connection", ones),
         Row(case, "runs/s", ours, "floor, 8 connections", eights, least=0.3),
+        Row("started in bulk", "runs/s", bulks, "raw chain", raws),
+        Row("started in bulk", "runs/s", bulks, "floor, 8 connections", eights),
     ]
 
 

@@ -58,8 +58,9 @@ def usage(stack: Stack, scale: Scale) -> list[Row]:
     with stack.engine() as engine, stack.raw() as raw:
         for side in (engine, raw):
             warm(side, "three", scale)
-        ours = [_used(stack, engine, scale.runs) for _ in scale.each_round()]
-        theirs = [_used(stack, raw, scale.runs) for _ in scale.each_round()]
+        ours = [_used(stack, engine, "three", scale.runs) for _ in scale.each_round()]
+        bulks = [_used(stack, engine, "in_bulk", scale.runs) for _ in scale.each_round()]
+        theirs = [_used(stack, raw, "three", scale.runs) for _ in scale.each_round()]
     parts = [(name, [getattr(used, name) * 1000 for used in ours], [getattr(used, name) * 1000 for used in theirs])
              for name in ("client", "workers", "postgres", "valkey")]  # fmt: skip
     cpu = Row("a step's CPU", "ms", [used.cpu_ms for used in ours], "raw chain", [used.cpu_ms for used in theirs],
@@ -67,15 +68,16 @@ def usage(stack: Stack, scale: Scale) -> list[Row]:
     return [
         cpu,
         *(Row("a step's CPU", f"ms, {name}", mine, "raw chain", raws) for name, mine, raws in parts),
+        Row("a step's CPU, started in bulk", "ms", [used.cpu_ms for used in bulks]),
         Row("a step's WAL", "bytes", [used.wal for used in ours], most=700),
         Row("left by a step", "rows", [used.rows for used in ours]),
         Row("left by a step", "bytes", [used.size for used in ours]),
     ]
 
 
-def _used(stack: Stack, side: Side, runs: int) -> Meter:
+def _used(stack: Stack, side: Side, load: str, runs: int) -> Meter:
     before = Meter.read(stack, side)
-    side.client.ask("three", runs=runs)
+    side.client.ask(load, runs=runs)
     return Meter.read(stack, side).since(before, runs * 3)
 
 
