@@ -20,7 +20,8 @@ def test_a_case_is_measured_and_reported(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text())
-    assert [row["against"] for row in found["rows"]] == ["raw chain", "floor, 1 connection", "floor, 8 connections"]
+    floors = ["floor, 1 connection", "floor, 8 connections"]
+    assert [row["against"] for row in found["rows"]] == ["raw chain", *floors, "raw chain", "floor, 8 connections"]
     assert all(value > 0 for row in found["rows"] for value in [*row["ours"], *row["theirs"]])
     assert found["facts"]["cores"] >= 1 and found["facts"]["commit_ms"] > 0
     assert "3 runs of 3 steps" in done.stdout
