@@ -370,6 +370,7 @@ class _DrainTask:
     """Answers doorbells; takes nothing from their messages."""
 
     orchestrator: Orchestrator
+    Request = "orchestrator.celery.request:DoorbellRequest"
     ignore_result = True
     send_events = False
     acks_late = False

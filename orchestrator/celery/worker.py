@@ -6,6 +6,7 @@ Owns the bond between a worker's main process, its companion and its pool childr
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import mmap
@@ -82,6 +83,7 @@ class CompanionStep(bootsteps.StartStopStep):
         )
         signals.worker_shutting_down.connect(_begin_stop, weak=False)
         signals.worker_ready.connect(self._ring_own_queues, weak=False)
+        signals.worker_before_create_process.connect(_share_memory, weak=False)
         self.exclude_forks()
         self._launch()
 
@@ -207,6 +209,17 @@ def _slots(worker: Any) -> int:
 
 def _begin_stop(**_: Any) -> None:
     _stop[0] = 1
+
+
+def _share_memory(**_: Any) -> None:
+    """Before the first child is forked: let no collection of garbage touch again what is there by now.
+
+    It writes to all that it looks at, which a child then no longer shares with main.  Celery collects before each fork,
+    and so every child but the last had a copy of nearly everything that was imported.
+    """
+    signals.worker_before_create_process.disconnect(_share_memory)
+    gc.collect()
+    gc.freeze()
 
 
 def _end_stuck() -> None:
