@@ -441,6 +441,7 @@ class StepContext:
     heartbeat_details: Json = None
     undoes: str = ""
     beat: Callable[[Json], None] | None = None
+    hangs: Callable[[], None] | None = None
     starts: int = 0
     connection: Any = None
 

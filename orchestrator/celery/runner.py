@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, states
@@ -53,6 +54,8 @@ class _RolledBack(Exception):
 
 _invoked: ContextVar[str] = ContextVar("orchestrator_invoked", default="")  # the task that the engine runs
 _limit: ContextVar[float] = ContextVar("orchestrator_limit", default=0.0)
+_hangs: ContextVar[Callable[[], None] | None] = ContextVar("orchestrator_hangs", default=None)
+_HANGS_AFTER_S = 1.0
 
 
 class Runner:
@@ -154,10 +157,10 @@ class Runner:
         }  # fmt: skip
         invoked, current = _invoked.set(task.name), current_step.set(context)
         seconds = (context.deadline - taken.now).total_seconds()
-        limit = _limit.set(seconds)
+        limit, hangs = _limit.set(seconds), _hangs.set(context.hangs)
         attempt = self._attempts[taken.fence or 0] = self._events.begin(taken)
         try:
-            guard = contextlib.nullcontext() if isinstance(task, steps_base()) else time_limit(seconds)
+            guard = contextlib.nullcontext() if isinstance(task, steps_base()) else time_limit(seconds, context.hangs)
             with guard:
                 traced = tracer(request["id"], args, kwargs, request)
         except BaseException as error:
@@ -170,6 +173,7 @@ class Runner:
             _invoked.reset(invoked)
             current_step.reset(current)
             _limit.reset(limit)
+            _hangs.reset(hangs)
         return _translate(taken, traced)
 
 
@@ -203,7 +207,7 @@ class StepTaskMixin:
         """
         declared = self.step
         if _invoked.get() == declared.name:
-            with time_limit(_limit.get()):
+            with time_limit(_limit.get(), _hangs.get()):
                 return call(declared.function, args, kwargs)
         if not _invoked.get():
             self.orchestrator.refuse_plain_messages(declared.name)
@@ -239,12 +243,15 @@ def wants_session(declared: Step[Any, Any]) -> bool:
     return first is not None and "Session" in str(first.annotation)
 
 
-def time_limit(seconds: float) -> contextlib.AbstractContextManager[None]:
-    """Interrupt the block after `seconds` with StepTimeout, as soon as it runs Python code."""
+def time_limit(seconds: float, hangs: Callable[[], None] | None = None) -> contextlib.AbstractContextManager[None]:
+    """Interrupt the block after `seconds` with StepTimeout, as soon as it runs Python code.
+
+    In the main thread `hangs` is called in the midst of the block once it has taken a second; it must not raise.
+    """
     if seconds <= 0:
         return contextlib.nullcontext()
     if threading.current_thread() is threading.main_thread():
-        return _alarm(seconds)
+        return _alarm(seconds, hangs)
     return _interruption(seconds)
 
 
@@ -253,17 +260,27 @@ def _overran(seconds: float) -> StepTimeout:
 
 
 @contextlib.contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
+def _alarm(seconds: float, hangs: Callable[[], None] | None) -> Iterator[None]:
     """By a signal, which reaches the main thread even while it waits."""
+    until = monotonic() + seconds
+    tell, over = hangs if seconds > _HANGS_AFTER_S else None, False
 
     def interrupt(number: int, frame: Any) -> None:
-        raise _overran(seconds)
+        nonlocal tell
+        if over:
+            return
+        if tell is None:
+            raise _overran(seconds)
+        told, tell = tell, None
+        told()
+        signal.setitimer(signal.ITIMER_REAL, max(until - monotonic(), 0.001))
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds if tell is None else _HANGS_AFTER_S)
     try:
         yield
     finally:
+        over = True  # a signal that came just before is heard a little later
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 

@@ -116,11 +116,11 @@ class Advancer:
             loaded = self._runs.known(connection, taken.run_id)
             made = self._attempt(connection, loaded, [outcome], done=[taken], may_begin=may_begin) if loaded else None
         except CodeMissing:
-            self._leave(connection, [(taken, outcome)], owe=True)
+            self.leave(connection, [(taken, outcome)], owe=True)
             return []
         if made is not None and made.written:
             return self._go_on(connection, taken.run_id, made, may_begin)
-        if not self._leave(connection, [(taken, outcome)]):
+        if not self.leave(connection, [(taken, outcome)]):
             return []
         return self._advance(connection, taken.run_id, may_begin=may_begin)
 
@@ -171,7 +171,7 @@ class Advancer:
             if run_id in written:
                 continue
             if run_id in self._elsewhere or (run_id in tried and len(pairs) > 1):
-                if self._leave(connection, pairs):
+                if self.leave(connection, pairs):
                     left = self._elsewhere.setdefault(run_id, _Left())
                     left.since = left.since or time.monotonic()
                 continue
@@ -304,7 +304,7 @@ class Advancer:
 
         return ring
 
-    def _leave(self, connection: Connection, ended: Sequence[tuple[Taken, AttemptEnded]], *, owe: bool = False) -> bool:
+    def leave(self, connection: Connection, ended: Sequence[tuple[Taken, AttemptEnded]], *, owe: bool = False) -> bool:
         """Leave outcomes of a run as arrivals; a success that the fence refuses is left as a late effect.
 
         With `owe` the run owes a turn, for whoever takes it; else the caller sees to it that they are taken in.

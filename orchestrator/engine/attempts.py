@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -62,8 +62,8 @@ class Attempts:
         runner.finished(taken, outcome)
         return begun
 
-    def attempt(self, taken: Taken) -> AttemptEnded:
-        """Run the code of one attempt."""
+    def attempt(self, taken: Taken, hangs: Callable[[], None] | None = None) -> AttemptEnded:
+        """Run the code of one attempt; if it takes long, `hangs` is called in its midst."""
         self._run_already.add(_attempt_of(taken))
         if taken.role == "once":
             connection, advancer = self._session.ready()
@@ -76,7 +76,9 @@ class Attempts:
             self._session.lend()
         began = time.monotonic()
         failpoint("effect.before", self._session.connection)
-        invocation = self._runner.invoke(taken, self._context(taken))
+        context = self._context(taken)
+        context.hangs = hangs
+        invocation = self._runner.invoke(taken, context)
         failpoint("effect.after", self._session.connection)
         self.recent_s[taken.task] = time.monotonic() - began
         return self._outcome(taken, invocation)
@@ -220,6 +222,13 @@ class Attempts:
         held = attempts.held(connection, identity.incarnation, identity.child)
         in_hand = {item.fence for item in self._in_hand()}
         return [item for item in held if item.run_id == taken.run_id and item.fence not in in_hand]
+
+    def still_held(self, items: Sequence[Taken]) -> list[Taken]:
+        """Return those that are begun for this child, in case they were left to others and nobody answered."""
+        connection, advancer = self._session.ready()
+        identity = advancer.identity
+        fences = {item.fence for item in attempts.held(connection, identity.incarnation, identity.child)}
+        return [item for item in items if item.fence in fences]
 
     def take_up(self, owes: bool) -> list[Taken]:
         """Return what was begun for this child in a commit whose answer was lost; what it has run is in doubt.

@@ -16,9 +16,9 @@ from orchestrator.engine.advance import Advancer
 from orchestrator.engine.attempts import Attempts
 from orchestrator.engine.commit import new_fence
 from orchestrator.engine.session import DeclaredDeadError, Session
+from orchestrator.engine.wave import Wave
 from orchestrator.engine.worker import Worker
 from orchestrator.errors import StoreUnavailableError
-from orchestrator.machine.journal import AttemptEnded
 from orchestrator.store import liveness, pauses, turns
 from orchestrator.store.connection import UNAVAILABLE, Connection, unavailable
 from orchestrator.store.turns import Taken
@@ -282,26 +282,30 @@ class Drainer:
         """Run short steps one after the other and record their outcomes with one commit.
 
         Where one took long all the same, what has ended is recorded before the others are run, as steps by themselves
-        if they are of the same task.
+        if they are of the same task.  Where one hangs, others get all the rest.
         """
-        ended: list[tuple[Taken, AttemptEnded]] = []
+        wave = Wave(self._session, items)
         began = time.monotonic()
-        for item in items:
-            if ended and time.monotonic() - began > _LONGEST_WAVE_S:
-                break
-            ended.append((item, self._attempts.attempt(item)))
-        later = items[len(ended) :]
-        self._steps -= len(later)  # they are counted again
-        self._begun.extend(later)
+        while wave.waiting and not (wave.ended and time.monotonic() - began > _LONGEST_WAVE_S):
+            item = wave.waiting.popleft()
+            wave.ended.append((item, self._attempts.attempt(item, wave.leave_to_others)))
+        self._steps -= len(wave.waiting)  # they are counted again
+        self._begun.extend(wave.waiting)
+        begun: list[Taken] = []
+        broken = wave.unsure
         try:
-            connection, advancer = self._session.ready()
-            begun = advancer.record_together(connection, ended, self._attempts.is_short)
+            if not broken:
+                connection, advancer = self._session.ready()
+                begun = advancer.record_together(connection, wave.ended, self._attempts.is_short)
         except (*UNAVAILABLE, StoreUnavailableError):
+            broken = True
+        if broken:
             self._session.drop()
-            begun = []
-            for item, outcome in ended:
+            for item, outcome in wave.ended:
                 self._begun.extend(self._attempts.record(item, outcome, broken=True))
-        for item, outcome in ended:
+        if wave.unsure:
+            self._begun = self._attempts.still_held(self._begun)
+        for item, outcome in (*wave.ended, *wave.left):
             self._worker.runner.finished(item, outcome)
         return begun
 

@@ -6,7 +6,8 @@ Owns when they are opened, lent and dropped.  Must never run the code of a step.
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from orchestrator.engine.advance import Advancer
 from orchestrator.engine.commit import Identity, Scope
@@ -71,6 +72,16 @@ class Session:
         return open_connection(
             settings.dsn, name=name, prepare=settings.prepared_statements, patience_s=WORKER_PATIENCE_S
         )
+
+    @contextmanager
+    def beside(self, name: str) -> Iterator[tuple[Connection, Advancer]]:
+        """Lend another connection for a moment, while the child's own may be in use."""
+        assert self.advancer is not None
+        connection = self._open(name)
+        try:
+            yield connection, self.advancer
+        finally:
+            connection.close()
 
     # -- the mark that keeps others from ringing -----------------------------------------------------------------------
     def enter(self) -> bool:

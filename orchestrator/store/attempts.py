@@ -46,6 +46,35 @@ def held(connection: Connection, incarnation: int, child: int, now: datetime | N
     return [Taken(*row) for row in rows]
 
 
+# Primary key of work, locked in the order of its keys.
+_GIVE_BACK = """
+WITH held AS MATERIALIZED (
+    SELECT w.run_id, w.key FROM orchestrator.work w
+    JOIN unnest(%(runs)s::text[], %(keys)s::text[], %(fences)s::bigint[]) AS g (run_id, key, fence)
+        ON w.run_id = g.run_id AND w.key = g.key AND w.fence = g.fence
+    ORDER BY w.run_id, w.key FOR UPDATE OF w
+)
+UPDATE orchestrator.work w SET attempt = w.attempt - 1, fence = NULL, reserved_at = NULL, incarnation = NULL,
+    child = NULL, begun_at = NULL, deadline_at = NULL, expires_at = NULL
+FROM held h WHERE w.run_id = h.run_id AND w.key = h.key RETURNING w.queue
+"""
+
+
+def give_back(connection: Connection, items: Sequence[Taken]) -> list[str]:
+    """Give back attempts that were begun and whose code has not run, as if they had never been begun.
+
+    Returns the queues to ring, one per attempt; one that has lost its fence is passed over.
+    """
+    values = {
+        "runs": [item.run_id for item in items], "keys": [item.key for item in items],
+        "fences": [item.fence for item in items],
+    }  # fmt: skip
+    failpoint("give_back_attempts.before", connection)
+    queues = [row[0] for row in connection.execute(_GIVE_BACK, values).fetchall()]
+    failpoint("give_back_attempts.after", connection)
+    return queues
+
+
 _REFENCE = """
 UPDATE orchestrator.work SET fence = %(new)s
 WHERE run_id = %(run_id)s AND key = %(key)s AND fence = ANY(%(fences)s) RETURNING 1

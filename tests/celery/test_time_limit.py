@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from orchestrator.celery import runner
 from orchestrator.celery.runner import StepTimeout, time_limit
 
 
@@ -53,3 +54,23 @@ def test_what_ended_in_time_is_left_alone(within: Callable[[Callable[[], object]
         return ended
 
     assert within(several) == 50
+
+
+def test_of_a_step_that_takes_long_somebody_is_told_once_and_it_is_interrupted_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner, "_HANGS_AFTER_S", 0.05)
+    told: list[float] = []
+    began = time.monotonic()
+    with pytest.raises(StepTimeout), time_limit(0.2, lambda: told.append(time.monotonic() - began)):
+        spin(30.0)
+    assert len(told) == 1 and told[0] >= 0.05
+    assert time.monotonic() - began >= 0.2
+
+
+def test_of_what_has_little_time_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_HANGS_AFTER_S", 0.05)
+    told: list[int] = []
+    with pytest.raises(StepTimeout), time_limit(0.04, lambda: told.append(1)):
+        spin(30.0)
+    assert told == []

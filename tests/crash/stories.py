@@ -119,6 +119,23 @@ def stopped(day: Day) -> None:
     main.scripts = script_of
 
 
+def hanging(day: Day) -> None:
+    """Of steps that used to be short one hangs: what has ended before it and what waits behind it is left to others."""
+    main = day.worker("main")
+    main.drainer._attempts.recent_s.update(dict.fromkeys(steps.steps, 0.001))
+
+    def hang(taken: Any) -> None:
+        hangs = main.runner.contexts[-1].hangs
+        if taken.run_id == "hangs" and hangs is not None:
+            main.runner.before = lambda taken: None
+            hangs()
+
+    main.runner.before = hang
+    for run_id in day.planned:
+        day.start(run_id)
+    day.tolerant(main.drain)
+
+
 def forgotten(day: Day) -> None:
     """Whoever left something for a run died before he could see to it; a run that has ended hears of a cancel."""
     main = day.worker("main")
@@ -188,6 +205,7 @@ TRICKS: dict[str, Trick] = {
     "overtaken": overtaken,
     "met": met,
     "stopped": stopped,
+    "hanging": hanging,
     "forgotten": forgotten,
     "held": held,
     "broken": broken,

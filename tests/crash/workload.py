@@ -252,6 +252,11 @@ STOPPED = {
     "stopped": Planned(in_a_row, ["a"], "completed"),
     "postponed": Planned(in_a_row, ["a"], "completed"),
 }
+HANGING = {
+    "before": Planned(in_a_row, ["a", "b"], "completed"),
+    "hangs": Planned(in_a_row, ["a", "b"], "completed"),
+    "behind": Planned(in_a_row, ["a", "bad"], "compensated"),
+}
 FORGOTTEN = {
     "forgotten": Planned(in_a_row, ["a", "wait"], "cancelled"),
     "ignored": Planned(in_a_row, ["a"], "completed cancelled"),
@@ -278,6 +283,7 @@ STORIES = {
     "overtaken": OVERTAKEN,
     "met": MET,
     "stopped": STOPPED,
+    "hanging": HANGING,
     "forgotten": FORGOTTEN,
     "held": HELD,
     "broken": BROKEN,

@@ -11,10 +11,10 @@ import pytest
 
 from orchestrator import Effect, RetryPolicy, saga, step
 from orchestrator.engine import drain
-from orchestrator.store import liveness
+from orchestrator.store import attempts, liveness
 from orchestrator.store.connection import Connection
 from tests.engine.proxy import Proxy
-from tests.engine.stage import Child, start, state, work
+from tests.engine.stage import QUEUE, Child, start, state, states, work
 
 
 @step(effect=Effect.NONE)
@@ -188,6 +188,62 @@ def test_a_wave_that_takes_long_all_the_same_is_committed_so_far(
     assert [count for _, (count,) in seen] == list(range(6)), "each outcome before the next step is run"
     assert sorted(name for name, _ in seen) == ["a", "a", "b", "b", "c", "c"]
     assert {state(connection, name) for name in ("a", "b", "c")} == {"completed"}
+
+
+def hang(child: Child, run_id: str, meanwhile: Callable[[], object]) -> None:
+    """Let the first step of a run hang in this child: its alarm goes off, and the rest of the world goes on."""
+
+    def before(taken: Any) -> None:
+        if taken.run_id == run_id:
+            child.runner.before = lambda taken: None
+            hangs = child.runner.contexts[-1].hangs
+            assert hangs is not None
+            hangs()
+            meanwhile()
+
+    child.drainer._attempts.recent_s[short.name] = 0.001
+    child.runner.before = before
+
+
+def test_where_a_step_hangs_others_get_what_waits_with_it(
+    child: Child, new_child: Callable[..., Child], connection: Connection
+) -> None:
+    other = new_child()
+    seen: list[dict[str, str]] = []
+    hang(child, "b", lambda: (other.drain(), seen.append(states(connection))))
+    for name in ("a", "b", "c"):
+        start(connection, quick, name, run_id=name)
+    child.drain()
+    assert seen == [{"a": "completed", "b": "running", "c": "completed"}]
+    assert set(states(connection).values()) == {"completed"}
+    ran = [*child.runner.calls, *other.runner.calls]
+    assert len(ran) == 6 and {attempt for _, _, attempt in ran} == {1}, "each step once, as its first attempt"
+    assert set(child.rings) == {QUEUE}
+
+
+@pytest.mark.parametrize("happened", [True, False])
+def test_what_was_left_to_others_and_not_answered_is_run_once(
+    child: Child,
+    new_child: Callable[..., Child],
+    connection: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    happened: bool,
+) -> None:
+    really, other = attempts.give_back, new_child()
+
+    def unanswered(connection: Connection, items: Any) -> list[str]:
+        if happened:
+            really(connection, items)
+        raise ConnectionError("the connection is lost")
+
+    monkeypatch.setattr(attempts, "give_back", unanswered)
+    hang(child, "b", other.drain)
+    for name in ("a", "b", "c"):
+        start(connection, quick, name, run_id=name)
+    child.drain()
+    assert set(states(connection).values()) == {"completed"}
+    ran = [*child.runner.calls, *other.runner.calls]
+    assert len(ran) == 6 and {attempt for _, _, attempt in ran} == {1}
 
 
 def test_a_shared_commit_that_was_not_answered_makes_no_step_run_twice(

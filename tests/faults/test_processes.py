@@ -252,3 +252,26 @@ def test_a_message_that_a_dead_worker_had_in_hand_is_not_missed(scene: Scene) ->
     scene.worker().start()
     scene.until_state(missed, "completed")
     scene.judge(BARE)
+
+
+def test_a_step_that_hangs_keeps_nobody_waiting_who_was_begun_with_it(scene: Scene) -> None:
+    """It used to be short, so that it shared a commit with those of other runs."""
+    (worker,) = scene.start_workers(1)
+    for number in range(40):
+        scene.start(f"short {number}", Stop(name="a", kind="linger"))
+    for number in range(40):
+        scene.until_state(f"short {number}", "completed")
+    with scene.stopped(worker):
+        for number in range(24):
+            how = ["before", "ok"] if number == 3 else ["ok"]
+            scene.start(f"beside {number}", Stop(name="a", kind="linger", how=how), Stop(name="b", kind="linger"))
+    scene.until_at("beside 3", "before")
+    for number in range(24):
+        if number != 3:
+            scene.until_state(f"beside {number}", "completed")
+    hanging = "SELECT key, attempt FROM orchestrator.work WHERE run_id = 'beside 3' AND fence IS NOT NULL"
+    assert scene.sql(hanging) == [("tests.faults.steps.linger#0", 1)], "it hangs all the time"
+    assert "are left to others" in worker.log.read_text()
+    scene.let_go("beside 3", "before")
+    scene.until_state("beside 3", "completed")
+    scene.judge(BARE)
