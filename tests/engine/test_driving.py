@@ -43,9 +43,10 @@ async def other(count: int) -> None:
 
 
 @pytest.fixture
-def two_children(new_child: Callable[..., Child]) -> tuple[Child, Child]:
+def two_children(new_child: Callable[..., Child], monkeypatch: pytest.MonkeyPatch) -> tuple[Child, Child]:
     """Two that know the step to be short; the second has lost a race for the run, and leaves it to the first."""
     BEGUN.clear()
+    monkeypatch.setattr(drain, "_LONGEST_WAVE_S", 60.0)  # the other one works in the midst of a step
     driver, follower = new_child(), new_child()
     for child in (driver, follower):
         child.drainer._attempts.recent_s[short.name] = 0.0001
