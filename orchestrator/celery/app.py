@@ -16,7 +16,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Unpack
 
-from celery import Celery, Task
+from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
 
 from orchestrator import saga as sagas
@@ -80,6 +80,7 @@ class Orchestrator:
         app.steps["worker"].add(step_type)
         app.steps["consumer"].update((worker.CompanionHeard, events.ShareEvents))
         self._register_drain()
+        signals.worker_process_init.connect(self._begin_child)
         step_registry.listen(self._bind_step)
         sagas.registry.listen(self._bind_saga)
 
@@ -87,6 +88,10 @@ class Orchestrator:
         """A pool child that is spawned, not forked, gets a copy of the app: it needs an Orchestrator as well."""
         app: Any = type(self.app)
         return _respawn, (*app.__reduce__(self.app), self._overrides)
+
+    def _begin_child(self, **_: Any) -> None:
+        """In a pool child: one that is spawned has none of main's filters of logs."""
+        events.quiet_logs(self.settings.show_payloads)
 
     # -- what the app has ----------------------------------------------------------------------------------------------
     @functools.cached_property

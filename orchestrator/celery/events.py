@@ -329,7 +329,7 @@ class _Discreet(logging.Filter):
 
 
 def quiet_logs(show_payloads: bool) -> None:
-    """Have Celery's lines about tasks say nothing of doorbells or of a step's payloads; forked children inherit it."""
+    """Have Celery's lines about tasks say nothing of doorbells or of a step's payloads, in this process."""
     for name in ("celery.worker.strategy", "celery.worker.request", "celery.app.trace"):
         speaker = logging.getLogger(name)
         for other in [each for each in speaker.filters if isinstance(each, _Discreet)]:

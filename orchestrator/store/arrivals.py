@@ -71,13 +71,18 @@ def owe_turn(connection: Connection, run_id: str, now: datetime | None = None, *
     return row[0] if row else None
 
 
-_LEAVE = "INSERT INTO orchestrator.arrivals (run_id, arrival) VALUES (%(run_id)s, %(arrival)s::json)"
+_LEAVE = """
+INSERT INTO orchestrator.arrivals (run_id, arrival) SELECT %(run_id)s, %(arrival)s::json
+WHERE EXISTS (SELECT FROM orchestrator.runs WHERE id = %(run_id)s)
+"""
 
 
 def leave(
     connection: Connection, run_id: str, arrival: Json, now: datetime | None = None, *, anyone: bool = False
 ) -> str | None:
     """Leave an arrival that needs no fence and make the run's turn due; returns the queue to ring.
+
+    Nothing is left for a run that does not exist, or was pruned: nobody would take it in.
 
     Two statements; the caller opens the transaction that holds them together.
     """

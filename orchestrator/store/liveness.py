@@ -272,12 +272,13 @@ def neglects(
 
 
 # Arrivals older than a moment whose run has no turn due (a timer's row may be there, due much later): both their author
-# and the turn before them missed them.
+# and the turn before them missed them.  Those of runs that are gone must not fill the page.
 _FORGOTTEN = f"""
 SELECT DISTINCT run_id FROM (
     SELECT run_id FROM orchestrator.arrivals a
     WHERE at < {CLOCK} - interval '1 second'
       AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.run_id = a.run_id AND w.key = '' AND w.due_at <= {CLOCK})
+      AND EXISTS (SELECT FROM orchestrator.runs r WHERE r.id = a.run_id)
     ORDER BY id LIMIT %(limit)s
 ) AS page ORDER BY run_id
 """

@@ -142,6 +142,25 @@ def test_what_a_dead_worker_had_begun_is_in_doubt_and_tried_again(
     assert heir.runner.calls == [("do", key, 2)]
 
 
+def test_a_thousand_arrivals_of_runs_that_are_gone_keep_no_forgotten_run_waiting(
+    pump: Pump, child: Child, connection: Connection
+) -> None:
+    """A success may come so late that its run was pruned meanwhile; nobody will ever take it in."""
+    start(connection, in_a_row, ["a"])
+    child.drain()
+    connection.execute("UPDATE orchestrator.runs SET state = 'running', finished_at = NULL")
+    connection.execute(
+        """INSERT INTO orchestrator.arrivals (run_id, at, arrival)
+        SELECT 'gone-' || n, orchestrator.now() - interval '1 h', '{"e": "cancel"}'::json
+        FROM generate_series(1, 1000) AS n
+        UNION ALL SELECT id, orchestrator.now() - interval '5 s', '{"e": "cancel"}'::json FROM orchestrator.runs"""
+    )
+    assert work(connection) == []
+    for _ in range(3):
+        pump.run_once(connection)
+    assert [row[0] for row in work(connection)] == [""], "its turn is due"
+
+
 def test_a_child_that_died_is_given_back_at_once_and_the_others_are_not(
     new_child: Callable[..., Child], connection: Connection
 ) -> None:

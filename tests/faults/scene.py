@@ -72,8 +72,6 @@ class Scene:
         self._offices = [self.office]
         self.messages: list[Any] = []
         """What somebody has seen of the broker's messages: they must hold no secret, as all else that is outside."""
-        self.spawns = False
-        """Whether pool children are spawned: their lines in the log are Celery's own, with the results of steps."""
         self._resident: dict[int, int] = {}
         with psycopg.connect(database_url) as connection:
             connection.execute(steps.LEDGER)
@@ -260,7 +258,7 @@ class Scene:
 
     def _outside(self) -> dict[str, Place]:
         """Return the places at which others than the database may read."""
-        places: dict[str, Place] = {f"log {n}": log for n, log in enumerate(self.logs(), 1) if not self.spawns}
+        places: dict[str, Place] = {f"log {n}": log for n, log in enumerate(self.logs(), 1)}
         if (told := self.folder / "telemetry").exists():
             places["telemetry"] = told
         for n, message in enumerate(self.messages):

@@ -440,6 +440,11 @@ def begin(connection: Connection, run_id: str = "r", **options: Any) -> tuple[se
     return runs.start_and_look(connection, [new], "q")
 
 
+def test_nothing_is_left_for_a_run_that_is_not_there(connection: Connection) -> None:
+    assert arrivals.leave(connection, "gone", {"e": "cancel"}) is None
+    assert rows(connection, "arrivals") == []
+
+
 def test_a_start_says_whether_to_ring(connection: Connection) -> None:
     incarnation = worker(connection, slots=1)
     assert begin(connection) == ({"r"}, 1)
