@@ -33,6 +33,7 @@ from orchestrator.machine.journal import (
     Post,
     Raised,
     Returned,
+    Terminate,
     Withdrawn,
     Work,
 )
@@ -127,7 +128,7 @@ class Execution:
         was_ended = fold.state in TERMINAL
         at = max(now, fold.at)
         decisions = _Recorder(fold, at, self._failed_blocks)
-        for arrival in arrivals:
+        for arrival in sorted(arrivals, key=_comes_last):
             decisions.take(arrival)
         if park is not None and fold.wants_code:
             decisions.record(park)
@@ -243,6 +244,11 @@ class Execution:
                 wake = self.info.started + timedelta(microseconds=math.ceil(seconds * 1_000_000))
         deadline = None if fold.deadline_passed or fold.reported else self.info.deadline
         return min(filter(None, (wake, deadline)), default=None)
+
+
+def _comes_last(arrival: Arrival) -> bool:
+    """Tell of an order to end at once, which would leave unknown what came in at the same time."""
+    return type(arrival) is Terminate
 
 
 def _seed(fold: Fold) -> list[Entry]:

@@ -492,6 +492,16 @@ def test_terminating_undoes_nothing_and_lists_what_is_left() -> None:
     assert stage.left == [("reserve#0", "succeeded"), ("charge#0", "unknown")]
 
 
+def test_what_came_in_with_the_order_to_terminate_is_known() -> None:
+    stage = Stage(three_in_a_row, 1)
+    stage.turn()
+    stage.succeed("reserve", "h")
+    stage.begin("charge")
+    stage.turn(Terminate("ann", "now"), stage.end("charge", "succeeded", "c"))
+    assert stage.state == "terminated"
+    assert stage.left == [("reserve#0", "succeeded"), ("charge#0", "succeeded")]
+
+
 # -- late effects ----------------------------------------------------------------------------------------------------
 def _undone(stage: Stage) -> str:
     stage.turn()

@@ -228,6 +228,31 @@ def test_an_end_clears_the_work_and_waits_for_what_was_left_meanwhile(connection
     assert not arrivals.arrive(connection, "r", [("k", begun, {"e": "outcome"})])
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_an_end_takes_in_an_outcome_that_was_just_being_left(connect: Connect, begun: int, together: bool) -> None:
+    """Its author is committing it, perhaps with rows of the application: it is neither lost nor passed over."""
+    author, driver, watcher = connect(), connect(), connect()
+    end = turn(1, state="terminated", ended=True, summary=summary())
+    written: list[bool] = []
+
+    def finish() -> None:
+        done = turns.commit_turns(driver, [end]).get("r") if together else turns.commit_turn(driver, end)
+        written.append(done is not None and done.written)
+
+    ending = Thread(target=finish)
+    with author.transaction():
+        assert arrivals.arrive(author, "r", [("k", begun, {"e": "outcome"})]) == {"k"}
+        ending.start()
+        waits = "SELECT count(*) FROM pg_locks WHERE pid = %s AND NOT granted"
+        until(lambda: watcher.execute(waits, [driver.info.backend_pid]).fetchone() == (1,), "the end waits")
+    ending.join(30.0)
+    assert written == [False]
+    ((arrival_id, *_),) = rows(driver, "arrivals")
+    end.consumed = [arrival_id]
+    finish()
+    assert written == [False, True] and rows(driver, "arrivals") == []
+
+
 # -- committing turns of many runs with one statement ------------------------------------------------------------------
 @pytest.fixture
 def three(connection: Connection) -> list[str]:

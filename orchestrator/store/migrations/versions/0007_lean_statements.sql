@@ -150,9 +150,13 @@ BEGIN
         )
         SELECT count(*) > 0 INTO v_lost FROM ended e CROSS JOIN LATERAL unnest(e.done) AS d (done)
         WHERE NOT EXISTS (SELECT FROM cleared c WHERE c.fence = d.done);
+        -- Who was just leaving an outcome held its row, and has been waited for: what came in belongs to the run.
+        v_lost := v_lost OR EXISTS (
+            SELECT FROM json_to_recordset(p_ended) AS e (run text) JOIN orchestrator.arrivals a ON a.run_id = e.run
+            WHERE e.run = ANY (v_runs) AND NOT a.id = ANY (coalesce(p_consumed, '{}')));
     END IF;
     IF v_lost THEN
-        -- A fence is lost: this takes back everything that was written above, of all of them.
+        -- A fence is lost, or an end has come too soon: this takes back everything that was written above, of all.
         RAISE EXCEPTION 'fence lost' USING ERRCODE = 'OR001';
     END IF;
     IF p_sleeping IS NOT NULL THEN
@@ -189,4 +193,89 @@ BEGIN
     RETURN QUERY
         SELECT t.run, EXISTS (SELECT FROM orchestrator.arrivals a WHERE a.run_id = t.run), v_now
         FROM unnest(v_runs) AS t (run);
+END $$;
+
+-- An end looks again for what was left for its run, once nobody can leave anything more.
+CREATE OR REPLACE FUNCTION orchestrator.commit_more_1(
+    p_run text, p_more json, p_incarnation bigint, p_child integer, p_now timestamptz,
+    OUT left_here integer, OUT posted text[]
+) LANGUAGE plpgsql AS $$
+DECLARE
+    v_holds constant boolean := coalesce((p_more ->> 'holds')::boolean, false);
+    v_wake constant timestamptz := (p_more ->> 'wake')::timestamptz;
+    v_posts jsonb := coalesce(p_more -> 'posts', '[]');
+    v_consumed constant bigint[] := ARRAY(
+        SELECT json_array_elements_text(coalesce(p_more -> 'consumed', '[]'))::bigint);
+    v_withdraw text[];
+    v_count integer;
+BEGIN
+    left_here := 0;
+    posted := '{}';
+    IF p_more -> 'locks' IS NOT NULL OR p_more -> 'unlocks' IS NOT NULL THEN
+        -- Before any row of work: who has the lock of a name gives turns to other runs.
+        v_posts := v_posts || orchestrator.locks_1(p_run, p_more -> 'locks', p_more -> 'unlocks', p_now);
+    END IF;
+    IF (p_more ->> 'ended')::boolean THEN
+        DELETE FROM orchestrator.work WHERE run_id = p_run AND (key <> '' OR NOT v_holds);
+        -- Who was just leaving an outcome held its row, and has been waited for: what came in belongs to the run.
+        IF EXISTS (SELECT FROM orchestrator.arrivals WHERE run_id = p_run AND NOT id = ANY (v_consumed)) THEN
+            RAISE EXCEPTION 'something has come in' USING ERRCODE = 'OR001';
+        END IF;
+    END IF;
+    IF p_more -> 'withdraw' IS NOT NULL THEN
+        v_withdraw := ARRAY(SELECT json_array_elements_text(p_more -> 'withdraw'));
+        -- Only what no committed begin names may be withdrawn; whoever began it is told to stop.
+        WITH gone AS (
+            DELETE FROM orchestrator.work WHERE run_id = p_run AND key = ANY (v_withdraw) AND fence IS NULL
+            RETURNING key
+        )
+        INSERT INTO orchestrator.arrivals (run_id, arrival)
+        SELECT p_run, json_build_object('e', 'withdrawn', 'key', key) FROM gone;
+        GET DIAGNOSTICS left_here = ROW_COUNT;
+        UPDATE orchestrator.work SET stop = true WHERE run_id = p_run AND key = ANY (v_withdraw);
+    END IF;
+    IF p_more -> 'children' IS NOT NULL THEN
+        v_posts := v_posts || orchestrator.children_1(p_run, p_more -> 'children', p_now);
+    END IF;
+    -- Turn rows in the order of their runs' ids: this run's own has its place between those that it posts to.
+    IF v_posts <> '[]' THEN
+        INSERT INTO orchestrator.arrivals (run_id, arrival)
+        SELECT p_run, p -> 'arrival' FROM jsonb_array_elements(v_posts) AS p WHERE p ->> 'run' = p_run;
+        GET DIAGNOSTICS v_count = ROW_COUNT;
+        left_here := left_here + v_count;
+        posted := orchestrator.post_1(
+            (SELECT jsonb_agg(p) FROM jsonb_array_elements(v_posts) AS p WHERE p ->> 'run' < p_run), p_now);
+    END IF;
+    -- The turn row: whoever asked for a turn meanwhile has lifted the reservation, and then it stays due.
+    IF v_holds AND v_wake IS NULL THEN
+        DELETE FROM orchestrator.work
+        WHERE run_id = p_run AND key = '' AND reserved_at IS NOT NULL
+          AND incarnation = p_incarnation AND child = p_child;
+    ELSIF v_wake IS NOT NULL THEN
+        INSERT INTO orchestrator.work AS w (run_id, key, role, target, queue, priority, due_at)
+        VALUES (p_run, '', 'turn', p_more ->> 'target', p_more ->> 'queue', (p_more ->> 'priority')::smallint, v_wake)
+        ON CONFLICT (run_id, key) DO UPDATE SET
+            target = CASE WHEN p_more -> 'continue' IS NULL THEN w.target ELSE EXCLUDED.target END,
+            due_at = CASE WHEN v_holds AND w.reserved_at IS NOT NULL
+                               AND w.incarnation = p_incarnation AND w.child = p_child
+                          THEN EXCLUDED.due_at ELSE least(w.due_at, EXCLUDED.due_at) END,
+            reserved_at = NULL, incarnation = NULL, child = NULL;
+    END IF;
+    IF v_posts <> '[]' THEN
+        posted := posted || orchestrator.post_1(
+            (SELECT jsonb_agg(p) FROM jsonb_array_elements(v_posts) AS p WHERE p ->> 'run' > p_run), p_now);
+    END IF;
+    IF p_more -> 'work' IS NOT NULL THEN
+        INSERT INTO orchestrator.work (run_id, key, role, target, queue, task, priority, due_at, attempt, call, gate)
+        SELECT p_run, w.key, w.role, w.target, w.queue, w.task, w.priority, coalesce(w.due, p_now), w.attempt, w.call,
+            w.gate
+        FROM json_to_recordset(p_more -> 'work') AS w (key text, role text, target text, queue text, task text,
+            priority smallint, due timestamptz, attempt integer, call json, gate text);
+    END IF;
+    IF p_more -> 'consumed' IS NOT NULL THEN
+        DELETE FROM orchestrator.arrivals WHERE id = ANY (v_consumed);
+    END IF;
+    IF p_more -> 'continue' IS NOT NULL THEN
+        PERFORM orchestrator.continue_1(p_run, p_more -> 'continue', p_now);
+    END IF;
 END $$;
