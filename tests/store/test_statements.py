@@ -583,8 +583,10 @@ def test_what_another_turn_took_while_a_run_was_read_is_not_read_as_new(connect:
     reader.execute = overtaken  # type: ignore[method-assign]
     loaded = turns.load(reader, {"r": 0})["r"]
     assert len(statements) == 3
-    assert loaded.arrivals == [] or loaded.run.position == 0
-    assert not commit(other, loaded.run.position).written, "it is out of date, and is told so"
+    if loaded.run.position == 1:  # a pipeline may be read as late as that
+        assert loaded.arrivals == []
+    else:
+        assert not commit(other, loaded.run.position).written, "it is out of date, and is told so"
 
 
 # -- plans -------------------------------------------------------------------------------------------------------------
