@@ -63,11 +63,14 @@ class Drainer:
     def drain(self) -> int:
         """Work until nothing is due, or for about a second; returns how many steps were run.
 
+        None are run if connections are scarce and others have them all.
         Raises: StoreUnavailableError if the database cannot be reached; what was begun is reported before.
         """
         self._until = time.monotonic() + self._settings.drain_seconds
         self._steps = 0
         try:
+            if not self._owes and not self._session.has_room():
+                return 0
             self._drain_on()
             self._session.lend()
             return self._steps

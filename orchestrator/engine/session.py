@@ -18,6 +18,7 @@ from orchestrator.store import liveness, pauses, runs
 from orchestrator.store.connection import UNAVAILABLE, WORKER_PATIENCE_S, Connection, open_connection
 from orchestrator.store.permits import Permit
 
+_ROOM_S = 0.05  # how long to wait for a permit when nothing needs one
 _KNOWN_S = 1.0  # how long a drain goes by what it has heard of pauses
 
 
@@ -47,7 +48,7 @@ class Session:
         if self.connection is not None and self.connection.closed:
             self.drop()
         if self.connection is None:
-            if self._worker.permits is not None:
+            if self._worker.permits is not None and self._permit is None:
                 self._permit = self._worker.permits.take()
             self.connection = self._open(f"child of {self._worker.runner.worker}")
             self.is_new = self.is_new or self.advancer is None
@@ -66,6 +67,19 @@ class Session:
                 self._worker.seconds,
             )
         return self.connection, self.advancer
+
+    def has_room(self) -> bool:
+        """Take a permit; False if all are in use: who has one looks for more work before he gives it back.
+
+        So who only answers a doorbell does not stand in the way of those who have outcomes to record.
+        """
+        if self._worker.permits is None or self._permit is not None:
+            return True
+        try:
+            self._permit = self._worker.permits.take(_ROOM_S)
+        except StoreUnavailableError:
+            return False
+        return True
 
     def _open(self, name: str) -> Connection:
         settings = self._worker.settings

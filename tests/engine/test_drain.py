@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -20,6 +21,7 @@ from orchestrator.machine.turn import Script
 from orchestrator.settings import Settings
 from orchestrator.store import arrivals, liveness, runs
 from orchestrator.store.connection import Connection
+from orchestrator.store.permits import Permits
 from tests.engine.proxy import Proxy
 from tests.engine.stage import Child, entries, kinds, script_of, start, state, work
 
@@ -621,3 +623,15 @@ def test_a_child_that_was_declared_dead_has_nothing_to_wait_for(
     with pytest.raises(StoreUnavailableError, match="declared dead"):
         child.drain()
     assert paused == [0.05], "one pause to look whether the database is back"
+
+
+def test_who_answers_a_doorbell_does_not_wait_for_a_connection_that_others_need(
+    child: Child, connection: Connection, tmp_path: Path
+) -> None:
+    permits = child.drainer._worker.permits = Permits(tmp_path, "plain", 1)
+    taken = permits.take()
+    start(connection, in_a_row, ["a"])
+    assert child.drain() == 0, "who has it looks for more before he gives it back"
+    taken.give_back()
+    assert child.drain() == 1 and state(connection) == "completed"
+    assert permits.take(0.0), "what the drain had is given back"

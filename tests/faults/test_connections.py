@@ -77,6 +77,17 @@ def test_two_connections_serve_twenty_threads(scene: Scene) -> None:
     client.pool.close()
 
 
+def test_a_worker_with_two_connections_for_twenty_threads_does_all_its_work(scene: Scene) -> None:
+    """Its threads take turns, while they run steps that hold none, and transactional ones that do."""
+    (worker,) = scene.start_workers(1, "-P", "threads", "--concurrency", "20", ORCHESTRATOR_MAX_CONNECTIONS="2")
+    load = scene.load(runs=33)
+    load.until_ended(8)
+    scene.signal(worker, signal.SIGKILL)
+    worker.launch()
+    scene.judge(LOADED, load)
+    assert worker.is_alive
+
+
 def _in_a_child(said: Path, ask: Callable[[], object]) -> str:
     """Return what a forked process has to say."""
     child = os.fork()
