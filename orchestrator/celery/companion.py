@@ -56,6 +56,7 @@ class Config:
     reservation_s: float
     prepare: bool
     watchdog_s: float
+    doorbell_s: float
     incarnation: int | None = None
 
     @classmethod
@@ -68,6 +69,7 @@ class Config:
             reservation_s=settings.reservation.total_seconds(),
             prepare=settings.prepared_statements,
             watchdog_s=settings.watchdog.total_seconds(),
+            doorbell_s=settings.doorbell_expires.total_seconds(),
             **worker,
         )
 
@@ -86,7 +88,7 @@ class Companion:
     def __init__(self, config: Config, announce: Callable[[str], None]) -> None:
         self._config = config
         self._announce = announce
-        self._bell = Bell(config.broker)
+        self._bell = Bell(config.broker, timedelta(seconds=config.doorbell_s))
         self._pump = Pump(
             self._ring, lease=timedelta(seconds=config.lease_s), reservation=timedelta(seconds=config.reservation_s)
         )

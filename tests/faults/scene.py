@@ -278,13 +278,18 @@ class Scene:
         """Return what there was before, with the connections that idle workers and clients keep.
 
         What is dead in the tables can be swept away, unless somebody holds on to it.  It is swept more than once:
-        sessions tell late of what they have left, and of what is gone by then.
+        sessions tell late of what they have left, and of what is gone by then.  Before that the doorbells are answered
+        that wait still, hundreds of them on a busy machine: each leaves something dead.
         """
+        give_up_at = time.monotonic() + 60.0
+        while self.waiting() > ALLOWANCE.messages and time.monotonic() < give_up_at:
+            time.sleep(0.05)
         give_up_at = time.monotonic() + 30.0
         while measure(self.database_url).dead_tuples > BEATS // 2 and time.monotonic() < give_up_at:
             with psycopg.connect(self.database_url, autocommit=True) as connection:
                 connection.execute("VACUUM")
-        idle = sum(len(_family(worker)) for worker in self.workers if worker.is_alive)
+        # A companion has one, and a pool child one for transactional steps besides its own.
+        idle = sum(1 + 2 * len(self.children(worker)) for worker in self.workers if worker.is_alive)
         pooled = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'orchestrator client' "
         ((clients,),) = self.sql(pooled + "AND datname = current_database()")
         most = sum(office.client.settings.max_connections for office in self._offices)

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -97,6 +98,39 @@ def test_messages_that_come_three_times_do_nothing_twice(
         scene.fault("messages replayed", replayed)
         scene.redeliveries = postman.repeated
         scene.judge(replace(LOADED, redeliveries=1), load, again)
+
+
+def test_doorbells_that_all_come_too_late_are_heard_all_the_same(
+    new_scene: Callable[..., Scene], own_servers: Servers
+) -> None:
+    """So they do where more are rung than a busy worker can look at, and pumps ring on for what is not begun.
+
+    Valkey keeps them all; RabbitMQ drops them by itself.
+    """
+    scene = new_scene()
+    scene.office = Office(scene.database_url, new_valkey_url(own_servers), scene.folder / "acknowledged")
+    scene.start_workers(1, ORCHESTRATOR_DOORBELL_EXPIRES="0.001")
+    for run in ("one", "another"):
+        scene.start(run, Stop(name="a"))  # rings where nobody listens, so that a pump has to
+        scene.until_state(run, "completed", within_s=20.0)
+    scene.office.close()
+    scene.judge(replace(BARE, faults=0))
+
+
+def test_doorbells_that_come_too_late_are_passed_over_while_one_waits(scene: Scene) -> None:
+    """All slots are taken here, and what waits for one counts as being in hand: the broker would keep the others."""
+    scene.start_workers(1)
+    held = [scene.start(f"held {number}", Stop(name="a", kind="linger", how=["before"])) for number in range(2)]
+    for run in held:
+        scene.until_at(run.id, "before")
+    bell = Bell({"hostname": scene.broker_url}, timedelta(milliseconds=1))
+    until(lambda: bell.ring(QUEUE, 50), "the bell rings")
+    bell.close()
+    until(lambda: not scene.waiting(), "all of them have been looked at", 15.0)
+    for run in held:
+        scene.let_go(run.id, "before")
+        scene.until_state(run.id, "completed")
+    scene.judge(replace(BARE, faults=0))
 
 
 def test_a_load_that_meets_with_everything_is_judged_by_the_strict_demand(

@@ -1,0 +1,64 @@
+"""Which doorbells a worker's main process passes over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from celery import Celery
+from celery.worker import state
+from kombu.message import Message
+
+from orchestrator import Orchestrator
+from orchestrator.celery import request
+from orchestrator.celery.doorbell import DRAIN
+from orchestrator.celery.request import DoorbellRequest
+
+LATE, IN_TIME = timedelta(seconds=-1), timedelta(hours=1)
+
+
+@pytest.fixture
+def app() -> Iterator[Celery]:
+    with Celery("doorbells", set_as_current=False) as app:
+        Orchestrator(app, database_url="postgresql://unused")
+        DoorbellRequest._latest, DoorbellRequest._latest_at = None, -math.inf
+        yield app
+        state.reset_state()
+
+
+def received(app: Celery, age: timedelta) -> DoorbellRequest:
+    """Return a doorbell as it is when a worker has received it."""
+    headers = {"task": DRAIN, "id": "bell", "expires": (datetime.now(UTC) + age).isoformat()}
+    message = Message(body="[[], {}, {}]", content_type="application/json", content_encoding="utf-8", headers=headers)
+    return DoorbellRequest(message, app=app, task=app.tasks[DRAIN])
+
+
+def test_a_late_one_is_heard_when_it_is_the_only_one(app: Celery) -> None:
+    bell = received(app, LATE)
+    assert [bell.maybe_expire(), bell.maybe_expire()] == [False, False]  # when it comes, and when it is its turn
+
+
+def test_a_late_one_is_passed_over_a_moment_after_another(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request, "_PAUSE_S", 3600.0)
+    assert not received(app, IN_TIME).maybe_expire()
+    assert received(app, LATE).maybe_expire()
+    monkeypatch.setattr(request, "_PAUSE_S", 0.0)
+    assert not received(app, LATE).maybe_expire()
+
+
+def test_a_late_one_is_passed_over_while_another_waits_for_a_pool_child(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request, "_PAUSE_S", 0.0)
+    waits = received(app, IN_TIME)
+    assert not waits.maybe_expire()
+    state.task_reserved(waits)
+    assert received(app, LATE).maybe_expire()
+    state.task_accepted(waits)
+    assert not received(app, LATE).maybe_expire()
+
+
+def test_one_that_comes_in_time_is_always_heard(app: Celery) -> None:
+    assert [received(app, IN_TIME).maybe_expire() for _ in range(3)] == [False] * 3
