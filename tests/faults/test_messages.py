@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -114,22 +113,6 @@ def test_doorbells_that_all_come_too_late_are_heard_all_the_same(
         scene.start(run, Stop(name="a"))  # rings where nobody listens, so that a pump has to
         scene.until_state(run, "completed", within_s=20.0)
     scene.office.close()
-    scene.judge(replace(BARE, faults=0))
-
-
-def test_doorbells_that_come_too_late_are_passed_over_while_one_waits(scene: Scene) -> None:
-    """All slots are taken here, and what waits for one counts as being in hand: the broker would keep the others."""
-    scene.start_workers(1)
-    held = [scene.start(f"held {number}", Stop(name="a", kind="linger", how=["before"])) for number in range(2)]
-    for run in held:
-        scene.until_at(run.id, "before")
-    bell = Bell({"hostname": scene.broker_url}, timedelta(milliseconds=1))
-    until(lambda: bell.ring(QUEUE, 50), "the bell rings")
-    bell.close()
-    until(lambda: not scene.waiting(), "all of them have been looked at", 15.0)
-    for run in held:
-        scene.let_go(run.id, "before")
-        scene.until_state(run.id, "completed")
     scene.judge(replace(BARE, faults=0))
 
 
