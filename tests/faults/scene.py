@@ -209,7 +209,7 @@ class Scene:
         """Return what a run did outside of the database, in order."""
         return [
             f"{each.direction} {each.attempt}"
-            for each in effects.read(self.effect_log)
+            for each in effects.read(self.effect_log, growing=True)
             if each.run == run_id and each.event == "effect"
         ]
 
@@ -288,8 +288,8 @@ class Scene:
         while measure(self.database_url).dead_tuples > BEATS // 2 and time.monotonic() < give_up_at:
             with psycopg.connect(self.database_url, autocommit=True) as connection:
                 connection.execute("VACUUM")
-        # A companion has one, and a pool child one for transactional steps besides its own.
-        idle = sum(1 + 2 * len(self.children(worker)) for worker in self.workers if worker.is_alive)
+        # A companion has one, and a pool child, or a thread of two, one for transactional steps besides its own.
+        idle = sum(1 + 2 * max(2, len(self.children(worker))) for worker in self.workers if worker.is_alive)
         pooled = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'orchestrator client' "
         ((clients,),) = self.sql(pooled + "AND datname = current_database()")
         most = sum(office.client.settings.max_connections for office in self._offices)

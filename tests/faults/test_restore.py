@@ -126,7 +126,7 @@ def doctor(scene: Scene, *options: str) -> tuple[int, Any]:
 
 def done_by(scene: Scene) -> Counter[tuple[str, str]]:
     """Return how often each step of each run had its effect, but for those that only look."""
-    log = effects.read(scene.effect_log)
+    log = effects.read(scene.effect_log, growing=True)
     return Counter((e.run, e.key) for e in log if e.event == "effect" and e.direction == "do" and "look" not in e.key)
 
 

@@ -99,6 +99,11 @@ def transactional_row() -> dict[str, Any]:
     return {"run_id": current.pop("run"), **current, "pid": os.getpid()}
 
 
-def read(path: Path) -> list[Effect]:
-    """Return all lines in the order in which they were written.  Raises: ValueError for one that is damaged."""
-    return [Effect(**json.loads(line)) for line in path.read_text().splitlines()]
+def read(path: Path, *, growing: bool = False) -> list[Effect]:
+    """Return all lines in the order in which they were written; of a log that is growing, those that are whole.
+
+    Raises: ValueError for one that is damaged.
+    """
+    text = path.read_text()
+    written = text.rpartition("\n")[0] if growing else text
+    return [Effect(**json.loads(line)) for line in written.splitlines()]
