@@ -147,7 +147,7 @@ def wire(stop: Stop) -> str:
 def find_wire(stop: Stop) -> str | None:
     current, log = step.current(), EffectLog.of_environment()
     mine = (current.run_id, current.key, "do")
-    return stop.name if any((e.run, e.key, e.direction) == mine for e in effects.read(log.path)) else None
+    return stop.name if any((e.run, e.key, e.direction) == mine for e in effects.read(log.path, growing=True)) else None
 
 
 @step(effect=Effect.NONE, retry=PATIENT, start_to_close_timeout=LIMIT)
