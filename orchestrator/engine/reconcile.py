@@ -91,6 +91,7 @@ def reconcile(
     _tell(report)
     failpoint("reconcile.finish", connection)
     reports.finish(connection, report_id, now)  # last: who dies before it is followed by one who writes and tells
+    failpoint("reconcile.finished", connection)
     reports.forget(connection, now)
     failpoint("reconcile.after", connection)
     return report

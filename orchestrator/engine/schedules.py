@@ -163,8 +163,13 @@ class Schedules:
     def trigger(self, connection: Connection, schedule: Schedule, now: datetime | None = None) -> Decision:
         """Fire now, whatever the timetable says and even if it is paused; the overlap policy counts.  Commits."""
         deciding = _Deciding(connection, self.app, schedule, now)
+        failpoint("trigger.before", connection)
         with connection.transaction():
-            deciding.decide(self._hold(connection, schedule, now).now, "trigger")
+            held = self._hold(connection, schedule, now)
+            failpoint("trigger.held", connection)
+            deciding.decide(held.now, "trigger")
+            failpoint("trigger.decided", connection)
+        failpoint("trigger.after", connection)
         (decision,) = self._told(connection, deciding)
         return decision
 
@@ -185,10 +190,14 @@ class Schedules:
         told: list[Decision] = []
         for page in range(0, len(slots), _PAGE):
             deciding = _Deciding(connection, self.app, schedule, now)
+            failpoint("backfill.before", connection)
             with connection.transaction():
                 self._hold(connection, schedule, now)
+                failpoint("backfill.held", connection)
                 for slot in slots[page : page + _PAGE]:
                     deciding.decide(slot, "backfill")
+                failpoint("backfill.decided", connection)
+            failpoint("backfill.after", connection)
             told += self._told(connection, deciding)
         return told
 

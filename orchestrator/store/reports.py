@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from orchestrator.codec import dumps
+from orchestrator.failpoints import failpoint
 from orchestrator.store.connection import CLOCK, Connection
 
 # One that was begun a day ago and never finished is given up: it would mix two days.
@@ -31,10 +32,14 @@ _CHECKS = (
 def open_report(connection: Connection, names: Sequence[str], now: datetime | None = None) -> tuple[int, datetime]:
     """Return the report on these checks that is not finished, or a new one (index reports_open)."""
     values = {"wanted": dumps([*sorted(names)]), "now": now}
+    failpoint("reconcile.open.before", connection)
     connection.execute(_GIVE_UP, values)
+    failpoint("reconcile.open.gave_up", connection)
     row = connection.execute(_OPEN, values).fetchone()
     assert row is not None
+    failpoint("reconcile.open.made", connection)
     connection.execute(_CHECKS, (row[0], list(names)))
+    failpoint("reconcile.open.after", connection)
     return row[0], row[1]
 
 

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from orchestrator.codec import dumps
+from orchestrator.failpoints import failpoint
 from orchestrator.store.connection import CLOCK, Connection
 
 # Renews, or takes over from who resigned or was not seen for a whole lease.  A clock that was set back may have left an
@@ -44,7 +45,9 @@ def lead(connection: Connection, app: str, holder: str, lease: timedelta, now: d
 
 def resign(connection: Connection, app: str, holder: str) -> None:
     """Leave the leadership to whoever comes next."""
+    failpoint("beat.resign.before", connection)
     connection.execute("UPDATE orchestrator.leaders SET holder = '' WHERE app = %s AND holder = %s", (app, holder))
+    failpoint("beat.resign.after", connection)
 
 
 def leader(connection: Connection, app: str) -> tuple[str, datetime] | None:
@@ -104,10 +107,12 @@ def ensure(connection: Connection, app: str, declared: Declared, now: datetime |
 
 def note_problem(connection: Connection, app: str, name: str, problem: str | None) -> None:
     """Write down why a schedule cannot fire."""
+    failpoint("beat.note.before", connection)
     connection.execute(
         "UPDATE orchestrator.schedules SET problem = %s WHERE app = %s AND name = %s AND problem IS DISTINCT FROM %s",
         (problem, app, name, problem),
     )
+    failpoint("beat.note.after", connection)
 
 
 # -- where a schedule stands -------------------------------------------------------------------------------------------
@@ -184,13 +189,19 @@ WHERE app = %(app)s AND name = %(name)s AND paused_at IS NOT NULL RETURNING name
 def pause(connection: Connection, app: str, name: str, by: str, because: str, now: datetime | None = None) -> bool:
     """Pause a schedule; False if it is paused already."""
     values = {"app": app, "name": name, "by": by, "because": because, "now": now}
-    return connection.execute(_PAUSE, values).fetchone() is not None
+    failpoint("schedule.pause.before", connection)
+    paused = connection.execute(_PAUSE, values).fetchone() is not None
+    failpoint("schedule.pause.after", connection)
+    return paused
 
 
 def resume(connection: Connection, app: str, name: str, *, catch_up: bool, now: datetime | None = None) -> bool:
     """End a pause; without `catch_up` the slots that passed meanwhile are left out.  False if it was not paused."""
     values = {"app": app, "name": name, "catch_up": catch_up, "now": now}
-    return connection.execute(_RESUME, values).fetchone() is not None
+    failpoint("schedule.resume.before", connection)
+    resumed = connection.execute(_RESUME, values).fetchone() is not None
+    failpoint("schedule.resume.after", connection)
+    return resumed
 
 
 # -- slots -------------------------------------------------------------------------------------------------------------
@@ -277,7 +288,10 @@ DELETE FROM orchestrator.slots WHERE ctid = ANY (ARRAY(
 
 def forget(connection: Connection, app: str, keep: timedelta, limit: int = 1000, now: datetime | None = None) -> int:
     """Delete a page of slots that were decided long ago; what is settled never fires again by itself."""
-    return connection.execute(_FORGET, {"app": app, "keep": keep, "limit": limit, "now": now}).rowcount
+    failpoint("beat.forget.before", connection)
+    deleted = connection.execute(_FORGET, {"app": app, "keep": keep, "limit": limit, "now": now}).rowcount
+    failpoint("beat.forget.after", connection)
+    return deleted
 
 
 def clock(connection: Connection) -> datetime:

@@ -16,13 +16,21 @@ CELERY = frozenset({
 BEAT = frozenset({
     "beat.lead.before", "beat.lead.after", "beat.declare.before", "beat.declare.after", "beat.fire.before",
     "beat.fire.held", "beat.fire.decided", "beat.fire.after", "beat.send.before", "beat.send.sent", "beat.send.after",
+    "beat.note.before", "beat.note.after", "beat.forget.before", "beat.forget.after", "beat.resign.before",
+    "beat.resign.after",
+})  # fmt: skip
+ORDERS = frozenset({
+    "trigger.before", "trigger.held", "trigger.decided", "trigger.after", "backfill.before", "backfill.held",
+    "backfill.decided", "backfill.after", "schedule.pause.before", "schedule.pause.after", "schedule.resume.before",
+    "schedule.resume.after",
 })  # fmt: skip
 RESTORE = frozenset({
     "restore.buried", "restore.begun", "restore.taken", "restore.telling", "restore.told", "restore.finishing",
     "restore.ended",
 })  # fmt: skip
 NIGHTLY = frozenset({
-    "reconcile.page", "reconcile.page.written", "reconcile.page.after", "reconcile.write", "reconcile.finish",
+    "reconcile.open.before", "reconcile.open.gave_up", "reconcile.open.made", "reconcile.open.after", "reconcile.page",
+    "reconcile.page.written", "reconcile.page.after", "reconcile.write", "reconcile.finish", "reconcile.finished",
     "reconcile.after", "prune.bury", "prune.buried", "prune.deleted", "prune.after",
 })  # fmt: skip
 MIGRATION = frozenset({"migrate.locked", "migrate.applied", "migrate.after"})

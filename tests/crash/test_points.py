@@ -9,10 +9,10 @@ import pytest
 
 from orchestrator.failpoints import EXIT_CODE
 from tests.crash.conftest import Stage
-from tests.crash.points import BEAT, CELERY, CORE, MIGRATION, NAMES, NIGHTLY, PRELUDES, RESTORE, calls, name_of
+from tests.crash.points import BEAT, CELERY, CORE, MIGRATION, NAMES, NIGHTLY, ORDERS, PRELUDES, RESTORE, calls, name_of
 from tests.crash.workload import STORIES
 
-ENGINE = [name for name in NAMES if name not in BEAT | CELERY | MIGRATION | NIGHTLY | RESTORE]
+ENGINE = [name for name in NAMES if name not in BEAT | CELERY | MIGRATION | NIGHTLY | ORDERS | RESTORE]
 ACTIONS = ("exit", "raise")
 FAMILIES = ("commit.before", "commit.after", "commits.after", "effect.after", "take.reserved")
 
@@ -21,7 +21,7 @@ def test_every_failpoint_has_a_literal_name_of_its_own() -> None:
     found = list(calls())
     assert [place for place, call in found if not name_of(call)] == []
     assert [name for name, times in Counter(name_of(call) for _, call in found).items() if times > 1] == []
-    assert {*BEAT, *CELERY, *MIGRATION, *NIGHTLY, *RESTORE, *CORE, *PRELUDES} <= set(NAMES)
+    assert {*BEAT, *CELERY, *MIGRATION, *NIGHTLY, *ORDERS, *RESTORE, *CORE, *PRELUDES} <= set(NAMES)
 
 
 @pytest.mark.parametrize("action", ACTIONS)

@@ -119,7 +119,10 @@ class Night:
         assert {f"r1/{n}" for n in range(1, 701)} - left <= taken & archived
 
 
-RECONCILE = ("page", "page.written", "page.after", "write", "finish", "after")
+RECONCILE = (
+    "open.before", "open.gave_up", "open.made", "open.after", "page", "page.written", "page.after", "write", "finish",
+    "finished", "after",
+)  # fmt: skip
 PRUNE = ("bury", "buried", "deleted", "after")
 
 
@@ -133,7 +136,7 @@ def test_a_reconciliation_that_dies_at_every_boundary_in_turn_is_finished_by_the
 ) -> None:
     told = 0
     for name in RECONCILE:
-        code, output = night.run("reconcile", f"reconcile.{name}={action}@{3 if 'page' in name else 1}")
+        code, output = night.run("reconcile", f"reconcile.{name}={action}@{3 if name.startswith('page') else 1}")
         assert code == (EXIT_CODE if action == "exit" else 1), f"{name}: {output}"
         told += output.count("told of 10")
     code, output = night.run("reconcile")
