@@ -11,13 +11,16 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import kombu
 import psutil
 
 from tests.faults.servers import free_port, kill_all
@@ -40,6 +43,39 @@ heartbeat = 5
 _WATCH = 'read -r _; for group in "$@"; do kill -s KILL -- "-$group"; done'
 
 
+_folders: dict[int, Path] = {}  # of the brokers of this process, by port
+
+
+def stored(url: str) -> bytes:
+    """Return all that the broker of this process with such a URL has on disk: its messages among it.
+
+    Waits until a message that is sent now is there, so that it is the broker's and not an empty folder that is read.
+    Raises: AssertionError if that does not happen.
+    """
+    parts = urlsplit(url)
+    data = _folders[parts.port or 0] / "mnesia"
+    probe = secrets.token_hex(16)
+    with kombu.Connection(url) as connection:
+        queue = connection.SimpleQueue(f"probe-{probe[:8]}")
+        queue.put(probe)
+        give_up_at = time.monotonic() + 30.0
+        while probe.encode() not in (found := _contents(data)):
+            assert time.monotonic() < give_up_at, "a message that waits in RabbitMQ is nowhere on its disk"
+            time.sleep(0.05)
+        queue.queue.delete()
+        queue.close()
+    return found
+
+
+def _contents(folder: Path) -> bytes:
+    """Return what is in all files of a folder; those that vanish meanwhile are left out."""
+    found = []
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            found.append(path.read_bytes())
+    return b"\n".join(found)
+
+
 class MissingProgram(AssertionError):
     """A test cannot run here; the message says what to install."""
 
@@ -60,6 +96,7 @@ class RabbitMQ:
         self._folder = folder.resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
         self.port, self._mapper_port, self._dist_port = free_port(), free_port(), free_port()
+        _folders[self.port] = self._folder
         self._numbers = iter(range(_HOSTS))
         definitions = self._folder / "definitions.json"
         definitions.write_text(json.dumps(_definitions()))

@@ -23,7 +23,7 @@ from amqp.exceptions import ChannelError
 
 from tests.acceptance.running import Worker, until
 from tests.engine.proxy import Proxy
-from tests.faults import steps
+from tests.faults import rabbitmq, steps
 from tests.faults.load import QUEUE, Load, Office
 from tests.faults.sagas import CANARY
 from tests.faults.servers import kill_all
@@ -267,6 +267,8 @@ class Scene:
         if self.broker_url.startswith("redis"):
             with redis.Redis.from_url(self.broker_url) as broker:
                 places["broker"] = b"".join(broker.dump(key) or b"" for key in broker.keys("*"))
+        else:
+            places["broker"] = rabbitmq.stored(self.broker_url)
         return places
 
     # -- what must not pile up -----------------------------------------------------------------------------------------
