@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from pydantic import ValidationError
 
 from orchestrator.canvas.nodes import Canvas, Chain, Each, Group, Link
-from orchestrator.codec import encode_any
+from orchestrator.codec import to_message
 from orchestrator.codec.values import explain
 from orchestrator.errors import PayloadError, UsageError
 from orchestrator.step import registry as declared_steps
@@ -79,7 +79,7 @@ def _read(signature: Any, inherited: dict[str, Any]) -> Canvas:
 def _link(form: Form, kwargs: Form, inherited: dict[str, Any]) -> Canvas:
     name = form["task"]
     common, inherited = _common(form, inherited)
-    given: Any = encode_any(dict(kwargs), f"the kwargs of {name}")
+    given: Any = to_message(dict(kwargs), f"the kwargs of {name}")
     return Link(task=name, declared=name in declared_steps.steps, kwargs=given, **inherited, **common)
 
 
@@ -116,7 +116,7 @@ def _chord(form: Form, kwargs: Form, inherited: dict[str, Any]) -> Canvas:
     body = _read(kwargs["body"], inherited)
     if _is_nothing(body):
         raise UsageError("the body of a chord is an empty chain; give it a task")
-    given = encode_any(dict(kwargs.get("kwargs") or {}), "the kwargs of the header of a chord")
+    given = to_message(dict(kwargs.get("kwargs") or {}), "the kwargs of the header of a chord")
     # What cannot begin because its header failed has failed, too.
     handlers = _distinct([*group.link_error, *_handlers(body)])
     header = group.model_copy(update={"kwargs": given or group.kwargs, "link_error": handlers})
@@ -136,7 +136,7 @@ def _calls(form: Form, kwargs: Form, inherited: dict[str, Any], args_of: Callabl
     task = _read(kwargs.get("task"), inherited)
     calls: list[Canvas] = []
     for item in _parts(kwargs, "it", form["task"]):
-        args = encode_any(args_of(item), f"an item of {form['task']}")
+        args = to_message(args_of(item), f"an item of {form['task']}")
         calls.append(task.model_copy(update=task.called_with(args, {})))  # type: ignore[arg-type]
     return Each(each=calls, **{**common, "immutable": True})
 
@@ -165,7 +165,7 @@ def _common(form: Form, inherited: dict[str, Any]) -> tuple[dict[str, Any], dict
     """Return what every node may have, and the queue and priority of this one and what it consists of."""
     common: dict[str, Any] = {}
     if form.get("args"):
-        common["args"] = encode_any(_parts(form, "args", form["task"]), f"the arguments of {form['task']}")
+        common["args"] = to_message(_parts(form, "args", form["task"]), f"the arguments of {form['task']}")
     if form.get("immutable"):
         common["immutable"] = True
     options = {name: value for name, value in (form.get("options") or {}).items() if value is not None}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 from orchestrator.canvas.nodes import Canvas, Node
 from orchestrator.canvas.reading import read, read_all
 from orchestrator.canvas.walking import walk
-from orchestrator.codec import Json, encode_any
+from orchestrator.codec import Json, MessageValue, to_message
 from orchestrator.errors import UsageError
 from orchestrator.machine.loop import inside_saga
 from orchestrator.machine.policy import RetryPolicy
@@ -27,7 +27,9 @@ _OPTIONS = frozenset(CanvasOptions.__annotations__)
 
 
 @define(name="orchestrator.canvas")
-async def run_canvas(canvas: Canvas, retry: list[Any] | None = None, on_unknown: WhenUsedUp | None = None) -> Any:
+async def run_canvas(
+    canvas: Canvas, retry: list[Any] | None = None, on_unknown: WhenUsedUp | None = None
+) -> MessageValue:
     """Run a canvas; `retry` (in its journal form) and `on_unknown` are those of links that are no declared steps."""
     plain = StepOptions(retry=RetryPolicy.decode(retry) if retry else None, on_unknown=on_unknown)
     return await walk(canvas, [], {}, plain)
@@ -92,7 +94,7 @@ class Durable:
     def called_with(self, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Canvas:
         """Return the canvas with partial arguments.  Raises: PayloadError."""
         what = "the arguments of a canvas"
-        given: Any = (encode_any(list(args), what), encode_any(dict(kwargs), what))
+        given: Any = (to_message(list(args), what), to_message(dict(kwargs), what))
         canvas: Canvas = self.canvas.model_copy(update=self.canvas.called_with(*given))
         return canvas
 

@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 from orchestrator.canvas.nodes import Canvas, Chain, Each, Group, Link
 from orchestrator.canvas.reading import read
 from orchestrator.canvas.telling import arguments_of_handler, failure_of
-from orchestrator.codec import Json, check, encode_any
+from orchestrator.codec import Json, check, from_message, to_message, without_envelopes
 from orchestrator.errors import PayloadError, StepFailed, UsageError
 from orchestrator.machine.code import RequestFuture
 from orchestrator.saga.inside import code_of
-from orchestrator.saga.steps import LegacyStep, request_of
+from orchestrator.saga.steps import LegacyStep, decode_result, request_of
 from orchestrator.saga.timing import sleep_until
 from orchestrator.step import Step, StepOptions
 from orchestrator.step import registry as declared_steps
@@ -33,19 +33,19 @@ Kwargs: TypeAlias = dict[str, Json]
 def ask(signature: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> asyncio.Future[Any]:
     """Run a Celery signature as a branch of the running saga.
 
-    The future has its result as plain JSON; that of a single declared step is decoded.
+    The future has its result as Celery would bring it back; that of a single declared step is decoded.
     Raises: UsageError, PayloadError, as `read`.
     """
     canvas = read(signature)
     what = f"the arguments of {signature['task']}"
-    given: Any = (encode_any(list(args), what), encode_any(kwargs, what))
+    given: Any = (to_message(list(args), what), to_message(kwargs, what))
     return code_of("step").run_beside(_decoded(canvas, *given))
 
 
 async def _decoded(canvas: Canvas, args: Args, kwargs: Kwargs) -> Any:
     value = await walk(canvas, args, kwargs)
     declared = declared_steps.steps.get(canvas.task) if isinstance(canvas, Link) else None
-    return declared.codec.decode_result(value) if declared else value
+    return decode_result(declared, without_envelopes(value)) if declared else from_message(value)
 
 
 async def walk(canvas: Canvas, args: Args, kwargs: Kwargs, plain: StepOptions | None = None) -> Json:
@@ -134,7 +134,8 @@ class _Walk:
     def _ask(self, link: Link, args: Args, kwargs: Kwargs) -> RequestFuture:
         step = _step_of(link, self._plain)
         if link.task in declared_steps.steps:
-            args = arguments_of_handler(args, len(step.codec.parameters))
+            args = [without_envelopes(arg) for arg in arguments_of_handler(args, len(step.codec.parameters))]
+            kwargs = {name: without_envelopes(value) for name, value in kwargs.items()}
         try:
             encoded = step.codec.encode_call(tuple(args), kwargs, from_json=True)
         except TypeError as error:
@@ -142,17 +143,13 @@ class _Walk:
         check(encoded, what=f"the arguments of {link.task}")
         code = code_of("step")
         request = request_of(step, encoded, code)
-        request.decode = _as_json
+        request.decode = lambda result: to_message(decode_result(step, result))
         return code.ask(request)
 
 
 def _as_attached(handler: Canvas) -> Canvas:
     """Celery clones a handler that it hands on to the header of a chord, and makes the clone immutable."""
     return handler.model_copy(update={"immutable": False})
-
-
-def _as_json(result: Json) -> Json:
-    return result
 
 
 def _step_of(link: Link, plain: StepOptions) -> Step[Any, Any]:

@@ -13,8 +13,9 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NoReturn
 
+from orchestrator.codec.messages import MessageValue
 from orchestrator.codec.text import Json, canonical_text, first_line, short
-from orchestrator.codec.values import ValueCodec, explain, reason
+from orchestrator.codec.values import ValueCodec, encode_any, explain, reason
 from orchestrator.errors import DefinitionError, PayloadError
 
 MISSING: Final = inspect.Parameter.empty
@@ -254,7 +255,7 @@ class FunctionCodec:
 
 
 class PlainCodec(FunctionCodec):
-    """Encode calls of a function that is known elsewhere alone: any arguments, as plain JSON.
+    """Encode calls of a function that is known elsewhere alone: any arguments, as Celery's messages carry them.
 
     What a compensation is given by parameter name arrives by that name.
     """
@@ -268,8 +269,12 @@ class PlainCodec(FunctionCodec):
         args, kwargs = super().decode_call({name: value for name, value in encoded.items() if name not in named})
         return args, {**kwargs, **named}
 
+    def canonical(self, encoded: Mapping[str, Json]) -> str:
+        """Return the text by which two encoded calls are compared, whether or not their values are in envelopes."""
+        return canonical_text(encode_any(self.decode_call(encoded)))
 
-def _anything(*args: Any, **kwargs: Any) -> Any:
+
+def _anything(*args: MessageValue, **kwargs: MessageValue) -> MessageValue:
     """The shape of a call of which nothing is known."""
 
 

@@ -21,6 +21,12 @@ def total(numbers: list[int]) -> int:
     return sum(numbers)
 
 
+@shared_task(name="links.kinds")
+def kinds(values: list[Any], **more: Any) -> list[Any]:
+    """Return the values, and of what types they are here."""
+    return [values, [type(value).__name__ for value in (*values, *more.values())]]
+
+
 @shared_task(name="links.last")
 def last(values: list[Any]) -> Any:
     return values[-1]

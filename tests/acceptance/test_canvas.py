@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -23,6 +26,7 @@ from tests.acceptance.links import (
     hear,
     hear_error,
     hear_slowly,
+    kinds,
     last,
     replaced,
     total,
@@ -31,6 +35,7 @@ from tests.acceptance.running import Worker, World, until
 from tests.acceptance.steps import QUICK, Plan
 
 ONCE = RetryPolicy(maximum_attempts=1)
+TYPED = [Decimal("9.90"), datetime(2026, 1, 31, tzinfo=UTC), UUID(int=7), b"\xff"]
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +61,8 @@ def heard(world: World, run: Any) -> list[str]:
         (lambda: chord([add.s(2, 5)], total.s()), 7),
         (lambda: chord([group(add.s(1), add.s(2)), add.s(3)], total.s()), 6),
         (lambda: add.starmap([(1, 2), (3, 4)]), [3, 7]),
+        (lambda: chain(kinds.s(TYPED, more=TYPED[0])), [TYPED, ["Decimal", "datetime", "UUID", "bytes", "Decimal"]]),
+        (lambda: chain(kinds.s(TYPED), last.s(), kinds.s()), [["Decimal", "datetime", "UUID", "bytes"], ["str"] * 4]),
     ],
     ids=[
         "chain",
@@ -68,6 +75,8 @@ def heard(world: World, run: Any) -> list[str]:
         "header of one",
         "group in header",
         "starmap",
+        "values that JSON has no words for",
+        "what becomes of them",
     ],
 )
 def test_a_canvas_gives_what_celery_gives(worker: Worker, make: Callable[[], Any], expected: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 from celery import shared_task
@@ -83,6 +84,11 @@ def take(order: Order) -> Order:
 @step(name="canvas.price", retry=AT_ONCE)
 def price(order: Order, more: int = 0) -> int:
     return order.cents + more
+
+
+@step(name="canvas.double", retry=AT_ONCE)
+def double(amount: Decimal, since: datetime | None = None) -> Decimal:
+    return 2 * amount
 
 
 @step(name="canvas.refuse", retry=AT_ONCE)

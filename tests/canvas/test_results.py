@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import pytest
 from celery import chain, chord, group
 from celery.canvas import Signature
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from kombu.utils import json as kombu_json
 
-from orchestrator import durable, testing
+from orchestrator import durable, saga, testing
 from orchestrator.canvas.starting import run_canvas
-from tests.canvas.tasks import Order, add, call, price, same, take, total
+from tests.canvas.tasks import Order, add, call, double, price, same, take, total
 
 CASES: dict[str, tuple[Callable[[], Any], Any]] = {
     "one task": (lambda: add.s(3, 4), 7),
@@ -111,6 +115,39 @@ def test_steps_in_a_canvas_get_typed_arguments_and_give_typed_results() -> None:
 
 def test_what_json_has_no_word_for_comes_as_celery_would_send_it() -> None:
     assert testing.run(durable(same.s((1, {2, 1})))).result() == [1, [1, 2]]
+
+
+MOMENT = datetime(2026, 1, 31, 23, 59, 59, 5, tzinfo=timezone(timedelta(hours=2)))
+PRICE = Decimal("9.90")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [PRICE, MOMENT, MOMENT.date(), MOMENT.time(), UUID(int=7), b"text", b"\xff\0", {"of": [PRICE, (MOMENT, None)]}],
+    ids=repr,
+)
+def test_a_plain_task_gets_and_gives_what_a_message_of_celery_would_carry(value: Any) -> None:
+    sent = kombu_json.loads(kombu_json.dumps(value))
+
+    @saga.define
+    async def ask() -> bool:
+        given = [
+            await saga.step(same, value),
+            await saga.step(same.s(value)),
+            await saga.step(chain(same.s(value), same.s())),
+        ]
+        return given == [sent] * 3
+
+    run = testing.run(ask)
+    assert [call.args for call in run.calls] == [(sent,)] * 4 and run.result()
+    assert testing.run(durable(group(same.s(value), call.s(it=value)))).result() == [sent, [[], {"it": sent}]]
+    assert testing.run(durable(same.map([value]))).result() == [sent]
+
+
+def test_what_a_plain_task_gives_fits_a_step_and_the_other_way_round() -> None:
+    run = testing.run(durable(chain(same.s(PRICE), double.s(since=MOMENT), add.s(PRICE))))
+    assert run.result() == 3 * PRICE
+    assert run.calls[1].args == (PRICE, MOMENT)
 
 
 # -- any canvas at all -------------------------------------------------------------------------------------------------
