@@ -9,6 +9,8 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from orchestrator.codec import without_envelopes
+
 _UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"))
 
 
@@ -46,8 +48,8 @@ def ago(at: datetime, now: datetime) -> str:
 
 
 def value(json_value: Any, room: int = 0) -> str:
-    """Return a JSON value as compact text, cut to `room` characters (0: whole)."""
-    text = json.dumps(json_value, ensure_ascii=False, separators=(", ", ": "))
+    """Return a JSON value as compact text without Celery's envelopes, cut to `room` characters (0: whole)."""
+    text = json.dumps(without_envelopes(json_value), ensure_ascii=False, separators=(", ", ": "))
     return text if not room or len(text) <= room else text[: max(1, room - 1)] + "…"
 
 
