@@ -38,6 +38,10 @@ class BoundTask(Protocol):
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any: ...
     def s(self, *args: Any, **kwargs: Any) -> Any: ...
     def si(self, *args: Any, **kwargs: Any) -> Any: ...
+    def signature(self, args: Any = None, *more: Any, **options: Any) -> Any: ...
+    def map(self, it: Any) -> Any: ...
+    def starmap(self, it: Any) -> Any: ...
+    def chunks(self, it: Any, n: int) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +146,22 @@ class Step(Generic[P, R]):
     def si(self, *args: Any, **kwargs: Any) -> Any:
         """Return an immutable signature, which takes no result of a link before it; see `s`."""
         return self.bound.si(*args, **kwargs) if self.bound else _Unbound(self.s(*args, **kwargs), immutable=True)
+
+    def signature(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Return a signature with options, as Celery's `signature`.  Raises: UsageError before an app is bound."""
+        return self.task.signature(args, kwargs, **options)
+
+    def map(self, items: Any) -> Any:
+        """Return Celery's `map`: a call for each item, one by one.  Raises: UsageError before an app is bound."""
+        return self.task.map(items)
+
+    def starmap(self, items: Any) -> Any:
+        """Return Celery's `starmap`: each item is a list of arguments.  Raises: UsageError before an app is bound."""
+        return self.task.starmap(items)
+
+    def chunks(self, items: Any, n: int) -> Any:
+        """Return Celery's `chunks`: a group of starmaps of `n` items.  Raises: UsageError before an app is bound."""
+        return self.task.chunks(items, n)
 
     # -- what the machine is told --------------------------------------------------------------------------------------
     @property

@@ -113,6 +113,20 @@ def test_steps_in_a_canvas_get_typed_arguments_and_give_typed_results() -> None:
     assert run.calls[0].args == (order,) and run.calls[1].args[0] == order
 
 
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: price.signature((Order(id="7", cents=5),), {"more": 2}, priority=3), 7),
+        (lambda: price.map([Order(id="7", cents=5), Order(id="8", cents=6)]), [5, 6]),
+        (lambda: price.starmap([(Order(id="7", cents=5), 1)]), [6]),
+        (lambda: price.chunks([(Order(id="7", cents=n), 1) for n in range(3)], 2), [[1, 2], [3]]),
+    ],
+    ids=["signature", "map", "starmap", "chunks"],
+)
+def test_a_step_makes_the_signatures_that_a_task_of_celery_makes(make: Callable[[], Any], expected: Any) -> None:
+    assert testing.run(durable(make())).result() == expected
+
+
 def test_what_json_has_no_word_for_comes_as_celery_would_send_it() -> None:
     assert testing.run(durable(same.s((1, {2, 1})))).result() == [1, [1, 2]]
 
