@@ -15,7 +15,7 @@ from kombu.utils import json as kombu_json
 from pydantic import PlainSerializer, PlainValidator
 
 from orchestrator.codec.text import MAX_DEPTH, Json
-from orchestrator.codec.values import encode_any
+from orchestrator.codec.values import ValueCodec, encode_any
 
 _ENVELOPE = {"__type__", "__value__"}
 _AS_IT_IS = frozenset({str, int, float, bool, type(None)})
@@ -51,12 +51,6 @@ def without_envelopes(value: Json) -> Json:
     return encode_any(from_message(value))
 
 
-MessageValue: TypeAlias = Annotated[
-    Any, PlainValidator(from_message), PlainSerializer(to_message, return_type=Any, when_used="always")
-]
-"""The annotation of what a plain Celery task is given and returns."""
-
-
 def _enveloped(value: Any, depth: int = 1) -> Any:
     """Put into envelopes what kombu has some for; what is too deep is left to who refuses it."""
     kind = type(value)
@@ -70,3 +64,11 @@ def _enveloped(value: Any, depth: int = 1) -> Any:
         return json.loads(kombu_json.dumps(value))  # type: ignore[no-untyped-call]
     except Exception:  # kombu knows nothing of it
         return value
+
+
+_dump = ValueCodec().dump  # raises the bare reason, to which whoever encodes a call adds the parameter
+
+MessageValue: TypeAlias = Annotated[
+    Any, PlainValidator(from_message), PlainSerializer(lambda value: _dump(_enveloped(value)), return_type=Any)
+]
+"""The annotation of what a plain Celery task is given and returns."""
