@@ -90,7 +90,10 @@ class Companion:
         self._announce = announce
         self._bell = Bell(config.broker, timedelta(seconds=config.doorbell_s))
         self._pump = Pump(
-            self._ring, lease=timedelta(seconds=config.lease_s), reservation=timedelta(seconds=config.reservation_s)
+            self._ring,
+            lease=timedelta(seconds=config.lease_s),
+            reservation=timedelta(seconds=config.reservation_s),
+            slots=config.slots,
         )
         self._watchdog = Watchdog(timedelta(seconds=config.watchdog_s))
         self._broker_answers = True

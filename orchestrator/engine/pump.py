@@ -42,10 +42,17 @@ class _Seen:
 
 
 class Pump:
-    """One round of recovery after the other; judges leases by its own monotonic clock."""
+    """One round of recovery after the other; judges leases by its own monotonic clock.
 
-    def __init__(self, ring: Callable[[str, int], None], *, lease: timedelta, reservation: timedelta) -> None:
+    For a queue it rings at most `slots` times in a round, those of its own worker: all pumps see the same idle slots,
+    and each rings for its part of them.
+    """
+
+    def __init__(
+        self, ring: Callable[[str, int], None], *, lease: timedelta, reservation: timedelta, slots: int = 1
+    ) -> None:
         self._ring = ring
+        self._slots = slots
         self._lease = lease.total_seconds()
         self._reservation = reservation
         self._seen: dict[int, _Seen] = {}
@@ -73,7 +80,7 @@ class Pump:
             pauses.tell(connection, saga)
         due = liveness.due(connection, self._reservation)
         for queue, rows in due.items():
-            times = runs.rings_needed(connection, queue, rows) or self._doubt(queue)
+            times = min(runs.rings_needed(connection, queue, rows), self._slots) or self._doubt(queue)
             if times:
                 failpoint("pump.ring.before", connection)
                 self._ring(queue, times)

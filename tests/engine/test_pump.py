@@ -114,6 +114,22 @@ def test_it_rings_for_what_is_due_as_often_as_it_helps(
     assert len(rings) == 1, "somebody drains already"
 
 
+def test_the_pumps_of_many_workers_ring_together_for_the_slots_that_idle(
+    connection: Connection, rings: list[tuple[str, int]]
+) -> None:
+    """Each for all of them, it would be the square of the workers."""
+    for slots in (1, 2, 3):
+        begin_life(connection, node=f"w{slots}", pid=slots, queues=["celery"], targets=[], slots=slots)
+    for n in range(30):
+        start(connection, in_a_row, ["a"], run_id=f"r{n}")
+    for slots in (1, 2, 3):
+        pump = Pump(
+            lambda queue, times: rings.append((queue, times)), lease=LEASE, reservation=timedelta(0), slots=slots
+        )
+        pump.run_once(connection)
+    assert rings == [("celery", 1), ("celery", 2), ("celery", 3)]
+
+
 def test_what_a_dead_worker_had_begun_is_in_doubt_and_tried_again(
     pump: Pump, new_child: Callable[..., Child], connection: Connection, clock: Hand
 ) -> None:
