@@ -49,7 +49,7 @@ class Bank:
 
     def __init__(self, database_url: str, broker_url: str, log: Path) -> None:
         self.database_url = database_url
-        self.redis = redis.Redis.from_url(broker_url)
+        self.redis = redis.Redis.from_url(broker_url, socket_timeout=None)  # who watches may have to wait long
         self.log = log
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "CELERY_BROKER_URL": broker_url,
                             "ORCHESTRATOR_DATABASE_URL": database_url}  # fmt: skip
