@@ -54,7 +54,7 @@ def broken(word: str) -> str:
 @step(name="bank.wait", effect=Effect.NONE)
 def wait(name: str) -> str:
     """Wait until somebody pushes to the list `name`."""
-    with redis.Redis.from_url(os.environ["CELERY_BROKER_URL"]) as client:
+    with redis.Redis.from_url(os.environ["CELERY_BROKER_URL"], socket_timeout=None) as client:
         client.blpop([name], 30)
     return name
 
