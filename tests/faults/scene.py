@@ -70,6 +70,7 @@ class Scene:
         self.workers: list[Worker] = []
         self.office = Office(database_url, broker_url, folder / "acknowledged")
         self._offices = [self.office]
+        self.warm_bytes = WARM_BYTES
         self.messages: list[Any] = []
         """What somebody has seen of the broker's messages: they must hold no secret, as all else that is outside."""
         self._resident: dict[int, int] = {}
@@ -242,7 +243,7 @@ class Scene:
             canaries=[CANARY] if loads else [],
             baseline=self._baseline(pids),
             pids=pids,
-            allowance=replace(ALLOWANCE, dead_tuples=BEATS, memory_bytes=len(pids) * WARM_BYTES),
+            allowance=replace(ALLOWANCE, dead_tuples=BEATS, memory_bytes=len(pids) * self.warm_bytes),
             before=Report(ended={run: end for load in loads for run, end in load.ends.items()}),
             seen=Seen(faults=self.faults.total(), redeliveries=self.redeliveries),
             demand=demand,
