@@ -11,8 +11,8 @@ from tests.faults import steps
 from tests.faults.steps import ACCOUNTS, Stop
 
 KINDS: dict[str, Any] = {
-    "take": steps.take, "insist": steps.insist, "linger": steps.linger, "look": steps.look, "move": steps.move,
-    "pay": steps.pay, "wire": steps.wire,
+    "take": steps.take, "insist": steps.insist, "linger": steps.linger, "stay": steps.stay, "look": steps.look,
+    "move": steps.move, "pay": steps.pay, "wire": steps.wire,
 }  # fmt: skip
 
 

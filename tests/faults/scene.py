@@ -162,7 +162,7 @@ class Scene:
     def overtake(self, stopped: Worker, heir: Worker, run_id: str) -> None:
         """Let a worker stand still with a run's step, after its effect, until another one has done it again."""
         with self.stopped(heir):
-            self.start(run_id, Stop(name="a", kind="linger", how=["after", "ok"]))
+            self.start(run_id, Stop(name="a", kind="stay", how=["after", "ok"]))
             self.until_at(run_id, "after")
         with self.stopped(stopped):
             self.until_state(run_id, "completed")

@@ -137,6 +137,12 @@ def linger(stop: Stop) -> str:
     return behave(stop, stop.how)
 
 
+@step(compensate=give_back, retry=QUICK, start_to_close_timeout=timedelta(minutes=5))
+def stay(stop: Stop) -> str:
+    """Take, with so much time that it is overtaken in it, though others wait for what its frozen worker has locked."""
+    return behave(stop, stop.how)
+
+
 @step(compensate=give_back, retry=PATIENT, start_to_close_timeout=LIMIT)
 def wire(stop: Stop) -> str:
     """Take, from somebody who can be asked what became of it."""
