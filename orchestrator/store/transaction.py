@@ -19,7 +19,7 @@ from sqlalchemy.pool import NullPool
 
 from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
-from orchestrator.store.connection import ATTENTIVE, UNAVAILABLE, CommitUnknown, TransactionFailed
+from orchestrator.store.connection import ATTENTIVE, REFUSED, CommitUnknown, TransactionFailed
 from orchestrator.store.connection import Connection as Psycopg
 from orchestrator.store.permits import Permits
 
@@ -97,7 +97,7 @@ class Transactions:
             if not settle(_driver(connection), value):
                 outer.rollback()
             failpoint("transaction.settled", connection)
-        except (DBAPIError, *UNAVAILABLE) as error:
+        except (DBAPIError, REFUSED) as error:
             raise TransactionFailed(error) from error
         return value
 

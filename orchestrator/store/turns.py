@@ -169,7 +169,9 @@ def load(connection: Connection, known: Mapping[str, int], now: datetime | None 
     read before it could be taken a second time.
     """
     values = {"ids": list(known), "positions": list(known.values()), "now": now}
-    with connection.pipeline():
+    # In a transaction one after the other: to Postgres who stands still within a pipeline is not idle, so that it would
+    # never end the transaction, and others would wait for its rows.
+    with connection.pipeline() if _is_idle(connection) else contextlib.nullcontext():
         runs = connection.execute(_LOAD_RUNS, values)
         arrivals = connection.execute(_LOAD_ARRIVALS, values)
         rows = connection.execute(_LOAD_ROWS, values)

@@ -589,6 +589,26 @@ def test_what_another_turn_took_while_a_run_was_read_is_not_read_as_new(connect:
         assert not commit(other, loaded.run.position).written, "it is out of date, and is told so"
 
 
+def test_who_stands_still_while_it_reads_a_run_in_a_transaction_is_ended_by_postgres(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transaction of a step has locked rows of its application, for which others wait."""
+    reader, other = connect(), connect()
+    start(other)
+    pid, row = reader.info.backend_pid, turns.RunRow
+
+    def stand_still(*values: Any) -> Any:
+        gone = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = %s)"
+        until(lambda: other.execute(gone, [pid]).fetchone() == (True,), "its transaction is ended", 10.0)
+        return row(*values)
+
+    monkeypatch.setattr(turns, "RunRow", stand_still)
+    with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout), reader.transaction():
+        reader.execute("SELECT set_config('idle_in_transaction_session_timeout', '200', true)")
+        assert turns.load(reader, {"r": 0})
+        reader.execute("SELECT 1")
+
+
 # -- plans -------------------------------------------------------------------------------------------------------------
 MANY = """
 INSERT INTO orchestrator.runs (id, saga, version, input, root_id, queue, started_at, position)

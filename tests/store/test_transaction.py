@@ -12,6 +12,7 @@ from sqlalchemy import Connection, text
 
 from orchestrator.store.connection import CommitUnknown, TransactionFailed
 from orchestrator.store.transaction import Transactions
+from tests.acceptance.running import until
 
 MINUTE = timedelta(minutes=1)
 
@@ -51,6 +52,19 @@ def test_a_connection_lost_while_the_outcome_is_written_fails_the_transaction(
 
     with pytest.raises(TransactionFailed, match="terminating connection"):
         transactions.run(False, MINUTE, backend_of, settle)
+
+
+def test_who_stands_still_while_the_outcome_is_written_finds_the_transaction_ended(
+    transactions: Transactions, database_url: str
+) -> None:
+    def settle(connection: psycopg.Connection[Any], pid: int) -> bool:
+        gone = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = %s)"
+        with psycopg.connect(database_url, autocommit=True) as other:
+            until(lambda: other.execute(gone, [pid]).fetchone() == (True,), "its transaction is ended", 10.0)
+        return connection.execute("SELECT 1").fetchone() is not None
+
+    with pytest.raises(TransactionFailed, match="idle-in-transaction timeout"):
+        transactions.run(False, timedelta(milliseconds=200), backend_of, settle)
 
 
 def test_a_connection_lost_before_the_commit_leaves_it_unknown(transactions: Transactions, database_url: str) -> None:
