@@ -75,7 +75,9 @@ def _itself() -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "bad", [_itself(), float("nan"), SecretStr("s3cret"), (n for n in range(3)), {1: 1, "1": 2}, object()], ids=str
+    "bad",
+    [_itself(), float("nan"), SecretStr("s3cret"), (n for n in range(3)), {1: 1, "1": 2}, object()],
+    ids=["itself", "NaN", "secret", "generator", "two keys", "object"],
 )
 def test_what_cannot_be_stored_is_refused(bad: Any) -> None:
     with pytest.raises(PayloadError) as refused:
