@@ -289,7 +289,7 @@ class Drainer:
         """
         wave = Wave(self._session, items)
         began = time.monotonic()
-        while wave.waiting and not (wave.ended and time.monotonic() - began > _LONGEST_WAVE_S):
+        while wave.waiting and not wave.unsure and not (wave.ended and time.monotonic() - began > _LONGEST_WAVE_S):
             item = wave.waiting.popleft()
             wave.ended.append((item, self._attempts.attempt(item, wave.leave_to_others)))
         self._steps -= len(wave.waiting)  # they are counted again

@@ -150,8 +150,8 @@ def test_a_beat_that_dies_or_is_cut_off_at_any_boundary_loses_and_doubles_no_slo
     at_the_end = ("beat.resign.before", "beat.resign.after")
     rest = sorted(BEAT - set(at_the_end))
     hall.until(lambda: revived(*rest), f"all of {rest} have acted")
-    if action == "exit":
-        hall.beats[-1].process.wait(20.0)
+    acted = {int(path.read_text().split()[1]) for path in fired.iterdir()} if action == "exit" else set()
+    hall.until(lambda: not any(beat.is_alive and beat.process.pid in acted for beat in hall.beats), "they have ended")
     for name in at_the_end:
         hall.until(lambda: revived() and hall.until_leads() is hall.beats[-1], "it leads")
         hall.until_more("saga", 1)
