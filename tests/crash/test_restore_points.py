@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from datetime import timedelta
 
-import psycopg
 import pytest
 
-from orchestrator import RetryPolicy, failpoints, saga, step
+from orchestrator import RetryPolicy, saga, step
 from orchestrator.engine import restore
 from orchestrator.errors import UsageError
-from orchestrator.failpoints import EXIT_CODE, VARIABLE
+from orchestrator.failpoints import EXIT_CODE
 from orchestrator.machine.journal import Operate, encode
 from orchestrator.store import arrivals, liveness, restores
 from orchestrator.store.connection import Connection, open_connection
+from tests.crash.forked import CUT, in_a_process
 from tests.crash.points import RESTORE
 from tests.engine.stage import Child, entries, start, states
 
 RUNS = [f"run-{number}" for number in range(5)]
-CUT = 3  # the exit code of who lost the connection
 LATER = "run-9"  # has not had its first turn when the database is restored
 tried: Counter[str] = Counter()
 
@@ -58,19 +56,9 @@ def connection(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Connection
 
 def look_after(database_url: str, points: str = "") -> int:
     """Look after a restore in a process of its own; returns its exit code."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            failpoints.arm({VARIABLE: points})
-            with open_connection(database_url, name="doctor") as connection:
-                restore.look_after(connection, "ann", always=True, watch_s=0.1)
-            code = 0
-        except psycopg.OperationalError:
-            code = CUT
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return in_a_process(
+        database_url, lambda connection: restore.look_after(connection, "ann", always=True, watch_s=0.1), points
+    )
 
 
 @pytest.mark.parametrize("action", ["exit", "raise"])

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 
-import psycopg
 import pytest
 
-from orchestrator import failpoints
 from orchestrator.engine import schedules as engine
 from orchestrator.engine.schedules import CatchUp, Schedule, Schedules
 from orchestrator.engine.timetable import Interval
-from orchestrator.failpoints import EXIT_CODE, VARIABLE
+from orchestrator.failpoints import EXIT_CODE
 from orchestrator.store import runs
 from orchestrator.store import schedules as store
 from orchestrator.store.connection import Connection, open_connection
+from tests.crash.forked import CUT, in_a_process
 from tests.crash.points import ORDERS
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 HOUR = timedelta(hours=1)
 SLOTS = 5  # two and a half pages
-CUT = 3  # the exit code of who lost the connection
 App = Schedules("app", lambda connection, queue, rows: None)
 
 
@@ -64,23 +61,6 @@ def connection(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
         assert store.lead(opened, "app", "a", HOUR, BEGIN)
         store.declare(opened, "app", [hourly.declared], BEGIN, BEGIN)
         yield opened
-
-
-def in_a_process(database_url: str, give: Callable[[Connection], None], points: str) -> int:
-    """Give an order in a process of its own; returns its exit code."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            failpoints.arm({VARIABLE: points})
-            with open_connection(database_url, name="person") as connection:
-                give(connection)
-            code = 0
-        except psycopg.OperationalError:
-            code = CUT
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def fired(connection: Connection) -> int:
