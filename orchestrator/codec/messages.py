@@ -16,6 +16,7 @@ from pydantic import PlainSerializer, PlainValidator
 
 from orchestrator.codec.text import MAX_DEPTH, Json
 from orchestrator.codec.values import ValueCodec, encode_any
+from orchestrator.errors import PayloadError
 
 _ENVELOPE = {"__type__", "__value__"}
 _AS_IT_IS = frozenset({str, int, float, bool, type(None)})
@@ -47,8 +48,14 @@ def from_message(value: Any) -> Any:
 
 
 def without_envelopes(value: Json) -> Json:
-    """Return JSON with Celery's envelopes as plain JSON, which those read who know what type it is to have."""
-    return encode_any(from_message(value))
+    """Return JSON with Celery's envelopes as plain JSON, which those read who know what type it is to have.
+
+    One that holds a type which only kombu can write stays as it is.
+    """
+    try:
+        return encode_any(from_message(value))
+    except PayloadError:
+        return value
 
 
 def _enveloped(value: Any, depth: int = 1) -> Any:

@@ -23,6 +23,10 @@ class Money:
     cents: int
 
 
+class Token:
+    """What pydantic cannot write."""
+
+
 class Order(BaseModel):
     id: str
     price: Decimal
@@ -45,6 +49,16 @@ def test_the_form_is_kombus() -> None:
 
 def test_a_type_that_users_registered_with_kombu_comes_back(money: None) -> None:
     assert from_message(to_message([Money(5)])) == [Money(5)]
+
+
+def test_what_only_kombu_can_write_is_shown_as_it_is_stored() -> None:
+    """As by `saga history`, which must not fail over it."""
+    kombu_json.register_type(Token, "token", lambda token: "t", lambda text: Token())
+    try:
+        stored = to_message([Token()])
+        assert without_envelopes(stored) == stored == [{"__type__": "token", "__value__": "t"}]
+    finally:
+        del kombu_json._encoders[Token], kombu_json._decoders["token"]
 
 
 @pytest.mark.parametrize(
