@@ -273,6 +273,7 @@ class Orchestrator:
     def _new_drainer(self) -> Drainer:
         gc.freeze()  # what was imported until now stays: no collection need look at it again
         gc.collect()  # finds nothing, and so the next full one does not wait until a quarter of all that has come anew
+        worker.end_at_once_in_saga_code()
         bond = worker.Bond()
         targets = {name for name in self.app.tasks if not name.startswith("celery.")}
         targets |= {saga.target for saga in sagas.registry.sagas.values()}

@@ -200,7 +200,7 @@ class Scheduler(celery.beat.Scheduler):
         return known[1]
 
     def _rest(self, connection: Connection, name: str, error: Exception) -> None:
-        problem = f"it cannot be fired, and is tried again every {_REST_S:.0f} s: {error or type(error).__name__}"
+        problem = f"it cannot be fired, and is tried again every {_REST_S:.0f} s: {str(error) or type(error).__name__}"
         if self._book.problems.get(name) != problem:
             logger.error("beat: entry %r: %s", name, problem, exc_info=not isinstance(error, OrchestratorError))
             self._book.problems[name] = problem

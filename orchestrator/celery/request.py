@@ -27,6 +27,10 @@ class DoorbellRequest(Request):
     _latest: ClassVar[ref[Any] | None] = None  # the one that was let through last: those before it wait no longer
     _latest_at: ClassVar[float] = -math.inf
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.time_limits = None, None  # whatever the message says: a drain ends by itself, its steps have timeouts
+
     def maybe_expire(self) -> bool:
         """Tell whether it is passed over; Celery's own keeps the ids of all that were, up to 50,000 for three hours."""
         if self.expires is not None and datetime.now(UTC) > self.expires and self._another_does():

@@ -80,7 +80,7 @@ class Book:
             self.schedules[name], self.entries[name] = entries.read(self.app, prepare, name, raw, now)
             problem = self.schedules[name].problem
         except Exception as error:  # whatever is wrong with one entry, the others go on
-            problem = f"it cannot be used: {error or type(error).__name__}"
+            problem = f"it cannot be used: {str(error) or type(error).__name__}"
         if problem:
             self.problems[name] = problem
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import threading
 from datetime import timedelta
 from typing import Any
@@ -130,6 +131,16 @@ async def once_badly(how: str) -> Any:
         return await saga.once("badly", badly)
     except StepFailed as failure:
         return failure.error_type
+
+
+@saga.define(on_code_error="compensate")
+async def ends_its_process(name: str) -> str:
+    """The process that gets there first is told to end in the midst of this code."""
+    await perform(Plan(name=name))
+    if not (told := steps.world() / f"told {name}").exists():
+        told.write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGTERM)
+    return "done"
 
 
 @saga.define

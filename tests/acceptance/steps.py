@@ -236,6 +236,11 @@ def add(x: int, y: int) -> int:
     return x + y
 
 
+@shared_task(name="plain.pause")
+def pause(seconds: float) -> None:
+    time.sleep(seconds)
+
+
 @shared_task(name="plain.again", bind=True, max_retries=3)
 def again(self: Any, succeed_at: int) -> int:
     note("do", "again")

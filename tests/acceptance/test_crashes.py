@@ -9,12 +9,14 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
+import psutil
 import psycopg
 import pytest
 import redis
+from celery.exceptions import SoftTimeLimitExceeded
 
 from orchestrator import PayloadError, SagaFailed, StoreUnavailableError
-from tests.acceptance import sagas
+from tests.acceptance import sagas, steps
 from tests.acceptance.app import app
 from tests.acceptance.conftest import Site
 from tests.acceptance.running import Worker, World, until
@@ -59,6 +61,35 @@ def test_another_worker_takes_over_from_one_that_was_killed(new_worker: Callable
     world.until_at(result, "at b", attempt=2)
     world.open(f"{result} b")
     assert result.get(timeout=60) == ["a done", "b done"]
+
+
+@pytest.mark.own_process
+def test_a_pool_child_that_is_told_to_end_in_saga_code_does_not_end_the_run(own_worker: Worker, world: World) -> None:
+    """Celery raises SystemExit wherever a child is; the saga has not raised it, and is not undone for it."""
+    result = sagas.ends_its_process.apply_async(("told",), queue=own_worker.queue)
+    assert result.get(timeout=60) == "done"
+    told = int((world.folder / "told told").read_text())
+    until(lambda: not psutil.pid_exists(told), "the child has ended")
+    assert set(world.told(result)) == {"do told"}, "at least once: its outcome was about to be recorded"
+    again = sagas.sequence.apply_async(([A],), queue=own_worker.queue)
+    assert again.get(timeout=60) == ["a done"] and own_worker.is_alive
+
+
+@pytest.mark.own_process
+def test_time_limits_of_celery_hold_for_its_messages_and_for_no_saga(
+    new_worker: Callable[..., Worker], world: World
+) -> None:
+    """They would strike anywhere in a drain, in saga code too; steps have timeouts of their own."""
+    limited = new_worker("--soft-time-limit", "1", "--time-limit", "2").start()
+    result = sagas.sequence.apply_async(([A, GATE],), queue=limited.queue)
+    at = world.until_at(result, "at b")
+    time.sleep(3.0)  # longer than either
+    world.open(f"{result} b")
+    assert result.get(timeout=60) == ["a done", "b done"]
+    assert world.told(result) == ["do a", "at b", "do b"] and psutil.pid_exists(at.pid)
+    message = steps.pause.apply_async((60.0,), queue=limited.queue)
+    with pytest.raises(SoftTimeLimitExceeded):
+        message.get(timeout=30)
 
 
 @pytest.mark.own_process

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from celery import Celery
@@ -28,9 +29,9 @@ def app() -> Iterator[Celery]:
         state.reset_state()
 
 
-def received(app: Celery, age: timedelta) -> DoorbellRequest:
+def received(app: Celery, age: timedelta, **headers: Any) -> DoorbellRequest:
     """Return a doorbell as it is when a worker has received it."""
-    headers = {"task": DRAIN, "id": "bell", "expires": (datetime.now(UTC) + age).isoformat()}
+    headers |= {"task": DRAIN, "id": "bell", "expires": (datetime.now(UTC) + age).isoformat()}
     message = Message(body="[[], {}, {}]", content_type="application/json", content_encoding="utf-8", headers=headers)
     return DoorbellRequest(message, app=app, task=app.tasks[DRAIN])
 
@@ -62,3 +63,10 @@ def test_a_late_one_is_passed_over_while_another_waits_for_a_pool_child(
 
 def test_one_that_comes_in_time_is_always_heard(app: Celery) -> None:
     assert [received(app, IN_TIME).maybe_expire() for _ in range(3)] == [False] * 3
+
+
+def test_no_message_limits_the_time_of_a_drain(app: Celery) -> None:
+    """A limit would strike in the midst of saga code, whose run would be undone for it."""
+    limited = received(app, IN_TIME, timelimit=[0.2, 0.1])
+    assert limited.request_dict["timelimit"] == [0.2, 0.1]
+    assert limited.time_limits == (None, None)
