@@ -21,6 +21,7 @@ from celery.exceptions import Ignore, Reject
 
 from orchestrator import saga as sagas
 from orchestrator.celery import events, guard, nightly, runner, worker
+from orchestrator.celery.blocking import watch_for
 from orchestrator.celery.doorbell import DRAIN, Bell, connection_options
 from orchestrator.client import Client
 from orchestrator.codec import set_limit
@@ -294,6 +295,7 @@ class Orchestrator:
                 ring=self._ring,
                 stopping=worker.stopping,
                 permits=permits,
+                watch_code=watch_for(self.settings.saga_code_timeout),
             )
         )
 

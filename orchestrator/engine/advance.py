@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -29,6 +29,7 @@ from orchestrator.machine.journal import (
     decode_arrival,
     encode,
 )
+from orchestrator.machine.loop import BlockedError
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.machine.turn import CodeError, CodeMissing, Execution, Script, Turn
 from orchestrator.store import arrivals, gates, runs, turns
@@ -37,6 +38,7 @@ from orchestrator.store.turns import Loaded, Taken
 
 logger = logging.getLogger(__name__)
 _TRIES = 1000
+_DEADLY = 10  # so many processes may be gone with a turn before it is taken for their end
 
 
 @dataclass(slots=True)
@@ -83,11 +85,13 @@ class Advancer:
         ring: Callable[[Connection, str, int], None],
         cache_runs: int = 1000,
         seconds: Callable[[], float] | None = None,
+        watch_code: AbstractContextManager[object] = nullcontext(),  # noqa: B008 - it has no state
     ) -> None:
         self._runs = Executions(script_of, cache_runs, seconds)
         self._scope = scope
         self.identity = identity
         self._ring = ring
+        self._watch_code = watch_code
         self._elsewhere: dict[str, _Left] = {}  # runs that another process drives
 
     # -- what happens to a run -----------------------------------------------------------------------------------------
@@ -95,6 +99,12 @@ class Advancer:
         """Take the turn that a run owes; returns the work that was begun by it."""
         assert taken.run is not None
         self._runs.clock.set(taken.now)
+        if taken.attempt > _DEADLY:
+            why = (
+                f"{_DEADLY} processes in a row have ended with its turn in hand, and never committed it: does the saga "
+                "function end them, or take more memory than they may have? Mend it and retry the run"
+            )
+            return self._advance(connection, taken.run_id, holds_turn=True, park=Parked("", "code", why))
         if self._is_first_turn(taken):
             made = self._attempt(connection, Loaded(taken.run, taken.now, [], []), holds_turn=True)
             if made.written:
@@ -354,8 +364,9 @@ class Advancer:
         if execution is None:
             return None
         try:
-            function = execution.function_of(taken.key)
-        except Exception as error:
+            with self._watch_code:
+                function = execution.function_of(taken.key)
+        except (Exception, BlockedError) as error:
             execution.discard()
             logger.warning("run %s step %s: %s", taken.run_id, taken.key, error)
             return None
@@ -378,7 +389,12 @@ class Advancer:
         return made.begun + self._advance(connection, run_id, may_begin=may_begin and not made.begun)
 
     def _advance(
-        self, connection: Connection, run_id: str, holds_turn: bool = False, may_begin: bool = True
+        self,
+        connection: Connection,
+        run_id: str,
+        holds_turn: bool = False,
+        may_begin: bool = True,
+        park: Parked | None = None,
     ) -> list[Taken]:
         """Take the run's arrivals, until there are none or another process has the run."""
         begun: list[Taken] = []
@@ -392,7 +408,8 @@ class Advancer:
                 arrivals.ignore(connection, run_id, [])
                 return begun
             try:
-                made = self._attempt(connection, loaded, holds_turn=holds_turn, may_begin=may_begin and not begun)
+                may_begin = may_begin and not begun
+                made = self._attempt(connection, loaded, holds_turn=holds_turn, may_begin=may_begin, park=park)
             except CodeMissing:
                 turns.pass_on(connection, run_id)
                 return begun
@@ -401,7 +418,7 @@ class Advancer:
                     continue
                 return begun  # whoever moved the run looks again after its commit
             begun += made.begun
-            holds_turn = False
+            holds_turn, park = False, None
             if not made.again:
                 return begun
         # Not lost: its arrivals are found by the next turn.
@@ -417,9 +434,10 @@ class Advancer:
         done: Sequence[Taken] = (),
         holds_turn: bool = False,
         may_begin: bool = True,
+        park: Parked | None = None,
     ) -> Made:
-        """Compute and commit one turn.  Raises: CodeMissing."""
-        execution, turn = self._compute(connection, loaded, outcomes)
+        """Compute and commit one turn; with `park` without saga code.  Raises: CodeMissing."""
+        execution, turn = self._compute(connection, loaded, outcomes, park)
         if execution is None:
             return Made([], False, written=False)
         first = begin_next(self._scope, execution, turn, loaded.now) if may_begin else None
@@ -473,7 +491,11 @@ class Advancer:
         return Made(begun, committed.owed or (others and arrivals.waiting(connection, run_id)))
 
     def _compute(
-        self, connection: Connection, loaded: Loaded, outcomes: Sequence[AttemptEnded] = ()
+        self,
+        connection: Connection,
+        loaded: Loaded,
+        outcomes: Sequence[AttemptEnded] = (),
+        park: Parked | None = None,
     ) -> tuple[Execution | None, Turn]:
         arrived: list[Arrival] = [decode_arrival(arrival) for _, arrival in loaded.arrivals]
         arrived.extend(outcomes)
@@ -481,16 +503,17 @@ class Advancer:
         if execution is None:
             return None, _NO_TURN
         try:
-            return execution, execution.turn(arrived, loaded.now)
+            with self._watch_code:
+                return execution, execution.turn(arrived, loaded.now, park)
         except CodeMissing:
             raise
-        except Exception as error:
+        except (Exception, BlockedError) as error:
             self._runs.forget(loaded.run.id)
             execution.discard()
             return self._park(connection, loaded.run.id, arrived, error)
 
     def _park(
-        self, connection: Connection, run_id: str, arrived: Sequence[Arrival], error: Exception
+        self, connection: Connection, run_id: str, arrived: Sequence[Arrival], error: BaseException
     ) -> tuple[Execution | None, Turn]:
         """A turn that cannot be computed parks the run: what arrived is recorded, saga code is left alone."""
         if isinstance(error, DriftError):
@@ -498,6 +521,8 @@ class Advancer:
         elif isinstance(error, CodeError):
             why = f"the saga function raised {error.error.get('type')}: {error.error.get('message')}"
             park = Parked("", "code", why, error.error)
+        elif isinstance(error, BlockedError):
+            park = Parked("", "code", str(error), describe_exception(error))
         else:
             logger.exception("run %s: its turn could not be computed", run_id)
             park = Parked("", "code", f"its turn could not be computed: {error!r:.500}", describe_exception(error))

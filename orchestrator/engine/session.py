@@ -65,6 +65,7 @@ class Session:
                 self.ring,
                 self._worker.settings.cache_runs,
                 self._worker.seconds,
+                self._worker.watch_code,
             )
         return self.connection, self.advancer
 

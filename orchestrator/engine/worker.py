@@ -6,7 +6,8 @@ Owns that contract.  Must never import Celery: the Celery layer and the testing 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from orchestrator.codec import Json
@@ -70,4 +71,5 @@ class Worker:
     stopping: Callable[[], bool]
     permits: Permits | None = None  # none: this worker has fewer children than it may have connections
     linger: Sequence[float] = LINGER_S
+    watch_code: AbstractContextManager[object] = field(default_factory=nullcontext)  # raises BlockedError in saga code
     seconds: Callable[[], float] | None = None  # a monotonic clock, should the database's be moved along with it

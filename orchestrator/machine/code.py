@@ -124,7 +124,10 @@ class SagaCode:
 
     # -- driven by the turn --------------------------------------------------------------------------------------------
     def resume(self, rows: Iterable[tuple[datetime | None, list[str]]], recorder: Recorder) -> None:
-        """Let time pass, unless a row goes on, and deliver what was settled, row by row.  Raises: DriftError."""
+        """Let time pass, unless a row goes on, and deliver what was settled, row by row.
+
+        Raises: DriftError; BlockedError, if it was interrupted.
+        """
         self._recorder = recorder
         for at, settled in rows:
             self._undelivered.extend(settled)
@@ -142,6 +145,8 @@ class SagaCode:
             self.loop.run_until_quiet()
 
     def _check(self) -> None:
+        if self.loop.blocked is not None:
+            raise self.loop.blocked
         if self.drift is not None:
             raise self.drift
         if self.ended and self._outstanding_records:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from contextvars import Context
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from orchestrator.errors import UsageError
 from orchestrator.machine.keys import Branch
@@ -31,6 +31,10 @@ _WAIT = asyncio.tasks._wait.__code__  # type: ignore[attr-defined]
 _QUEUE_GET = asyncio.queues.Queue.get.__code__
 _TASKS_FILE = asyncio.tasks.__file__
 _TIMER_SLACK = 1e-6  # journal time has microseconds; a timer is due within one of them
+
+
+class BlockedError(BaseException):
+    """Interrupts saga code that does not come to rest; which of it has run by then no replay can tell."""
 
 
 class SagaTask(asyncio.Task[Any]):
@@ -63,6 +67,8 @@ class SagaLoop(asyncio.AbstractEventLoop):
         self._tasks: dict[int, SagaTask] = {}
         self._task_count = 0
         self.failures: list[dict[str, Any]] = []
+        self.rests = 0  # how often it was quiet; for who watches whether saga code ever is
+        self.blocked: BlockedError | None = None
 
     # -- driving ---------------------------------------------------------------------------------------------------
     def run_until_quiet(self) -> None:
@@ -77,6 +83,7 @@ class SagaLoop(asyncio.AbstractEventLoop):
                         handle._run()
                     except SystemExit:  # its task keeps it as its exception
                         continue
+            self.rests += 1
         finally:
             events._set_running_loop(outer)
 
@@ -89,6 +96,11 @@ class SagaLoop(asyncio.AbstractEventLoop):
             yield
         finally:
             events._set_running_loop(outer)
+
+    def interrupt(self, why: str) -> NoReturn:
+        """Interrupt the saga code that runs in this thread; nothing that comes of it may be recorded."""
+        self.blocked = BlockedError(why)
+        raise self.blocked
 
     def pending_tasks(self) -> list[SagaTask]:
         """Return the tasks that are not done, oldest first; asyncio would look through all loops' tasks, unordered."""

@@ -121,8 +121,8 @@ class Execution:
     def turn(self, arrivals: Iterable[Arrival], now: datetime, park: Parked | None = None) -> Turn:
         """Compute the next turn at `now` (aware UTC; never earlier than the turn before).
 
-        With `park` saga code is left alone and the run is parked instead.  Raises: DriftError, CodeError, CodeMissing;
-        then nothing of this execution may be committed, and it is to be loaded again.
+        With `park` saga code is left alone and the run is parked instead.  Raises: DriftError, CodeError, CodeMissing,
+        BlockedError; then nothing of this execution may be committed, and it is to be loaded again.
         """
         fold = self.fold
         was_ended = fold.state in TERMINAL

@@ -21,9 +21,9 @@ from orchestrator.store.connection import CLOCK, Connection
 
 ANYONE = "*"  # a target that everybody is
 
-# The body is the function take_1 of 0001_first.sql: a statement per priority and queue, each over index work_due.  Who
-# finds nothing says in its mark that it is looking, but for one of a worker's children is enough (primary key of
-# drainers).
+# The body is the function take_1 of 0008_deadly_turns.sql: a statement per priority and queue, each over index
+# work_due.  Who finds nothing says in its mark that it is looking, but for one of a worker's children is enough
+# (primary key of drainers).
 _TAKE = """
 WITH taken AS MATERIALIZED (
     SELECT * FROM orchestrator.take_1(%(queues)s, %(targets)s, %(short)s, %(incarnation)s, %(child)s,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -141,6 +143,30 @@ async def ends_its_process(name: str) -> str:
         told.write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGTERM)
     return "done"
+
+
+@saga.define
+async def blocking(how: str) -> str:
+    """Does not come to rest, until it is deployed again."""
+    await perform(Plan(name=how))
+    while not (steps.world() / f"mended {how}").exists():
+        if how == "waits":
+            time.sleep(3600)
+        elif how == "polls":
+            await asyncio.sleep(0)
+        elif how == "swallows":
+            with contextlib.suppress(Exception):
+                time.sleep(3600)
+    return f"{how} no more"
+
+
+@saga.define
+async def deadly(name: str) -> str:
+    """Ends the process that gets there, until it is deployed again."""
+    if not (steps.world() / f"mended {name}").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    await perform(Plan(name=name))
+    return f"{name} no more"
 
 
 @saga.define

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -10,7 +11,7 @@ import pytest
 
 from orchestrator import SagaCancelled, SagaFailed, UsageError
 from tests.acceptance import sagas
-from tests.acceptance.running import World, until
+from tests.acceptance.running import Worker, World, until
 from tests.acceptance.sagas import Plan
 
 pytestmark = pytest.mark.usefixtures("worker")
@@ -412,6 +413,39 @@ def test_what_cannot_be_replayed_parks_as_a_code_error_and_names_the_way_out(how
     result.cancel()
     with pytest.raises(SagaCancelled):
         result.get(timeout=60)
+
+
+@pytest.mark.own_process
+def test_saga_code_that_blocks_is_interrupted_and_parked_and_holds_up_no_other_run(
+    world: World, new_worker: Callable[..., Worker]
+) -> None:
+    """A turn is anybody's to take who finds it not done: without a bound one such run holds every pool child."""
+    worker = new_worker(ORCHESTRATOR_SAGA_CODE_TIMEOUT="0.5").start()
+    ways = ("waits", "computes", "polls", "swallows")
+    results = {how: sagas.blocking.apply_async((how,), queue=worker.queue) for how in ways}
+    for how, result in results.items():
+        item = parked(result)
+        assert (item["key"], item["role"]) == ("", "code") and "belongs into a step" in item["why"]
+        assert world.told(result) == [f"do {how}"]
+    assert sagas.sequence.apply_async(([A],), queue=worker.queue).get(timeout=60) == ["a done"]
+    for how, result in results.items():
+        (world.folder / f"mended {how}").touch()
+        result.retry()
+        assert result.get(timeout=60) == f"{how} no more"
+
+
+@pytest.mark.own_process
+def test_a_turn_that_always_ends_its_process_is_parked_and_takes_no_other_run_along(
+    world: World, own_worker: Worker
+) -> None:
+    deadly = sagas.deadly.apply_async(("deadly",), queue=own_worker.queue)
+    others = sagas.sequence.start_many([([A],)] * 20, queue=own_worker.queue)
+    item = parked(deadly)
+    assert (item["key"], item["role"]) == ("", "code") and "10 processes in a row have ended" in item["why"]
+    assert [other.get(timeout=60) for other in others] == [["a done"]] * 20
+    (world.folder / "mended deadly").touch()
+    deadly.retry()
+    assert deadly.get(timeout=60) == "deadly no more"
 
 
 def test_a_code_error_parks_and_the_mended_code_goes_on(world: World, own_worker: Any) -> None:
