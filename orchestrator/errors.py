@@ -249,7 +249,7 @@ def _message(error: BaseException) -> str:
 
 def _traceback(error: BaseException) -> str:
     try:
-        return "".join(traceback.format_exception(type(error), error, _from_user_code(error.__traceback__), limit=50))
+        return "".join(traceback.format_exception(type(error), error, from_user_code(error.__traceback__), limit=50))
     except BaseException:
         try:
             return "".join(traceback.format_tb(error.__traceback__, limit=50))
@@ -257,7 +257,7 @@ def _traceback(error: BaseException) -> str:
             return ""
 
 
-def _from_user_code(trace: TracebackType | None) -> TracebackType | None:
+def from_user_code(trace: TracebackType | None) -> TracebackType | None:
     """Return the part of a traceback that begins where user code does; all of it if there is none."""
     found = trace
     while found is not None and found.tb_frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_USER_CODE:

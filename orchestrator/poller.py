@@ -20,7 +20,7 @@ from orchestrator.store import runs
 from orchestrator.store.missing import unknown_run
 from orchestrator.store.pool import ClientPool
 
-_SHORTEST_PAUSE_S = 0.001
+_SHORTEST_PAUSE_S = 0.0005
 _LONGEST_HEAD_START_S = 0.01
 _AHEAD = 100
 
@@ -50,16 +50,19 @@ class _Book:
         self.usual_s = 0.0  # how long callers had to wait lately
 
     def next_pause(self) -> float:
-        """Return how long to wait before the next look: until half of the usual time, then 1 ms, and ever longer."""
-        head_start = min(self.usual_s / 2, _LONGEST_HEAD_START_S) - (monotonic() - self.asked_at)
+        """Return how long to wait before the next look: until it is nearly due as usual, then briefly, then longer."""
+        waited = monotonic() - self.asked_at
+        head_start = min(self.usual_s * 0.7, _LONGEST_HEAD_START_S) - waited
         if head_start > _SHORTEST_PAUSE_S:
             return head_start
+        if waited < min(self.usual_s, _LONGEST_HEAD_START_S) * 2:
+            return _SHORTEST_PAUSE_S
         pause, self.pause = self.pause, min(self.pause * 1.25, 0.25)
         return pause
 
 
 class Poller:
-    """Asks for all waiting callers of a process at once; from 1 ms up to 250 ms apart, and not sooner than it is usual.
+    """Asks for all waiting callers of a process at once; from half a millisecond up to 250 ms apart, as it is usual.
 
     Who starts many runs and then waits for one after the other asks once for many: the first statement for a new caller
     also asks for the oldest handles that the process holds.

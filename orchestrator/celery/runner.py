@@ -19,7 +19,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, states
-from celery.app.trace import build_tracer
+from celery.app.trace import TraceInfo, build_tracer
 from celery.exceptions import Reject, Retry
 from celery.result import allow_join_result
 from celery.utils.time import maybe_make_aware
@@ -28,7 +28,7 @@ from orchestrator.celery import handlers
 from orchestrator.celery.events import Attempt, StepEvents, task_id
 from orchestrator.codec import FunctionCodec
 from orchestrator.engine.worker import Invocation
-from orchestrator.errors import PayloadError, Rejected
+from orchestrator.errors import PayloadError, Rejected, from_user_code
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import LONGEST_PAUSE_S, RetryPolicy
 from orchestrator.step import Step, StepContext, current_step, legacy_codec
@@ -145,7 +145,8 @@ class Runner:
         tracer = self._tracers.get(taken.task)
         if tracer is None:
             _let_replace(task)
-            tracer = build_tracer(taken.task, task, loader=self._app.loader, hostname=self.worker, app=self._app)
+            options = {"loader": self._app.loader, "hostname": self.worker, "app": self._app, "Info": _StepTrace}
+            tracer = build_tracer(taken.task, task, **options)
             self._tracers[taken.task] = tracer
         request = {
             "id": task_id(taken), "root_id": taken.run_id, "retries": taken.attempt - 1,
@@ -175,6 +176,20 @@ class Runner:
             _limit.reset(limit)
             _hangs.reset(hangs)
         return _translate(taken, traced)
+
+
+class _StepTrace(TraceInfo):
+    """Tells of a failure with the traceback from user code on.
+
+    Celery copies the code of each frame, its own large ones too: a third of the time of a worker whose steps fail.
+    """
+
+    __slots__ = ()
+
+    def handle_failure(self, task: Any, req: Any, **options: Any) -> Any:
+        """Hand the failure on, as Celery does."""
+        self.retval.__traceback__ = from_user_code(self.retval.__traceback__)
+        return super().handle_failure(task, req, **options)
 
 
 def _let_replace(task: Any) -> None:

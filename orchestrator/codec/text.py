@@ -55,6 +55,21 @@ def dumps(value: Json, *, limit_bytes: int | None = None, what: str = "the value
     return raw.decode()
 
 
+def dumps_rows(rows: list[Any]) -> str:
+    """Return the JSON text of rows that hold values which were checked one by one, for their depth among other things.
+
+    Raises:
+        PayloadError: as ``dumps``, of each row.
+    """
+    try:
+        raw = to_json(rows)
+    except Exception:
+        raw = b"NaN"
+    if b"\\u0000" in raw or b"NaN" in raw or b"Infinity" in raw:
+        return f"[{','.join(map(dumps, rows))}]"
+    return raw.decode()
+
+
 _limit_bytes = DEFAULT_LIMIT_BYTES
 
 

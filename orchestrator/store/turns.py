@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import psycopg
 
-from orchestrator.codec import Json, dumps
+from orchestrator.codec import Json, dumps, dumps_rows
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.store.connection import CLOCK, Connection
@@ -371,12 +371,7 @@ class _Wave:
 
     def values(self) -> tuple[Any, ...]:
         kinds = (self.turns, self.summaries, self.next, self.gone, self.sleeping, self.ended, self.added)
-        return (*map(_text, kinds), self.consumed or None)
-
-
-def _text(rows: list[dict[str, Any]]) -> str | None:
-    """Return rows as JSON; each by itself, for as a whole they would look deep enough to be inspected."""
-    return f"[{','.join(map(dumps, rows))}]" if rows else None
+        return (*(dumps_rows(rows) if rows else None for rows in kinds), self.consumed or None)
 
 
 def commit_turns(

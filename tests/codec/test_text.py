@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.codec import MAX_DEPTH, Json, canonical_text, check, dumps, loads
+from orchestrator.codec import MAX_DEPTH, Json, canonical_text, check, dumps, dumps_rows, loads
 from orchestrator.errors import PayloadError
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
@@ -117,3 +117,12 @@ def test_a_number_that_jsonb_writes_otherwise_is_the_same(ours: Json, from_jsonb
 @pytest.mark.parametrize(("one", "other"), [(True, 1), ("1", 1), (None, 0), (10**20 + 1, 1e20), ([], {}), (1.5, 1)])
 def test_different_values_have_different_texts(one: Json, other: Json) -> None:
     assert canonical_text([one]) != canonical_text([other])
+
+
+def test_rows_are_written_at_once_and_each_is_checked() -> None:
+    many = [{"number": number, "nested": [[[]]]} for number in range(100)]
+    assert loads(dumps_rows(many)) == many  # more brackets than one value may have
+    assert loads(dumps_rows([{"said": "NaN"}])) == [{"said": "NaN"}]
+    for flaw in ("\0", float("nan"), float("inf"), "\ud800", object()):
+        with pytest.raises(PayloadError):
+            dumps_rows([{}, {"flaw": flaw}])

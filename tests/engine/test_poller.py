@@ -22,17 +22,22 @@ def book(monkeypatch: pytest.MonkeyPatch) -> _Book:
     return book
 
 
-def test_the_first_pause_lasts_half_of_the_usual_time_and_ten_milliseconds_at_the_most(book: _Book) -> None:
+def test_the_first_pause_lasts_most_of_the_usual_time_and_ten_milliseconds_at_the_most(book: _Book) -> None:
     book.usual_s = 0.01
-    assert book.next_pause() == 0.005
+    assert book.next_pause() == pytest.approx(0.007)
     book.usual_s = 3600.0
     assert book.next_pause() == 0.01
 
 
-def test_from_then_on_pauses_grow_from_a_millisecond_to_a_quarter_of_a_second(book: _Book) -> None:
+def test_while_a_result_is_to_be_expected_pauses_are_short(book: _Book) -> None:
+    book.usual_s, book.asked_at = 0.01, NOW - 0.0075
+    assert [book.next_pause() for _ in range(40)] == [0.0005] * 40
+
+
+def test_from_then_on_they_grow_to_a_quarter_of_a_second(book: _Book) -> None:
     book.usual_s, book.asked_at = 0.01, NOW - 1.0
     pauses = [book.next_pause() for _ in range(40)]
-    assert (pauses[0], pauses[1], pauses[-1]) == (0.001, 0.00125, 0.25)
+    assert (pauses[0], pauses[1], pauses[-1]) == (0.0005, 0.000625, 0.25)
 
 
 def test_how_long_callers_wait_is_learned(book: _Book) -> None:
