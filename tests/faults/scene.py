@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
@@ -134,6 +135,16 @@ class Scene:
         if number == signal.SIGKILL and isinstance(process, Worker) and process.process is not None:
             process.process.wait(30.0)
         self.fault(number.name)
+
+    def until_gone(self, worker: Worker, within_s: float = 60.0) -> None:
+        """Wait until a worker that was told to end has; one that does not tells where it stands."""
+        assert worker.process is not None
+        try:
+            worker.process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            os.kill(worker.process.pid, signal.SIGUSR1)  # upon which Celery writes down what each thread is about
+            time.sleep(2.0)
+            raise AssertionError(f"{worker.queue} has not ended within {within_s} s: {worker.said[-8000:]}") from None
 
     @contextlib.contextmanager
     def stopped(self, worker: Worker) -> Iterator[None]:
