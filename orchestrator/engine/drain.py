@@ -29,6 +29,7 @@ _BRIEF_S = 0.02  # work that was shorter than this leaves little to be found at 
 _IN_VAIN, _TRY_AGAIN = 2, 16  # after so many times in vain one look has to do, but each so many-th time
 _LEFT_S = 0.03  # how long an outcome may be unread that was left for another process, unless that moves the run
 _LOOK_S = 0.004  # between looks whether it was read
+_SLACK_S = 1.0
 _BATCH = 8
 _LARGEST_BATCH = 32
 _WAVE_S = 0.02
@@ -51,6 +52,7 @@ class Drainer:
         self._together = False  # whether the steps of the last take shared commits, and whether it left some behind
         self._more_due = False
         self._took_at = -math.inf  # when it looked the last time
+        self._took_all_at: float | None = None  # when this drain left nothing behind that was due
         self._in_vain = 1  # how often in a row nothing came while it lingered
         self._looking = False  # whether the last look found nothing, so that others left it work without a ring
         self._unheard = False  # whether there may be more of that than it has taken
@@ -96,6 +98,7 @@ class Drainer:
         return self._drain()
 
     def _drain(self) -> None:
+        self._took_all_at = None
         self._perform(self._enter())
         while True:
             self._session.refresh()
@@ -113,6 +116,7 @@ class Drainer:
                         self._worker.ring(self._queues[0], 1)
                     return
                 # Look once more after the mark is gone: who added work before that saw the mark and did not ring.
+                self._took_all_at = None
                 taken = self._take()
                 if not taken:
                     self._owes = False
@@ -202,6 +206,8 @@ class Drainer:
             return []
         self._owes = True
         self._took_at = time.monotonic()
+        # What was due before is gone, but for what comes late (of a long transaction): the next drain finds that.
+        back = None if self._took_all_at is None else timedelta(seconds=self._took_at - self._took_all_at + _SLACK_S)
         found = turns.take(
             connection,
             queues=queues,
@@ -211,15 +217,22 @@ class Drainer:
             fences=[new_fence() for _ in range(batch)],
             short=list(short),
             reservation=self._settings.reservation,
+            back=back,
         )
         taken = found or []
         self._others_look = found is None
         self._more_due = len(taken) == batch
+        if not self._more_due and not any(self._comes_alone(item) for item in taken):
+            self._took_all_at = self._took_at
         if self._more_due:
             self._session.ring(connection, taken[-1].queue, len(taken))
         self._unheard = bool(taken) and (self._unheard or self._looking)
         self._looking = not taken
         return taken
+
+    def _comes_alone(self, item: Taken) -> bool:
+        """Whether nothing was taken after it, though there may be more."""
+        return item.attempt > 1 if item.role == "turn" else not self._attempts.is_short(item.task)
 
     def _perform(self, taken: list[Taken]) -> None:
         """Do what is held, and what that begins in turn.

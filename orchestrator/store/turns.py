@@ -21,13 +21,13 @@ from orchestrator.store.connection import CLOCK, Connection
 
 ANYONE = "*"  # a target that everybody is
 
-# The body is the function take_1 of 0008_deadly_turns.sql: a statement per priority and queue, each over index
+# The body is the function take_2 of 0008_take.sql: a statement per priority and queue, each over index
 # work_due.  Who finds nothing says in its mark that it is looking, but for one of a worker's children is enough
 # (primary key of drainers).
 _TAKE = """
 WITH taken AS MATERIALIZED (
-    SELECT * FROM orchestrator.take_1(%(queues)s, %(targets)s, %(short)s, %(incarnation)s, %(child)s,
-        %(fences)s::bigint[], %(reservation)s, %(now)s)
+    SELECT * FROM orchestrator.take_2(%(queues)s, %(targets)s, %(short)s, %(incarnation)s, %(child)s,
+        %(fences)s::bigint[], %(reservation)s, %(back)s, %(now)s)
 ), others AS MATERIALIZED (
     SELECT EXISTS (
         SELECT FROM orchestrator.drainers WHERE incarnation = %(incarnation)s AND child < %(child)s AND looking
@@ -104,18 +104,20 @@ def take(
     fences: Sequence[int],
     reservation: timedelta,
     short: Sequence[str] = (),
+    back: timedelta | None = None,
     now: datetime | None = None,
 ) -> list[Taken] | None:
     """Hold what is due, highest priority first, then the longest due; at most as much as there are `fences`.
 
     Turns are reserved.  Steps are begun: those of the tasks that are `short` together, any other one alone.  The mark
-    of this child as a drainer says from now on whether it is looking, that is, whether it found nothing.
+    of this child as a drainer says from now on whether it is looking, that is, whether it found nothing.  `back` passes
+    over what has been due for longer.
 
     Returns None if it found nothing and another child of its worker is looking, which is enough.
     """
     values = {
         "queues": queues, "targets": targets, "short": list(short), "incarnation": incarnation, "child": child,
-        "fences": list(fences), "reservation": reservation, "now": now,
+        "fences": list(fences), "reservation": reservation, "back": back, "now": now,
     }  # fmt: skip
     failpoint("take.before", connection)
     rows = connection.execute(_TAKE, values).fetchall()

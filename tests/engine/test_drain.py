@@ -506,7 +506,7 @@ def test_a_transaction_that_breaks_at_any_moment_is_a_failed_attempt_and_ends_no
     assert connection.execute("SELECT name FROM written").fetchall() == [("a",), ("b",)]
 
 
-@pytest.mark.parametrize("statement", [b"take_1", b"commit_turn_1"])
+@pytest.mark.parametrize("statement", [b"take_2", b"commit_turn_1"])
 def test_a_step_whose_begin_was_not_answered_is_run_in_the_attempt_that_was_begun(
     new_child: Callable[..., Child], connection: Connection, proxy: Proxy, statement: bytes
 ) -> None:
@@ -517,7 +517,7 @@ def test_a_step_whose_begin_was_not_answered_is_run_in_the_attempt_that_was_begu
     child.drainer.close()
     start(connection, in_a_row, ["a"])
     begun = "SELECT count(*) FROM orchestrator.work WHERE fence IS NOT NULL"
-    if statement == b"take_1":  # a retry that is due is begun by taking it
+    if statement == b"take_2":  # a retry that is due is begun by taking it
         turn = child.drainer._take()
         connection.execute("UPDATE orchestrator.work SET reserved_at = NULL")
         own, advancer = child.drainer._session.ready()

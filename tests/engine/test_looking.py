@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from orchestrator import Effect, saga, step
-from orchestrator.store import liveness, runs
+from orchestrator.store import liveness, runs, turns
 from orchestrator.store.connection import Connection
 from orchestrator.store.turns import Taken
 from tests.engine.stage import QUEUE, Child, start, state, states
@@ -151,3 +152,29 @@ def test_a_drain_that_is_over_while_work_keeps_coming_has_another_one_begin(
 def start_once(connection: Connection, run_id: str) -> None:
     if run_id not in states(connection):
         start(connection, one_act, run_id, run_id=run_id)
+
+
+def test_a_drain_does_not_look_again_at_what_was_due_before_it_left_nothing_behind(
+    child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old snapshot keeps entries of rows that are gone in the index.  What is committed late is found at the end."""
+    looked: list[tuple[timedelta | None, list[str]]] = []
+    take = turns.take
+
+    def taking(*args: Any, **options: Any) -> list[Taken] | None:
+        taken = take(*args, **options)
+        looked.append((options["back"], [item.run_id for item in taken or ()]))
+        return taken
+
+    def commit_late() -> None:
+        start(connection, one_act, "late", run_id="late")
+        connection.execute("UPDATE orchestrator.work SET due_at = due_at - interval '1 min' WHERE run_id = 'late'")
+
+    monkeypatch.setattr(turns, "take", taking)
+    after_first_look(monkeypatch, commit_late)
+    start(connection, one_act, "a", run_id="a")
+    child.drain()
+    assert [back is None for back, found in looked if found] == [True, True]
+    assert [found for _, found in looked if found] == [["a"], ["late"]]
+    assert any(back is not None and back < timedelta(seconds=30) for back, _ in looked)
+    assert state(connection, "late") == "completed"

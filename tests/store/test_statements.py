@@ -109,6 +109,35 @@ def test_a_turn_is_reserved_for_a_moment_and_no_attempt_is_counted(connection: C
     assert [each.run_id for each in take(connection, child=2)] == ["r"]
 
 
+def test_a_turn_whose_holder_is_gone_is_counted_and_taken_alone(connection: Connection) -> None:
+    for run_id in ("r", "r2"):
+        start(connection, run_id)
+    life = worker(connection)
+
+    def take_over(child: int) -> list[tuple[str, int]]:
+        connection.execute("UPDATE orchestrator.work SET reserved_at = reserved_at - interval '101 ms'")
+        return [(each.run_id, each.attempt) for each in take(connection, child, incarnation=life)]
+
+    assert liveness.enter(connection, life, 1, ["q"]) is not None
+    assert take_over(1) == [("r", 0), ("r2", 0)]
+    assert take_over(2) == [("r", 0), ("r2", 0)], "its holder may only be slow"
+    assert take_over(3) == [("r", 2)], "nobody drains as child 2"
+    assert take_over(4) == [("r", 3)]
+    connection.execute("UPDATE orchestrator.work SET due_at = due_at - interval '1 s' WHERE run_id = 'r2'")
+    assert take_over(5) == [("r2", 2)]
+    turns.give_back(connection, ["r"], life, 4)
+    connection.execute("UPDATE orchestrator.work SET reserved_at = NULL")
+    assert take_over(6) == [("r2", 1), ("r", 1)], "who has given it back was not ended by it"
+
+
+def test_what_has_been_due_for_longer_can_be_passed_over(connection: Connection) -> None:
+    for run_id in ("r", "r2"):
+        start(connection, run_id)
+    connection.execute("UPDATE orchestrator.work SET due_at = due_at - interval '10 s' WHERE run_id = 'r'")
+    assert [each.run_id for each in take(connection, back=timedelta(seconds=5))] == ["r2"]
+    assert [each.run_id for each in take(connection)] == ["r"]
+
+
 def test_priority_goes_before_time_and_what_nobody_here_can_do_is_left(connection: Connection) -> None:
     for number, priority in enumerate((0, 9, 0, 5)):
         start(connection, f"r{number}", priority=priority)

@@ -1,4 +1,7 @@
-"""Taking a turn counts those who were gone without having committed it: saga code that ends its process is parked."""
+"""Taking counts who was gone without having committed a turn, and need not look again at what was due before.
+
+take_1 stays for workers of the release before.
+"""
 
 from __future__ import annotations
 

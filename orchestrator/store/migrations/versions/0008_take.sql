@@ -1,6 +1,6 @@
-CREATE OR REPLACE FUNCTION orchestrator.take_1(
+CREATE FUNCTION orchestrator.take_2(
     p_queues text[], p_targets text[], p_short text[], p_incarnation bigint, p_child integer, p_fences bigint[],
-    p_reservation interval, p_now timestamptz
+    p_reservation interval, p_back interval, p_now timestamptz
 ) RETURNS TABLE (
     run_id text, key text, role text, target text, queue text, task text, attempt integer, call json, fence bigint,
     deadline_at timestamptz, now timestamptz, saga text, version integer, run_queue text, input jsonb,
@@ -10,12 +10,15 @@ CREATE OR REPLACE FUNCTION orchestrator.take_1(
 #variable_conflict use_column
 DECLARE
     v_now constant timestamptz := coalesce(p_now, orchestrator.now());
+    v_since constant timestamptz := coalesce(v_now - p_back, '-infinity');
     v_limit constant integer := cardinality(p_fences);
     v_queue text;
     v_taken integer := 0;
     v_alone boolean := false;
 BEGIN
-    -- Index work_due, once per level of priority that can be there, so that what sleeps is never looked at.
+    -- Index work_due, once per level of priority that can be there, so that what sleeps is never looked at; nor, with
+    -- p_back, what was due longer ago, of which nothing was left: while somebody holds an old snapshot (a dump, a long
+    -- report), entries of rows that are gone stay in the index.
     FOR v_level IN REVERSE CASE WHEN EXISTS (
         SELECT FROM orchestrator.work
         WHERE fence IS NULL AND queue = ANY (p_queues) AND priority > 0 AND due_at <= v_now
@@ -36,7 +39,8 @@ BEGIN
                             WHERE m.incarnation = d.incarnation AND m.child = d.child AND i.dead_at IS NULL) AS orphaned,
                         d.attempt
                     FROM orchestrator.work d
-                    WHERE d.fence IS NULL AND d.queue = v_queue AND d.priority = v_level AND d.due_at <= v_now
+                    WHERE d.fence IS NULL AND d.queue = v_queue AND d.priority = v_level
+                      AND d.due_at BETWEEN v_since AND v_now
                       AND (d.reserved_at IS NULL OR d.reserved_at < v_now - p_reservation)
                       AND d.target = ANY (p_targets)
                     ORDER BY d.due_at LIMIT v_limit - v_taken FOR UPDATE SKIP LOCKED
