@@ -50,7 +50,7 @@ class Settings(BaseModel):
     lease: Duration = timedelta(seconds=2)
     pump_interval: Duration = timedelta(seconds=1)
     reservation: Duration = timedelta(milliseconds=100)
-    saga_code_timeout: Duration = timedelta(seconds=10)
+    saga_code_timeout: Duration = timedelta(seconds=30)
     watchdog: Duration = timedelta(seconds=60)
     doorbell_expires: Duration = timedelta(seconds=10)
     drain_seconds: float = Field(default=1.0, gt=0)

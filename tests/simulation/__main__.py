@@ -67,6 +67,7 @@ def hunt(seeds: range, url: str, folder: Path, sessions: Sessions, arguments: ar
         happened += verdict.happened
         states += verdict.states
         if len(seeds) > 1 and (seed - seeds.start) % 100 == 99:
+            sessions.close()  # before there are more than the server takes
             print(f"{seed - seeds.start + 1} seeds in {time.monotonic() - began:.0f} s", flush=True)
         if verdict.broken:
             failed.append(seed)
