@@ -294,8 +294,11 @@ class SagaCode:
             self._recorder.abandon(key)
 
     def has_come(self, key: str) -> bool:
-        """Tell whether the outcome of a request came with the row whose timers fire now; it is delivered after them."""
-        return key in self._undelivered
+        """Tell whether the outcome of a request came with the row whose timers fire now; it is delivered after them.
+
+        That a request was given up is none: on replay it is in the row of the very timer that gives it up.
+        """
+        return key in self._undelivered and self.fold.steps[key].forward != "withdrawn"
 
     def unlock(self, key: str, failed: bool) -> None:
         """Give a lock back at the end of its block; `failed` says that an exception left it."""
