@@ -44,7 +44,20 @@ class scope:  # noqa: N801 - a context manager reads like a function
     ) -> None:
         machine.scope.reset(self._token)
         if isinstance(error, (Exception, asyncio.CancelledError)):
-            await self._code.ask(_undoing(self._key, self._path, self._code))
+            await _to_its_end(self._code.ask(_undoing(self._key, self._path, self._code)))
+
+
+async def _to_its_end(undoing: RequestFuture) -> None:
+    """Wait until everything is undone; who is cancelled meanwhile, by a timeout say, hears of it then."""
+    cancelled: asyncio.CancelledError | None = None
+    while not undoing.done():
+        try:
+            await asyncio.shield(undoing)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    undoing.result()
 
 
 def _undoing(key: str, path: str, code: SagaCode) -> Request:

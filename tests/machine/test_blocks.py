@@ -51,3 +51,94 @@ def test_a_lock_that_comes_with_the_timeout_is_had_on_replay_too(replayed: bool)
         stage.reload()
     stage.succeed("look", 1)
     assert (stage.state, _output(stage)) == ("completed", "got it")
+
+
+# -- scopes ------------------------------------------------------------------------------------------------------------
+@saga.define
+async def in_a_hurry(n: int) -> str:
+    try:
+        async with asyncio.timeout(60), saga.scope():
+            await saga.step(reserve, n)
+            await saga.step(charge, n)
+            await saga.step(look, n)
+    except TimeoutError:
+        return "too late"
+    except StepFailed:
+        return "failed"
+    return "done"
+
+
+@saga.define
+async def beside_one_that_fails(n: int) -> str:
+    async def in_a_scope() -> None:
+        async with saga.scope():
+            await saga.step(reserve, n)
+            await saga.step(charge, n)
+            await saga.step(look, n)
+
+    async def fails() -> None:
+        await saga.step(mail, n)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(in_a_scope())
+            group.create_task(fails())
+    except* StepFailed:
+        pass
+    return "went on"
+
+
+def _undoing(definition: saga.Saga[[int], str]) -> Stage:
+    """A run whose scope is being undone, the charge first."""
+    stage = Stage(definition, 1)
+    stage.turn()
+    stage.succeed("reserve", "h")
+    stage.succeed("charge", "c")
+    stage.reject("look")
+    assert ("refund", "undo") in stage.due
+    return stage
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_timeout_while_a_scope_is_being_undone_comes_after_the_last_undo(replayed: bool) -> None:
+    stage = _undoing(in_a_hurry)
+    stage.turn(at_s=61)
+    if replayed:
+        stage.reload()
+    stage.succeed("refund")
+    assert (stage.state, stage.due) == ("running", [("release", "undo")])
+    stage.succeed("release")
+    assert (stage.state, _output(stage), stage.left) == ("completed", "too late", [])
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_sibling_that_fails_while_a_scope_is_being_undone_lets_it_be_undone(replayed: bool) -> None:
+    stage = _undoing(beside_one_that_fails)
+    stage.reject("mail")
+    if replayed:
+        stage.reload()
+    stage.succeed("refund")
+    assert (stage.state, stage.due) == ("running", [("release", "undo")])
+    stage.succeed("release")
+    assert (stage.state, _output(stage)) == ("completed", "went on")
+
+
+def test_a_function_that_returns_while_a_scope_beside_it_is_being_undone_waits_for_that() -> None:
+    @saga.define(name="returns beside a scope")
+    async def returns(n: int) -> str:
+        async def in_a_scope() -> None:
+            async with saga.scope():
+                await saga.step(reserve, n)
+                await saga.step(charge, n)
+                await saga.step(look, n)
+
+        task = asyncio.create_task(in_a_scope())
+        await saga.step(mail, n)
+        return f"not done: {not task.done()}"
+
+    stage = _undoing(returns)
+    stage.succeed("mail", "sent")
+    stage.succeed("refund")
+    assert (stage.state, stage.due) == ("running", [("release", "undo")])
+    stage.succeed("release")
+    assert (stage.state, _output(stage)) == ("completed", "not done: True")
