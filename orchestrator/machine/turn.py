@@ -143,8 +143,7 @@ class Execution:
         while fold.wants_code and not early:
             self._run_code(decisions)
             decisions.withdraw_unborn()
-            decisions.answer()
-            decisions.conclude()
+            decisions.settle_down()
             answered = settled_keys(decisions.entries[told:])
             if not answered:
                 break
@@ -152,8 +151,10 @@ class Execution:
             self._undelivered.append((None, answered))  # of the same row, and so no time passes before them
         if self.code is not None and not fold.wants_code:
             self._drop_code()
-        while decisions.withdraw_unborn():
-            decisions.conclude()
+        if decisions.withdraw_unborn():
+            decisions.settle_down()
+        if rest := settled_keys(decisions.entries[told:]):
+            self._undelivered.append((None, rest))
         decisions.unlock_failed_blocks()
         position = fold.position
         fold.close_row(at)
@@ -303,6 +304,14 @@ class _Recorder(Decisions):
             for key in free:
                 self._failed_blocks.remove(key)
                 blocks.unlock(self, key)
+
+    def settle_down(self) -> None:
+        """Answer and conclude, until nothing of this very turn is given up by that."""
+        more = True
+        while more:
+            self.answer()
+            self.conclude()
+            more = self.withdraw_unborn()
 
     def withdraw_unborn(self) -> bool:
         """What became due and was given up within one turn never becomes work; tell whether there was any."""

@@ -142,3 +142,50 @@ def test_a_function_that_returns_while_a_scope_beside_it_is_being_undone_waits_f
     assert (stage.state, stage.due) == ("running", [("release", "undo")])
     stage.succeed("release")
     assert (stage.state, _output(stage)) == ("completed", "not done: True")
+
+
+@saga.define
+async def gathered(n: int) -> str:
+    async def looks_and_charges() -> str:
+        await saga.step(look, n)
+        try:
+            await saga.step(charge, n)
+        except StepFailed:
+            return "given up"
+        return "charged"
+
+    beside: list[asyncio.Task[str]] = []
+    try:
+        async with saga.scope():
+            await saga.step(reserve, n)
+            beside.append(asyncio.create_task(looks_and_charges()))
+            await asyncio.gather(saga.step(mail, n), *beside)
+    except StepFailed:
+        pass
+    return await beside[0]
+
+
+@pytest.mark.parametrize("first", ["mail", "look"])
+def test_what_a_branch_asks_for_in_the_turn_in_which_its_scope_is_left_keeps_nobody_waiting(first: str) -> None:
+    stage = Stage(gathered, 1)
+    stage.turn()
+    stage.succeed("reserve", "h")
+    ended = [stage.end("mail", "rejected"), stage.end("look", "succeeded", 1)]
+    stage.turn(*(ended if first == "mail" else ended[::-1]))
+    assert (stage.state, stage.due) == ("running", [("release", "undo")])
+    stage.succeed("release")
+    assert (stage.state, _output(stage)) == ("completed", "given up")
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_what_a_branch_asks_for_in_a_scope_that_is_being_undone_is_refused_to_it(replayed: bool) -> None:
+    stage = Stage(gathered, 1)
+    stage.turn()
+    stage.succeed("reserve", "h")
+    stage.begin("look")
+    stage.reject("mail")
+    stage.succeed("look", 1)
+    if replayed:
+        stage.reload()
+    stage.succeed("release")
+    assert (stage.state, _output(stage)) == ("completed", "given up")
