@@ -492,7 +492,7 @@ class Decisions:
             else {n: step.asked.args[n] for n in undo.names if n in step.asked.args}
         )
         if undo.result:
-            args["result"] = step.result
+            args["result"] = step.late_result if step.late else step.result
         call = self._call(args, undo.timeout)
         if step.late:
             call["l"] = step.late

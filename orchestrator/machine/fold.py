@@ -107,8 +107,8 @@ class Step:
 
     __slots__ = (
         "abandoned", "asked", "attempts", "backward", "budget_from", "details", "doubt", "error", "forgotten",
-        "forward", "late", "order", "parked", "probe_attempts", "probe_budget_from", "quiet", "result", "signal_id",
-        "undo_attempts", "undo_budget_from",
+        "forward", "late", "late_result", "order", "parked", "probe_attempts", "probe_budget_from", "quiet", "result",
+        "signal_id", "undo_attempts", "undo_budget_from",
     )  # fmt: skip
 
     def __init__(self, asked: Asked, order: int) -> None:
@@ -127,6 +127,7 @@ class Step:
         self.error: Error | None = None
         self.parked = ""
         self.late = 0  # the attempt whose late effect the undo is for
+        self.late_result: Json = None  # of that attempt; what saga code was told stays `result`
         self.signal_id = ""
 
     @property
@@ -367,7 +368,7 @@ class Fold:
         step.backward = move_backward(step.backward, "ask")
         self.abandoned_effects.pop(step.key, None)
         if entry.late:
-            step.late, step.result = entry.late, entry.result
+            step.late, step.late_result = entry.late, entry.result
             self.late_effects.remove(
                 next(e for e in self.late_effects if (e.key, e.attempt) == (entry.key, entry.late))
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from datetime import timedelta
 
 from orchestrator import saga
@@ -520,6 +521,31 @@ def test_an_effect_that_shows_up_after_its_undo_is_undone_again_with_its_result(
     work = stage.work[stage.key("refund")]
     assert work.call["a"] == {"n": 1, "result": "late-c"}
     assert work.call["l"] == 1
+    stage.succeed("refund")
+    assert stage.state == "completed"
+
+
+@saga.define
+async def used_in_a_scope(n: int) -> None:
+    with contextlib.suppress(StepFailed):
+        async with saga.scope():
+            charged = await saga.step(charge, n)
+            await saga.step(look, len(charged))
+    await saga.step(mail, n)
+
+
+def test_the_result_of_a_late_effect_is_for_its_undo_and_not_for_saga_code_that_is_replayed() -> None:
+    stage = Stage(used_in_a_scope, 1)
+    stage.turn()
+    stage.doubt("charge")
+    key = stage.key("charge")
+    stage.succeed("charge", "c")
+    stage.reject("look")
+    stage.succeed("refund")
+    stage.turn(LateSuccess(key, "do", 1, "late-c"))
+    stage.reload()
+    stage.succeed("mail", "sent")
+    assert stage.work[stage.key("refund")].call["a"] == {"n": 1, "result": "late-c"}
     stage.succeed("refund")
     assert stage.state == "completed"
 
