@@ -572,7 +572,6 @@ class Advancer:
 
     def _correct(self, connection: Connection, execution: Execution, late: Late) -> None:
         """An effect that landed after its run had ended is undone by a linked run of its own."""
-        step = execution.fold.steps[late.key]
         info = execution.info
         run_id = f"{info.id}/late/{late.key}/{late.attempt}"
         failpoint("correct.before", connection)
@@ -583,7 +582,7 @@ class Advancer:
             )  # fmt: skip
             if runs.start(connection, new):
                 failpoint("correct.started", connection)
-                turns.seed_journal(connection, run_id, self._runs.clock(), correction(step.asked, late))
+                turns.seed_journal(connection, run_id, self._runs.clock(), correction(execution.fold, late))
                 failpoint("correct.seeded", connection)
         self._ring(connection, info.queue, 1)
 

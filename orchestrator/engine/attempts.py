@@ -141,7 +141,7 @@ class Attempts:
             idempotency_key=key if taken.role == "probe" else key + suffix,
             deadline=deadline,
             heartbeat_details=call.get("d"),
-            undoes=key if taken.role == "undo" else "",
+            undoes=call.get("u", key) if taken.role == "undo" else "",
             beat=lambda details: self._beat(taken, details),
         )
 

@@ -14,7 +14,6 @@ from typing import Any
 from orchestrator.codec import Json
 from orchestrator.machine.fold import Fold, RunInfo
 from orchestrator.machine.journal import (
-    Asked,
     CancelAsked,
     Continued,
     Late,
@@ -213,10 +212,17 @@ def signature(execution: Execution) -> tuple[Any, ...]:
     return (*parked, fold.past_pivot, execution.published, execution.tags)
 
 
-def correction(asked: Asked, late: Late) -> list[Json]:
+def correction(fold: Fold, late: Late) -> list[Json]:
     """Return the journal that a correcting run begins with: the step, its late success, the decision to undo."""
     return [
-        encode(asked),
+        encode(fold.steps[late.key].asked),
         encode(Settled(late.key, "succeeded", late.attempt, late.result)),
-        encode(RollbackBegan("late")),
+        encode(RollbackBegan("late", undoes=_idempotency_key(fold, late.key))),
     ]
+
+
+def _idempotency_key(fold: Fold, key: str) -> str:
+    """Return the key that a step has used; the run may have gone on as new, and its link be kept under another id."""
+    info = fold.info
+    run = info.id.removesuffix(f"~{info.link + 1}") if fold.continued else info.id
+    return f"{run}~{info.link}:{key}" if info.link else f"{run}:{key}"

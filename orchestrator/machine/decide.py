@@ -496,6 +496,8 @@ class Decisions:
         call = self._call(args, undo.timeout)
         if step.late:
             call["l"] = step.late
+        if self.fold.rollback and self.fold.rollback.undoes:
+            call["u"] = self.fold.rollback.undoes
         if undo.retry and undo.retry[4]:
             call["x"] = undo.retry[4]
         if undo.limit:

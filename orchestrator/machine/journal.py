@@ -194,6 +194,7 @@ class RollbackBegan:
     tag: ClassVar[str] = "rollback"
     cause: str  # error, cancel, deadline, late
     error: Error | None = None
+    undoes: str = ""  # in a correcting run: the idempotency key of the step that took effect late, in the run before
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,7 +456,7 @@ class Work:
     ``a`` arguments, ``t`` timeout and ``h`` heartbeat timeout in seconds, ``x`` names of non-retryable errors,
     ``d`` heartbeat details of the attempt before, ``n`` that a lost attempt certainly had no effect (its transaction is
     gone with it), ``l`` the attempt whose late effect is undone, ``g`` the gate it has to pass, with its limits, ``k``
-    the link of a run that was continued as new.
+    the link of a run that was continued as new, ``u`` the idempotency key of what is undone if another run did it.
     """
 
     key: str

@@ -125,6 +125,7 @@ class Rehearsal:
             idempotency_key=_idempotency_key(self.info.id, work),
             deadline=self.now + timedelta(seconds=work.call.get("t", 0)),
             heartbeat_details=work.call.get("d"),
+            undoes=_key_of_step(self.info.id, work) if work.role == "undo" else "",
             beat=details.append,
         )
         once = self._execution.function_of(work.key) if work.role == "once" else None
@@ -246,8 +247,12 @@ def _is_forward_work(event: Work | Arrival, key: str) -> bool:
     return isinstance(event, Work) and event.key == key and event.role in ("do", "once")
 
 
+def _key_of_step(run_id: str, work: Work) -> str:
+    return f"{run_id}~{work.call['k']}:{work.key}" if work.call.get("k") else f"{run_id}:{work.key}"
+
+
 def _idempotency_key(run_id: str, work: Work) -> str:
-    key = f"{run_id}~{work.call['k']}:{work.key}" if work.call.get("k") else f"{run_id}:{work.key}"
+    key = _key_of_step(run_id, work)
     if work.role != "undo":
         return key
     late = work.call.get("l")

@@ -336,6 +336,10 @@ def test_a_late_success_after_the_end_is_undone_by_a_run_of_its_own(
     (correcting,) = connection.execute("SELECT id, state FROM orchestrator.runs WHERE parent_id = 'run'").fetchall()
     assert correcting[1] == "compensated"
     assert DONE == ["undo a None", "do a", "undo a a!"]
+    contexts = [*slow.runner.contexts, *quick.runner.contexts]
+    (did,) = [context.idempotency_key for context in contexts if not context.undoes]
+    undid = {context.idempotency_key: context.undoes for context in contexts if context.undoes}
+    assert list(undid.values()) == [did, did], "each undo has a key of its own, and can find what was done"
 
 
 def test_a_stale_transactional_step_is_rolled_back(

@@ -21,6 +21,8 @@ from orchestrator import (
     step,
 )
 from orchestrator.client import Client
+from orchestrator.machine.journal import LateSuccess, encode
+from orchestrator.store import arrivals
 from orchestrator.store.connection import Connection
 from tests.engine.stage import Child, entries, kinds, run, state, states, until
 
@@ -445,6 +447,21 @@ async def counting(n: int) -> str:
     return "done"
 
 
+@step(compensate=undo, retry=AT_ONCE)
+def lose(what: str) -> str:
+    raise ConnectionError("no answer")
+
+
+@saga.define
+async def losing(n: int) -> str:
+    try:
+        await saga.step(lose, f"step {n}")
+    except StepFailed:
+        if n < 2:
+            saga.continue_as_new(n + 1)
+    return "done"
+
+
 @saga.define
 async def carrying(n: int) -> str:
     async with saga.lock("account", 7):
@@ -517,6 +534,22 @@ def test_locks_and_unheard_signals_move_along(child: Child, client: Client, conn
     assert result.get(timeout=10) == "early"
     child.drain()
     assert (waiting.get(timeout=10), locks(connection)) == ("got it", [])
+
+
+def test_what_a_link_did_is_found_by_the_undo_if_it_takes_effect_late(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    assert run(client, child, losing, 0).get(timeout=10) == "done"
+    key = f"{lose.name}#0"
+    assert {context.idempotency_key for context in child.runner.contexts} > {f"run~{n}:{key}" for n in (1, 2)}
+    for link in range(3):
+        arrivals.leave(connection, "run", encode(LateSuccess(key, "do", 1, "late", link=link)), anyone=True)
+    child.drain()
+    assert {context.run_id: context.undoes for context in child.runner.contexts if "/late/" in context.run_id} == {
+        f"run~1/late/{key}/1": f"run:{key}",
+        f"run~2/late/{key}/1": f"run~1:{key}",
+        f"run/late/{key}/1": f"run~2:{key}",
+    }
 
 
 @pytest.mark.parametrize("wrong", [careless, inside_a_scope])

@@ -84,9 +84,9 @@ class EffectLog:
 
 def _current() -> dict[str, Any]:
     context = step.current()
-    named = context.undoes or context.idempotency_key  # which tell the links of a run apart that is continued as new
     return {
-        "run": named.removesuffix(f":{context.key}"),
+        # Which tells the links of a run apart that is continued as new, and an undo of a correcting run from its own.
+        "run": context.idempotency_key.rpartition(f":{context.key}")[0],
         "key": context.key,
         "attempt": context.attempt,
         "direction": "undo" if context.undoes else "do",

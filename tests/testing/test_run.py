@@ -201,10 +201,10 @@ def test_a_stub_may_look_at_the_running_step() -> None:
     seen: list[str] = []
 
     def undo(order: Order, result: Charge | None) -> None:
-        seen.append(step.current().idempotency_key)
+        seen.extend([step.current().idempotency_key, step.current().undoes])
 
     testing.run(checkout, ORDER, stubs={look: Rejected(), refund: undo}, task_id="r")
-    assert seen == [f"r:{charge.name}#0:undo"]
+    assert seen == [f"r:{charge.name}#0:undo", f"r:{charge.name}#0"]
 
 
 def test_heartbeat_details_reach_the_next_attempt() -> None:
