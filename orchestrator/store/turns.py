@@ -449,14 +449,17 @@ _SEED = """
 WITH moved AS (
     UPDATE orchestrator.runs SET position = 1, state = 'compensating'
     WHERE id = %(run_id)s AND position = 0 RETURNING id
+), due AS (
+    UPDATE orchestrator.work w SET target = %(anyone)s FROM moved WHERE w.run_id = moved.id AND w.key = ''
 )
 INSERT INTO orchestrator.journal (run_id, seq, at, entries) SELECT id, 0, %(at)s, %(entries)s::json FROM moved
 """
 
 
 def seed_journal(connection: Connection, run_id: str, at: datetime, entries: list[Json]) -> None:
-    """Give a new run the journal row that it begins with."""
-    connection.execute(_SEED, {"run_id": run_id, "at": at, "entries": dumps(entries)})
+    """Give a new run that only goes back the journal row that it begins with; its turns are for anyone."""
+    values = {"run_id": run_id, "at": at, "entries": dumps(entries), "anyone": ANYONE}
+    connection.execute(_SEED, values)
 
 
 _GIVE_BACK_TURNS = """

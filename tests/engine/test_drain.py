@@ -342,6 +342,26 @@ def test_a_late_success_after_the_end_is_undone_by_a_run_of_its_own(
     assert list(undid.values()) == [did, did], "each undo has a key of its own, and can find what was done"
 
 
+def test_a_correcting_run_needs_no_saga_code(new_child: Callable[..., Child], connection: Connection) -> None:
+    """Its run has ended, and so the version of its saga may not be deployed any more."""
+    slow, quick, newer = new_child(), new_child(), new_child()
+    newer.targets.remove(in_a_row.target)
+
+    def overtake(taken: Any) -> None:
+        slow.runner.before = lambda taken: None
+        lose_the_lease(connection, slow)
+        with connection.transaction():
+            arrivals.leave(connection, "run", encode(Cancel("ann", "")))
+        quick.drain()
+        slow.stopping = True
+
+    slow.runner.before = overtake
+    start(connection, in_a_row, ["a"])
+    slow.drain()
+    newer.drain()
+    assert DONE == ["undo a None", "do a", "undo a a!"]
+
+
 def test_a_stale_transactional_step_is_rolled_back(
     new_child: Callable[..., Child], connection: Connection, table: None
 ) -> None:
