@@ -70,6 +70,18 @@ def unlock(decisions: Decisions, key: str) -> None:
         decisions.unlocks.append(row)
 
 
+def carried(fold: Fold) -> dict[str, str]:
+    """Return what goes along with a run that is continued as new: of each lock, by name, the place that came first."""
+    held = {fold.steps[key].asked.task: row for key, row in reversed(fold.locks.items())}
+    return held | fold.carried_locks
+
+
+def unlock_doubles(decisions: Decisions) -> None:
+    """Give back the places of locks that the run holds more than once: the next link would know of one only."""
+    kept = carried(decisions.fold).values()
+    decisions.unlocks.extend(row for row in decisions.fold.locks.values() if row not in kept)
+
+
 def unlock_all(decisions: Decisions) -> None:
     """Free whatever the run still holds: it has ended."""
     fold = decisions.fold

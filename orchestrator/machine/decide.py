@@ -436,7 +436,9 @@ class Decisions:
         """End the run and list what is left of it."""
         self.record(Ended(state.value, tuple(self._left(state))))
         family.ended(self, state)
-        if state is not RunState.CONTINUED:
+        if state is RunState.CONTINUED:
+            blocks.unlock_doubles(self)
+        else:
             blocks.unlock_all(self)
 
     def _left(self, state: RunState) -> Iterator[Json]:

@@ -256,7 +256,7 @@ def _seed(fold: Fold) -> list[Entry]:
     """Return what the next link begins with: locks that are held, signals that nobody has heard."""
     if fold.continued is None:
         return []
-    held = {fold.steps[key].asked.task: row for key, row in fold.locks.items()} | fold.carried_locks
+    held = blocks.carried(fold)
     unheard = [signal for kept in fold.signals.values() for signal in kept]
     return [*([fold.restored] if fold.restored else ()), *([Carried(held)] if held else ()), *unheard]
 

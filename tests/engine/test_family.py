@@ -472,6 +472,16 @@ async def carrying(n: int) -> str:
 
 
 @saga.define
+async def holding_twice(n: int) -> str:
+    async with saga.lock("account", 7):
+        await saga.step(do, f"step {n}")
+        async with saga.lock("account", 7):
+            if n == 0:
+                saga.continue_as_new(1)
+    return "done"
+
+
+@saga.define
 async def impatient(name: str) -> str:
     try:
         async with saga.lock("account", 7, timeout=timedelta(seconds=1)):
@@ -534,6 +544,14 @@ def test_locks_and_unheard_signals_move_along(child: Child, client: Client, conn
     assert result.get(timeout=10) == "early"
     child.drain()
     assert (waiting.get(timeout=10), locks(connection)) == ("got it", [])
+
+
+def test_a_lock_that_a_link_holds_twice_is_freed_with_its_run(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    assert run(client, child, holding_twice, 0).get(timeout=10) == "done"
+    assert locks(connection) == []
+    assert run(client, child, impatient, "other", run_id="other").get(timeout=10) == "got it"
 
 
 def test_what_a_link_did_is_found_by_the_undo_if_it_takes_effect_late(
