@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.machine import blocks
 from orchestrator.machine.fold import Fold, Step
 from orchestrator.machine.journal import (
     Arrival,
@@ -81,6 +82,8 @@ def report(decisions: Decisions) -> None:
     """Tell the parent that this child is done, and with what result."""
     returned = decisions.fold.returned
     assert returned is not None
+    for key in list(decisions.fold.locks):
+        blocks.unlock(decisions, key)  # its code has ended, and so have all blocks; its end may be far
     decisions.record(Reported())
     _report(decisions, "do", "succeeded", returned.output)
 

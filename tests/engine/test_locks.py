@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import ChildFailed, DeadlockError, SagaFailed, saga
+from orchestrator import ChildFailed, DeadlockError, SagaFailed, StepFailed, saga
 from orchestrator.client import Client
 from orchestrator.engine.circles import break_circles
 from orchestrator.engine.pump import Pump
@@ -19,7 +19,7 @@ from orchestrator.saga import Saga
 from orchestrator.store import circles
 from orchestrator.store.connection import Connection
 from tests.engine.stage import Child, kinds, run, state, states, until
-from tests.engine.test_family import DONE, do, impatient, locks
+from tests.engine.test_family import DONE, do, impatient, locks, refuse
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +140,29 @@ def test_what_a_scope_undoes_is_undone_under_its_lock_as_well(
     one.signal("go on")
     child.drain()
     assert one.get(timeout=10) == "one"
+
+
+@saga.define
+async def fails_under_a_lock(name: str) -> str:
+    try:
+        async with saga.lock("account", 7):
+            await saga.step(refuse, name)
+    except StepFailed:
+        return "failed"
+    return name
+
+
+@saga.define
+async def one_child_after_the_other() -> str:
+    return f"{await saga.child(fails_under_a_lock, 'no')}, then {await saga.child(account_7)}"
+
+
+def test_a_child_that_returns_as_its_block_fails_frees_the_lock_and_not_only_with_its_root(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    result = run(client, child, one_child_after_the_other)
+    assert (result.status, locks(connection)) == ("completed", [])
+    assert result.get(timeout=10) == "failed, then account"
 
 
 def test_a_run_that_is_terminated_frees_its_locks(child: Child, client: Client, connection: Connection) -> None:
