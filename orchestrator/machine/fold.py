@@ -209,6 +209,7 @@ class Fold:
         self.pivots_passed: set[str] = set()  # keys of pivots that succeeded, and of children with one that did
         self.pivots_in_flight = 0
         self.returned: Returned | None = None
+        self.resolved = False  # a person has said what it returned
         self.raised: Error | None = None
         self.stop: CancelAsked | DeadlinePassed | None = None
         self.deadline_passed = False
@@ -350,7 +351,8 @@ class Fold:
         if step.is_pivot and step.forward is Forward.SUCCEEDED:
             self.pivots_passed.add(step.key)
         self._note_abandoned(step)
-        if self.returned is not None and not step.abandoned and step.forward in _FAILURES:
+        awaited = self.returned is not None and not (self.resolved or step.abandoned)
+        if awaited and step.forward in _FAILURES:
             self.raised = entry.error
 
     def _probe_asked(self, entry: ProbeAsked) -> None:
@@ -445,6 +447,8 @@ class Fold:
     def _operated(self, entry: Operated) -> None:
         if entry.action == "terminate":
             self.terminated = entry
+        if entry.action == "resolve" and not entry.key:
+            self.resolved = True
         if entry.action == "pause":
             self.pauses[entry.cause] = entry
         elif entry.action == "resume":

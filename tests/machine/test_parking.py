@@ -305,6 +305,10 @@ async def _told() -> None:
     await saga.wait_signal("never")
 
 
+async def _reserved() -> None:
+    await saga.step(reserve, 1)
+
+
 async def _looked() -> None:
     await saga.step(look, 1)
 
@@ -323,6 +327,23 @@ def test_resolving_a_run_waits_for_the_steps_that_are_under_way() -> None:
     stage.succeed("look", 1)
     fold = stage.execution.fold
     assert (stage.state, fold.returned and fold.returned.output) == ("completed", "by hand")
+
+
+def test_a_step_that_is_rejected_after_its_run_was_resolved_does_not_undo_the_run() -> None:
+    stage = _parked_beside(_reserved)
+    stage.turn(Operate("resolve", by="ann", value="by hand"))
+    stage.reject("reserve")
+    fold = stage.execution.fold
+    assert (stage.state, fold.returned and fold.returned.output, stage.due) == ("completed", "by hand", [])
+
+
+def test_a_step_that_stays_in_doubt_after_its_run_was_resolved_is_undone_alone() -> None:
+    stage = _parked_beside(_reserved)
+    stage.turn(Operate("resolve", by="ann", value="by hand"))
+    stage.doubt_until_given_up("reserve")
+    assert stage.due == [("release", "undo")]
+    stage.succeed("release")
+    assert (stage.state, stage.due, stage.left) == ("completed", [], [])
 
 
 def test_a_run_parked_by_a_code_error_can_be_cancelled_without_its_code() -> None:
