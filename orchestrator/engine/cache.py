@@ -122,6 +122,7 @@ class Executions:
         if missing:
             execution.catch_up((at, [decode_entry(entry) for entry in entries]) for at, entries in missing)
             execution.committed_summary = signature(execution)
+            execution.committed_wake = None  # whoever moved the run may have taken back what was set here
         return execution
 
     def remember(self, execution: Execution) -> None:

@@ -12,8 +12,11 @@ import pytest
 from orchestrator import Effect, saga, step
 from orchestrator.engine import drain
 from orchestrator.engine.advance import _Left
+from orchestrator.engine.commit import MANY
+from orchestrator.machine.journal import Signal, encode
+from orchestrator.store import arrivals
 from orchestrator.store.connection import Connection
-from tests.engine.stage import Child, start, states
+from tests.engine.stage import Child, start, states, work
 
 BEGUN: list[str] = []  # a line for each time that a process resumes the saga from its beginning
 
@@ -33,6 +36,19 @@ async def wide(steps: int) -> None:
     BEGUN.append("wide")
     await asyncio.gather(*(saga.step(short, number) for number in range(steps)))
     await saga.wait_signal("go")
+
+
+@saga.define
+async def until_an_instant(others: int) -> None:
+    instant = asyncio.get_running_loop().time() + 30
+    mine = saga.step(long, "mine")
+    for number in range(others):
+        saga.step(short.with_options(queue="elsewhere"), number)
+    async with asyncio.timeout_at(instant):
+        await saga.wait_signal("go")
+    await mine
+    async with asyncio.timeout_at(instant):
+        await saga.wait_signal("never")
 
 
 @saga.define
@@ -142,3 +158,22 @@ def test_nothing_is_left_unread_for_long_while_there_is_other_work(
     driver.drain()
     assert states(connection) == {"run": "running", "other": "completed", "another": "completed"}
     assert seen and seen[-1] == 0
+
+
+def test_a_timer_that_another_process_took_back_is_set_again(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    """By who had set it for the same instant before."""
+    one, another = new_child(), new_child()
+
+    def told(taken: Any) -> None:
+        one.runner.before = lambda taken: None
+        with connection.transaction():
+            arrivals.leave(connection, "run", encode(Signal("go", "first")))
+        another.drain()
+        assert "" not in [key for key, *_ in work(connection)], "no timer is set while the run waits for its step"
+
+    one.runner.before = told
+    start(connection, until_an_instant, MANY)
+    one.drain()
+    assert [role for key, role, *_ in work(connection) if not key] == ["turn"]
