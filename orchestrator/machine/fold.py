@@ -108,7 +108,7 @@ class Step:
     __slots__ = (
         "abandoned", "asked", "attempts", "backward", "budget_from", "details", "doubt", "error", "forgotten",
         "forward", "late", "late_result", "order", "parked", "probe_attempts", "probe_budget_from", "quiet", "result",
-        "signal_id", "undo_attempts", "undo_budget_from",
+        "signal_id", "undecided", "undo_attempts", "undo_budget_from",
     )  # fmt: skip
 
     def __init__(self, asked: Asked, order: int) -> None:
@@ -126,6 +126,7 @@ class Step:
         self.result: Json = None
         self.error: Error | None = None
         self.parked = ""
+        self.undecided: list[Late] = []  # late effects that are known of before its outcome is decided
         self.late = 0  # the attempt whose late effect the undo is for
         self.late_result: Json = None  # of that attempt; what saga code was told stays `result`
         self.signal_id = ""
@@ -351,6 +352,8 @@ class Fold:
         if step.is_pivot and step.forward is Forward.SUCCEEDED:
             self.pivots_passed.add(step.key)
         self._note_abandoned(step)
+        if step.owes_late_undo and step.forward is Forward.REJECTED:
+            self.late_effects += step.undecided  # the probe, or a person, did not know of them
         awaited = self.returned is not None and not (self.resolved or step.abandoned)
         if awaited and step.forward in _FAILURES:
             self.raised = entry.error
@@ -388,8 +391,12 @@ class Fold:
     def _late(self, entry: Late) -> None:
         step = self.steps[entry.key]
         step.doubt = True
-        if step.owes_late_undo and not self.ended:
+        if self.ended:
+            return
+        if step.owes_late_undo:
             self.late_effects.append(entry)
+        elif not step.settled:
+            step.undecided.append(entry)
 
     def _abandoned(self, entry: Abandoned) -> None:
         step = self.steps[entry.key]

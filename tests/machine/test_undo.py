@@ -550,6 +550,27 @@ def test_the_result_of_a_late_effect_is_for_its_undo_and_not_for_saga_code_that_
     assert stage.state == "completed"
 
 
+def test_an_effect_that_is_reported_while_its_probe_looks_is_undone_although_that_finds_nothing() -> None:
+    @saga.define(name="wires and goes on")
+    async def wires_and_goes_on(n: int) -> str:
+        try:
+            return await saga.step(wire, n)
+        except StepFailed as error:
+            return error.outcome
+
+    stage = Stage(wires_and_goes_on, 1)
+    stage.turn()
+    key = stage.key("wire")
+    stage.doubt_until_given_up("wire")
+    stage.begin("find_wire")
+    stage.turn(LateSuccess(key, "do", 1, "late-w"))
+    stage.succeed("find_wire", None)
+    assert (stage.state, stage.due) == ("running", [("release", "undo")])
+    stage.succeed("release")
+    fold = stage.execution.fold
+    assert (stage.state, fold.returned and fold.returned.output) == ("completed", "rejected")
+
+
 def test_two_late_effects_of_one_step_are_each_undone() -> None:
     stage = Stage(forgiving, 1)
     key = _undone(stage)
