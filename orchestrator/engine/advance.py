@@ -411,7 +411,7 @@ class Advancer:
                 may_begin = may_begin and not begun
                 made = self._attempt(connection, loaded, holds_turn=holds_turn, may_begin=may_begin, park=park)
             except CodeMissing:
-                turns.pass_on(connection, run_id)
+                turns.pass_on(connection, run_id, self.identity.incarnation, self.identity.child)
                 return begun
             if not made.written:
                 if holds_turn or made.again:

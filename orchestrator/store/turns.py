@@ -403,13 +403,18 @@ _PASS_ON = """
 UPDATE orchestrator.work w SET target = r.saga || '@' || r.version, attempt = w.attempt + 1,
     reserved_at = NULL, incarnation = NULL, child = NULL
 FROM orchestrator.runs r WHERE r.id = w.run_id AND w.run_id = %(run_id)s AND w.key = ''
+  AND w.reserved_at IS NOT NULL AND w.incarnation = %(incarnation)s AND w.child = %(child)s
 """
 
 
-def pass_on(connection: Connection, run_id: str) -> None:
-    """Leave the run's turn to who has its code (primary key of work); it is no first turn: something came before it."""
+def pass_on(connection: Connection, run_id: str, incarnation: int, child: int) -> None:
+    """Leave the turn that this child has reserved to who has the run's code (primary key of work).
+
+    It is no first turn: something came before it.  One that somebody has asked for meanwhile is left as it is, for it
+    may be for anyone.
+    """
     failpoint("pass_on.before", connection)
-    connection.execute(_PASS_ON, {"run_id": run_id})
+    connection.execute(_PASS_ON, {"run_id": run_id, "incarnation": incarnation, "child": child})
     failpoint("pass_on.after", connection)
 
 

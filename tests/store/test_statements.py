@@ -438,6 +438,17 @@ def test_a_held_turn_is_deleted_or_moved_to_its_next_wake(connection: Connection
     assert arrivals.owe_turn(connection, "nobody") is None
 
 
+def test_a_turn_that_somebody_asked_for_meanwhile_is_not_passed_on_to_who_has_the_code(connection: Connection) -> None:
+    start(connection)
+    for meanwhile in (False, True):
+        assert [taken.role for taken in take(connection, child=1)] == ["turn"]
+        if meanwhile:
+            arrivals.owe_turn(connection, "r", anyone=True)
+        turns.pass_on(connection, "r", 1, 1)
+        assert [taken.role for taken in take(connection, child=2, targets=[turns.ANYONE])] == ["turn"] * meanwhile
+        connection.execute("UPDATE orchestrator.work SET reserved_at = NULL")
+
+
 def test_arrivals_need_the_fence_and_are_left_once(connection: Connection, begun: int) -> None:
     assert not arrivals.arrive(connection, "r", [("k", 7, {"e": "outcome"})])
     outcome: Any = {"e": "outcome", "key": "k", "role": "do", "attempt": 1, "worker": "w"}
