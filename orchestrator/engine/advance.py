@@ -370,7 +370,10 @@ class Advancer:
             execution.discard()
             logger.warning("run %s step %s: %s", taken.run_id, taken.key, error)
             return None
-        self._runs.remember(execution)
+        if execution.is_ahead:
+            execution.discard()
+        else:
+            self._runs.remember(execution)
         return function
 
     def forget_others(self) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from orchestrator.errors import DefinitionError, DriftError, UsageError, describe_exception
+from orchestrator.errors import DefinitionError, UsageError, describe_exception
 from orchestrator.machine import blocks, family
 from orchestrator.machine.code import ContinueAsNew, SagaCode, settled_keys
 from orchestrator.machine.decide import Decisions
@@ -111,6 +111,7 @@ class Execution:
         self._delivered: list[tuple[datetime | None, list[str]]] = []
         self._undelivered: list[tuple[datetime | None, list[str]]] = []
         self._failed_blocks: list[str] = []  # locks whose block an exception has left, and that are still held
+        self.is_ahead = False  # whether its code has asked for something that no turn has recorded
 
     def catch_up(self, rows: Iterable[tuple[datetime, list[Entry]]]) -> None:
         """Fold journal rows that were committed elsewhere."""
@@ -179,15 +180,13 @@ class Execution:
     def function_of(self, key: str) -> Callable[[], Any] | None:
         """Return the function of an outstanding ``saga.once``, resuming the coroutine as far as it is known.
 
-        Raises: DriftError, also if the code now asks for something that no turn has recorded; then throw this away.
+        If the code asks for something then that no turn has recorded, as in a run that is paused, this `is_ahead`, and
+        is to be thrown away.  Raises: DriftError; then as well.
         """
         if self.code is None or self._undelivered:
             decisions = _Recorder(self.fold, self.fold.at, self._failed_blocks)
             self._resume(decisions)
-            if decisions.entries:
-                raise DriftError(
-                    f"run {self.info.id}: its code asks for more than its journal has; its next turn takes that up"
-                )
+            self.is_ahead = bool(decisions.entries)
         return self.code.function_of(key) if self.code else None
 
     def discard(self) -> None:

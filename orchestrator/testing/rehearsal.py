@@ -129,6 +129,9 @@ class Rehearsal:
             beat=details.append,
         )
         once = self._execution.function_of(work.key) if work.role == "once" else None
+        if self._execution.is_ahead:
+            self._execution.discard()
+            self._execution = self._loaded()
         attempt = self._cast.play(work, context, once)
         self.calls.append(attempt.call)
         self._plan(self.now + attempt.duration, self._report(work, attempt, details))

@@ -101,7 +101,8 @@ class Calls:
         return steps.steps[task].options.transactional
 
     def non_retryable(self, task: str) -> RetryPolicy | None:
-        return steps.steps[task].options.retry
+        declared = steps.steps.get(task)  # none is of a function of the saga itself
+        return declared.options.retry if declared else None
 
     def finished(self, taken: Taken, outcome: AttemptEnded) -> None: ...
 

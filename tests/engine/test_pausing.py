@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,26 @@ def second(n: int) -> int:
 
 @saga.define(name="pausing.one_by_one")
 async def one_by_one(n: int) -> int:
+    return await saga.step(second, await saga.step(first, n))
+
+
+RATES: list[str] = []
+
+
+def _rate() -> str:
+    RATES.append("asked")
+    if len(RATES) == 1:
+        raise ConnectionError("no answer")
+    return "1.25"
+
+
+@saga.define(name="pausing.rate_beside")
+async def rate_beside(n: int) -> tuple[int, str]:
+    found, rate = await asyncio.gather(in_a_row(n), saga.once("rate", _rate))
+    return found, rate
+
+
+async def in_a_row(n: int) -> int:
     return await saga.step(second, await saga.step(first, n))
 
 
@@ -103,3 +124,27 @@ def test_a_run_that_is_being_undone_is_not_paused(
     connection.execute("UPDATE orchestrator.runs SET state = 'compensating'")
     with pytest.raises(UsageError, match="is being undone"):
         client.operate("run", "pause")
+
+
+def test_the_function_of_a_once_is_tried_again_while_its_run_is_paused(
+    new_child: Callable[..., Child], child: Child, client: Client, connection: psycopg.Connection[Any]
+) -> None:
+    """Although the code beside it could go on, and would ask for the next step."""
+    RATES.clear()
+    other = new_child()
+
+    def pause(taken: Any) -> None:
+        child.runner.before = lambda taken: None
+        client.operate("run", "pause")
+        other.drain()
+
+    child.runner.before = pause
+    start(connection, rate_beside, 1)
+    child.drain()
+    assert (state(connection), len(RATES)) == ("paused", 1)
+    connection.execute("UPDATE orchestrator.work SET due_at = orchestrator.now() WHERE role = 'once'")
+    child.drain()
+    assert (state(connection), len(RATES)) == ("paused", 2)
+    client.operate("run", "resume")
+    child.drain()
+    assert client.outcome("run").output == [2, "1.25"]
