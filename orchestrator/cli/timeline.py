@@ -181,7 +181,7 @@ def _undoing(tale: _Tale, entry: UndoAsked, at: datetime) -> tuple[str, ...]:
 def _undone(tale: _Tale, entry: Undone, at: datetime) -> tuple[str, ...]:
     if entry.how == "skipped":
         return "↩", "red", f"undo of {entry.key} skipped: its effect is left"
-    how = "done by hand" if entry.how == "resolved" else "done"
+    how = {"resolved": "done by hand", "partly": "done, but for what a person skipped"}.get(entry.how, "done")
     where = _circumstances(entry, at)
     return "↩", "magenta", _told(f"undo of {entry.key} {how}", _nth(entry.attempt), where)
 

@@ -234,7 +234,9 @@ class Decisions:
 
     def _undo_ended(self, step: Step, ended: AttemptEnded) -> None:
         if ended.verdict == "succeeded":
-            self._undo_done(step, Undone(step.key, ended.attempt, "done", ended.worker, ended.began))
+            told = ended.error or {}  # by a child
+            how, left = "partly" if told.get("partly") else "done", tuple(told.get("left", ()))
+            self._undo_done(step, Undone(step.key, ended.attempt, how, ended.worker, ended.began, left))
             return
         self._attempt_failed_aside(step, ended)
         policy = step.undo_retry
@@ -280,7 +282,9 @@ class Decisions:
                 self.work.append(self.probe_work(step) if role == "probe" else self.do_work(step))
         elif role == "undo":
             how = "skipped" if order.action == "skip" else "resolved"
-            self._undo_done(step, Undone(step.key, step.undo_attempts, how))
+            told = self.fold.parked_keys[step.key].error or {}
+            left = tuple(told.get("left", ())) if order.action == "skip" else ()
+            self._undo_done(step, Undone(step.key, step.undo_attempts, how, left=left))
         elif order.action == "skip":
             self._settle_by(step, "unknown", order.by)
         elif order.no_effect:
@@ -427,7 +431,7 @@ class Decisions:
         assert self.fold.rollback is not None
         if self.fold.rollback.cause == "cancel":
             self.end(RunState.CANCELLED)
-        elif any(s.backward is Backward.DONE for s in steps) and not any(s.backward is Backward.SKIPPED for s in steps):
+        elif any(s.backward is Backward.DONE for s in steps) and not any(s.was_skipped for s in steps):
             self.end(RunState.COMPENSATED)
         else:
             self.end(RunState.CANCELLED if self.fold.revoked else RunState.FAILED)
@@ -450,7 +454,7 @@ class Decisions:
             if (took or possible) and step.asked.kind == "step":
                 outcome = step.forward if step.settled else "unknown"
                 yield {"key": step.key, "task": step.asked.task, "outcome": str(outcome)}
-            for item in (step.error or {}).get("left", ()) if step.asked.kind == "child" else ():
+            for item in (*(step.error or {}).get("left", ()), *step.left) if step.asked.kind == "child" else ():
                 yield {**item, "key": f"{step.key}/{item['key']}"}
 
     # -- work ----------------------------------------------------------------------------------------------------------

@@ -192,9 +192,14 @@ def _answer(decisions: Decisions, child: str, origin: str, phase: str) -> None:
 
 # -- what a child says -------------------------------------------------------------------------------------------------
 def _answer_revoke(decisions: Decisions, state: RunState) -> None:
+    fold = decisions.fold
     undone = state is not RunState.TERMINATED and state is not RunState.COMPLETED
-    error = None if undone else _left_by(decisions.fold, state)
-    _report(decisions, "undo", "succeeded" if undone else "rejected", error=error)
+    told: Error = {} if undone else _left_by(fold, state)
+    if fold.ended and fold.ended.left:
+        told["left"] = list(fold.ended.left)
+    if undone and any(step.was_skipped for step in fold.steps.values()):
+        told["partly"] = True
+    _report(decisions, "undo", "succeeded" if undone else "rejected", error=told or None)
 
 
 def _left_by(fold: Fold, how: str) -> Error:

@@ -107,8 +107,8 @@ class Step:
 
     __slots__ = (
         "abandoned", "asked", "attempts", "backward", "budget_from", "details", "doubt", "error", "forgotten",
-        "forward", "late", "late_result", "order", "parked", "probe_attempts", "probe_budget_from", "quiet", "result",
-        "signal_id", "undecided", "undo_attempts", "undo_budget_from",
+        "forward", "late", "late_result", "left", "order", "parked", "partly", "probe_attempts", "probe_budget_from",
+        "quiet", "result", "signal_id", "undecided", "undo_attempts", "undo_budget_from",
     )  # fmt: skip
 
     def __init__(self, asked: Asked, order: int) -> None:
@@ -126,6 +126,8 @@ class Step:
         self.result: Json = None
         self.error: Error | None = None
         self.parked = ""
+        self.partly = False  # a person skipped an undo in this child
+        self.left: tuple[Json, ...] = ()  # of what this child did, although it was undone
         self.undecided: list[Late] = []  # late effects that are known of before its outcome is decided
         self.late = 0  # the attempt whose late effect the undo is for
         self.late_result: Json = None  # of that attempt; what saga code was told stays `result`
@@ -159,6 +161,11 @@ class Step:
     def took_effect(self) -> bool:
         """Whether it did something, or may have."""
         return self.forward in (Forward.SUCCEEDED, Forward.UNKNOWN) and self.asked.effect != Effect.NONE
+
+    @property
+    def was_skipped(self) -> bool:
+        """Whether a person decided that not all of it is undone."""
+        return self.backward is Backward.SKIPPED or self.partly
 
     @property
     def owes_undo(self) -> bool:
@@ -385,6 +392,7 @@ class Fold:
         was = step.in_flight
         step.backward = move_backward(step.backward, "skip" if entry.how == "skipped" else "done")
         step.undo_attempts = max(step.undo_attempts, entry.attempt)
+        step.left, step.partly = entry.left, entry.how == "partly"
         self._unpark(step)
         self._count(step, was)
 

@@ -114,9 +114,10 @@ class Undone:
     tag: ClassVar[str] = "undone"
     key: str
     attempt: int = 0
-    how: str = "done"  # done, skipped, resolved
+    how: str = "done"  # done, skipped, resolved; partly: a person skipped something in a child
     worker: str = ""
     began: str = ""
+    left: tuple[Json, ...] = ()  # of a child: what has no undo, or was skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -525,7 +526,7 @@ def decode_entry(form: dict[str, Json]) -> Entry:
     undo = known.get("undo")
     if cls is Asked and undo is not None:
         known["undo"] = Undo(**{**undo, "names": tuple(undo.get("names", ()))})
-    if cls is Ended:
+    if cls in (Ended, Undone):
         known["left"] = tuple(known.get("left", ()))
     return cls(**known)  # type: ignore[no-any-return]
 

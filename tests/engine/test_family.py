@@ -388,6 +388,71 @@ def test_a_child_that_was_resolved_by_hand_is_undone_with_its_parent(
     assert states(connection) == {"run": "compensated", one: "compensated"}
 
 
+@step(retry=AT_ONCE)
+def note(what: str) -> None:
+    DONE.append(f"note {what}")
+
+
+@step(retry=AT_ONCE)
+def keep(what: str) -> None:
+    raise Rejected("it cannot be taken back")
+
+
+@step(compensate=keep, retry=AT_ONCE)
+def give(what: str) -> None:
+    DONE.append(f"give {what}")
+
+
+@saga.define
+async def leaves_something(how: str) -> None:
+    await saga.step(do, "before")
+    await saga.step(note if how == "no undo" else give, "it")
+
+
+@saga.define
+async def parent_of_one_that_leaves_something(how: str) -> None:
+    await saga.child(leaves_something, how)
+    raise ValueError("no")
+
+
+def left(client: Client) -> list[tuple[str, str]]:
+    return [(item["key"], item["outcome"]) for item in client.outcome("run").left]  # type: ignore[index,call-overload]
+
+
+def test_what_a_child_has_no_undo_for_is_left_by_its_root(child: Child, client: Client) -> None:
+    result = run(client, child, parent_of_one_that_leaves_something, "no undo")
+    assert (result.status, DONE[-1]) == ("compensated", "undo before")
+    assert left(client) == [(f"{leaves_something.name}#0/{note.name}#0", "succeeded")]
+
+
+def test_what_a_person_skips_in_a_child_is_left_by_its_root_which_is_not_compensated(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    result = run(client, child, parent_of_one_that_leaves_something, "skipped")
+    one = next(run_id for run_id, state in states(connection).items() if state == "parked")
+    client.operate(one, "skip", f"{give.name}#0", reason="written off")
+    child.drain()
+    assert (result.status, DONE[-1]) == ("failed", "undo before")
+    assert left(client) == [(f"{leaves_something.name}#0/{give.name}#0", "succeeded")]
+
+
+def test_a_child_that_was_terminated_after_it_was_done_and_is_skipped_is_left_by_its_root(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    result = run(client, child, parent, "wait")
+    one = next(run_id for run_id in states(connection) if run_id.endswith(f"{small.name}#0"))
+    client.terminate(one)
+    child.drain()
+    result.cancel()
+    child.drain()
+    (item,) = client.outcome("run").parked
+    client.operate("run", "skip", item["key"], reason="written off")  # type: ignore[index,call-overload]
+    child.drain()
+    key = one.removeprefix("run/")
+    assert result.status == "cancelled"
+    assert left(client) == [(f"{key}/{do.name}#0", "succeeded"), (f"{key}/{do.name}#1", "succeeded")]
+
+
 # -- scopes ------------------------------------------------------------------------------------------------------------
 @saga.define
 async def second_way(n: int) -> str:
