@@ -20,8 +20,8 @@ SEPARATOR = "|"  # between the keys of scopes, the outer one first
 def undo_scope(decisions: Decisions, scope: Step) -> None:
     """Undo what was done inside a block that an exception leaves, youngest first; settle the request after the last."""
     fold = decisions.fold
-    inside = [step for step in fold.steps.values() if _is_inside(step, scope.asked.task)]
-    if any(step.key in fold.pivots_passed for step in inside):
+    inside = _inside(fold, scope)
+    if not can_be_undone(fold, scope):
         if fold.parked is None:
             why = "an exception left a scope in which the point of no return was passed, so that it cannot be undone"
             decisions.record(Parked("", "pivot", why, fold.raised))
@@ -36,6 +36,15 @@ def undo_scope(decisions: Decisions, scope: Step) -> None:
         decisions.record(Settled(scope.key, "succeeded"))
     else:
         decisions.begin_undo(owing)
+
+
+def can_be_undone(fold: Fold, scope: Step) -> bool:
+    """Tell whether no point of no return was passed inside a block."""
+    return not any(step.key in fold.pivots_passed for step in _inside(fold, scope))
+
+
+def _inside(fold: Fold, scope: Step) -> list[Step]:
+    return [step for step in fold.steps.values() if _is_inside(step, scope.asked.task)]
 
 
 def is_being_undone(fold: Fold, key: str) -> bool:

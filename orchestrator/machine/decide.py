@@ -307,7 +307,8 @@ class Decisions:
         elif order.action == "resolve":
             self.record(Operated("resolve", "", order.by, order.reason))
             for step in list(self.fold.waiting.values()):
-                self.give_up(step)
+                if step.asked.kind != "scope" or not blocks.can_be_undone(self.fold, step):
+                    self.give_up(step)
             self.record(Returned(order.value))  # and it ends as if its function had, once nothing is outstanding
 
     # -- requests that wait for somebody else --------------------------------------------------------------------------

@@ -9,9 +9,10 @@ import pytest
 
 from orchestrator import saga
 from orchestrator.errors import StepFailed
-from orchestrator.machine.journal import AttemptEnded
+from orchestrator.machine.journal import AttemptEnded, Operate, Parked
+from orchestrator.machine.turn import CodeError
 from tests.machine.stage import Stage
-from tests.machine.steps import charge, look, mail, reserve
+from tests.machine.steps import charge, look, mail, reserve, settle
 
 
 # -- locks -------------------------------------------------------------------------------------------------------------
@@ -142,6 +143,47 @@ def test_a_function_that_returns_while_a_scope_beside_it_is_being_undone_waits_f
     assert (stage.state, stage.due) == ("running", [("release", "undo")])
     stage.succeed("release")
     assert (stage.state, _output(stage)) == ("completed", "not done: True")
+
+
+def test_a_scope_that_is_being_undone_is_undone_although_its_run_is_resolved_by_hand() -> None:
+    @saga.define(name="breaks beside a scope")
+    async def breaks(n: int) -> str:
+        async def in_a_scope() -> None:
+            async with saga.scope():
+                await saga.step(reserve, n)
+                await saga.step(charge, n)
+                await saga.step(look, n)
+
+        task = asyncio.create_task(in_a_scope())
+        await saga.step(mail, n)
+        raise KeyError(task)
+
+    stage = _undoing(breaks)
+    sent = stage.end("mail", "succeeded", "sent")
+    with pytest.raises(CodeError):
+        stage.turn(sent)
+    stage.reload()
+    stage.turn(sent, park=Parked("", "code", "mistake"))
+    stage.turn(Operate("resolve", by="ann", value="by hand"))
+    stage.succeed("refund")
+    assert (stage.state, stage.due) == ("running", [("release", "undo")])
+    stage.succeed("release")
+    assert (stage.state, _output(stage)) == ("completed", "by hand")
+
+
+def test_a_scope_in_which_the_pivot_has_passed_does_not_keep_its_run_from_being_resolved() -> None:
+    @saga.define(name="settles in a scope")
+    async def settles(n: int) -> None:
+        async with saga.scope():
+            await saga.step(settle, n)
+            raise ValueError("after all")
+
+    stage = Stage(settles, 1)
+    stage.turn()
+    stage.succeed("settle", "s")
+    assert stage.state == "parked"
+    stage.turn(Operate("resolve", by="ann", value="by hand"))
+    assert (stage.state, _output(stage)) == ("completed", "by hand")
 
 
 @saga.define
