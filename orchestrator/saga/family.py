@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Callable
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 from orchestrator.codec import Json, check
 from orchestrator.errors import ChildFailed, UsageError
 from orchestrator.machine import code as machine
-from orchestrator.machine.code import ContinueAsNew, Request
+from orchestrator.machine.code import ContinueAsNew, Request, SagaCode
 from orchestrator.machine.fold import Step as StepRecord
 from orchestrator.machine.journal import Asked, Undo
 from orchestrator.machine.policy import Effect
@@ -34,12 +35,19 @@ def child(saga: Saga[P, R], /, *args: P.args, **kwargs: P.kwargs) -> asyncio.Fut
     if not isinstance(saga, Saga):
         raise UsageError(f"saga.child() takes a saga, not {type(saga).__name__}; for a step use saga.step()")
     encoded = saga.codec.encode_call(args, kwargs)
+    return child_of(code, saga, encoded, functools.partial(_same, saga, encoded))
+
+
+def child_of(
+    code: SagaCode, saga: Saga[Any, R], encoded: dict[str, Json], same: Callable[[Asked], bool]
+) -> asyncio.Future[R]:
+    """Ask for a child with encoded arguments; `same` tells whether a recorded one is this one."""
     check(encoded, what=f"the arguments of {saga.name}")
     return code.ask(
         Request(
             name=saga.name,
             asked=functools.partial(_asked, saga, encoded),
-            same=functools.partial(_same, saga, encoded),
+            same=same,
             decode=functools.partial(decode_result, saga),
             failure=functools.partial(_failure, code.fold.info.id),
         )

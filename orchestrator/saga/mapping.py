@@ -20,7 +20,7 @@ from orchestrator.machine.code import Request
 from orchestrator.machine.journal import Asked, decode_entry, encode
 from orchestrator.machine.policy import Effect, Limit
 from orchestrator.saga.declare import define
-from orchestrator.saga.family import child
+from orchestrator.saga.family import child_of
 from orchestrator.saga.inside import code_of
 from orchestrator.saga.steps import asked_of, decode_result, failure_of, step_of
 from orchestrator.step import Step
@@ -73,7 +73,7 @@ async def map(
         raise UsageError("saga.map: args= are for a paging step; the items here are an iterable")
     else:
         for first, calls in _batches(plan, items):
-            tally.add(await child(run_page, plan.spec(first, calls=calls)))
+            tally.add(await _child(plan, plan.spec(first, calls=calls)))
     return tally.summary()
 
 
@@ -81,11 +81,33 @@ async def _map_pages(plan: _Plan, tally: _Tally, pages: Step[Any, Any], args: tu
     cursor: Json = None
     asked = encode(replace(_template(pages), args=pages.codec.encode_call((cursor, *args), {})))
     while True:
-        found = await child(run_page, plan.spec(tally.total, pages=asked, cursor=cursor))
+        found = await _child(plan, plan.spec(tally.total, pages=asked, cursor=cursor))
         tally.add(found)
         cursor = found.get("cursor")
         if cursor is None:
             return
+
+
+def _child(plan: _Plan, spec: dict[str, Json]) -> asyncio.Future[dict[str, Any]]:
+    encoded = run_page.codec.encode_call((spec,), {})
+    return child_of(code_of("map"), run_page, encoded, functools.partial(_same, plan.task, encoded["spec"]))
+
+
+def _same(task: Step[Any, Any], page: Json, recorded: Asked) -> bool:
+    """Tell whether a page was asked for with these items: as for any step, its options of that day count for it."""
+    if recorded.kind != "child" or recorded.task != run_page.name:
+        return False
+    known = recorded.args["spec"]
+    return bool(known == page) or _items(task, known) == _items(task, page)
+
+
+def _items(task: Step[Any, Any], page: Any) -> list[Json]:
+    """Return what of a page is compared."""
+    calls = [task.codec.canonical(call["a"]) if "a" in call else call for call in page.get("calls") or ()]
+    paging = page.get("pages") or {}
+    others = step_of(paging["task"]).codec.canonical(paging["args"]) if paging else None
+    paged = [paging.get("task"), others, page.get("cursor")]
+    return [page["do"]["task"], page["first"], calls, *paged, page.get("collect", False)]
 
 
 # -- planning ----------------------------------------------------------------------------------------------------------

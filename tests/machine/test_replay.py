@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator import saga
+from orchestrator import Effect, RetryPolicy, saga, step
 from orchestrator.errors import DriftError
+from orchestrator.machine.journal import AttemptEnded
 from tests.machine.stage import Stage
 from tests.machine.steps import charge, look, mail, reserve
 
@@ -86,6 +87,40 @@ def test_other_arguments_for_a_recorded_step_are_drift() -> None:
 
     with pytest.raises(DriftError, match="other arguments"):
         _goes_on(_at_the_look(), other_arguments)
+
+
+def _mapped(task: Any, items: Any = (1, 2), **options: Any) -> Function:
+    async def maps(n: int) -> int:
+        return (await saga.map(task, items, **options)).total
+
+    return maps
+
+
+def _maps_again(recorded: Function, changed: Function) -> Stage:
+    """A run that has asked for a page and hears of it in a process with other code."""
+    stage = Stage(_declared(recorded), 1)
+    (page,) = stage.turn().children
+    stage.reload(_declared(changed))
+    done = {"total": 2, "failed": 0, "failures": [], "cursor": None}
+    stage.turn(AttemptEnded(page.key, "do", 1, "succeeded", done))
+    return stage
+
+
+@step(effect=Effect.NONE)
+def both(cursor: int | None) -> tuple[list[int], int | None]:
+    return [1, 2], None
+
+
+@pytest.mark.parametrize("items", [(1, 2), both])
+def test_other_options_of_a_step_that_is_mapped_are_harmless(items: Any) -> None:
+    changed = _mapped(charge.with_options(retry=RetryPolicy(maximum_attempts=9), queue="fast"), items, concurrency=2)
+    assert _maps_again(_mapped(charge, items), changed).state == "completed"
+
+
+@pytest.mark.parametrize("changed", [_mapped(charge, (1, 3)), _mapped(charge, both), _mapped(reserve)])
+def test_other_items_to_be_mapped_are_drift(changed: Function) -> None:
+    with pytest.raises(DriftError, match="other arguments"):
+        _maps_again(_mapped(charge), changed)
 
 
 def test_a_function_that_ends_early_is_drift() -> None:
