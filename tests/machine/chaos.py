@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orchestrator import saga
 from orchestrator.machine.fold import RunInfo
-from orchestrator.machine.journal import AttemptEnded, Cancel, Json, LateSuccess, Operate, Work
+from orchestrator.machine.journal import AttemptEnded, Cancel, Json, LateSuccess, Operate, Signal, Work
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.machine.turn import Turn
 from orchestrator.testing.rehearsal import Rehearsal
@@ -46,6 +46,7 @@ _leaf = st.one_of(
     st.tuples(st.just("background"), _names, st.integers(0, 3), _seconds),
     st.tuples(st.just("fickle"), _names, st.integers(0, 3), _seconds),
     st.just(("fail",)),
+    st.tuples(st.just("hear"), _seconds),
 )
 
 
@@ -56,6 +57,8 @@ def _branches(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         st.tuples(st.sampled_from(["gather", "group", "first"]), several),
         st.tuples(st.just("tolerant"), inner),
         st.tuples(st.sampled_from(["timeout", "wait_for"]), _seconds, inner),
+        st.tuples(st.just("scope"), inner),
+        st.tuples(st.just("locked"), st.sampled_from(["a", "b"]), _seconds, inner),
     )
 
 
@@ -82,6 +85,9 @@ class World(Rehearsal):
         self.corrections: list[str] = []
         self.turns: list[Turn] = []
         self._landings: list[tuple[datetime, str]] = []
+        for number in range(3 if "'hear'" in repr(program) else 0):
+            news = Signal("news", f"s{number}", f"news {number}")
+            self.send(news, T0 + timedelta(seconds=self._chance("news", number) % 40))
 
     def _chance(self, *what: object) -> int:
         return hashlib.sha256(repr((self._seed, *what)).encode()).digest()[0]
@@ -90,6 +96,8 @@ class World(Rehearsal):
     def _plan(self, at: datetime, event: Any) -> None:
         if isinstance(event, Work):
             at += timedelta(seconds=self._chance("begin", event.key, event.role, event.attempt) % 4)
+        elif isinstance(event, AttemptEnded) and "lock:" in event.key:
+            at += timedelta(seconds=self._chance("lock", event.key) % 8)  # others had it
         super()._plan(at, event)
 
     def _happen(self) -> None:

@@ -35,6 +35,9 @@ class Language:
             "background": self._background,
             "fickle": self._fickle,
             "fail": self._fail,
+            "scope": self._scope,
+            "locked": self._locked,
+            "hear": self._hear,
             **more,
         }
 
@@ -98,6 +101,23 @@ class Language:
         request = saga.step(self._steps[name], n)
         await asyncio.sleep(seconds)
         request.cancel()
+
+    async def _scope(self, program: Program) -> Any:
+        async with saga.scope():
+            return await self.perform(program)
+
+    async def _locked(self, name: str, seconds: int, program: Program) -> Any:
+        try:
+            async with saga.lock(name, timeout=seconds):
+                return await self.perform(program)
+        except TimeoutError:
+            return "not had"
+
+    async def _hear(self, seconds: int) -> Any:
+        try:
+            return await saga.wait_signal("news", str, timeout=seconds)
+        except TimeoutError:
+            return "nothing heard"
 
     async def _fail(self) -> None:
         raise ValueError("the saga's own")

@@ -55,7 +55,7 @@ def test_what_the_saga_counts_as_done_is_really_there(
 ) -> None:
     world = _played(program, seed, cancel, deadline)
     for key, step in world.fold.steps.items():
-        if step.forward is Forward.SUCCEEDED and step.backward is Backward.NONE:
+        if step.asked.kind == "step" and step.forward is Forward.SUCCEEDED and step.backward is Backward.NONE:
             assert key in world.effects
 
 
@@ -105,6 +105,16 @@ def test_rolling_back_undoes_the_youngest_first(
 def _before_settled(entries: list[Any], undo: Any) -> bool:
     position = next(i for i, entry in enumerate(entries) if entry is undo)
     return not any(e.tag == "settled" and e.key == undo.key for e in entries[:position])
+
+
+@runs
+@given(programs, seeds, moments, moments)
+def test_when_a_run_has_ended_every_lock_is_given_back_once(
+    program: Program, seed: int, cancel: int | None, deadline: int | None
+) -> None:
+    world = _played(program, seed, cancel, deadline)
+    asked = [world.info.lock(step.key) for turn in world.turns for step in turn.locks]
+    assert sorted(asked) == sorted(handle for turn in world.turns for handle in turn.unlocks)
 
 
 @runs
