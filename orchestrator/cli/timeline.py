@@ -275,7 +275,8 @@ def _cleared(tale: _Tale, entry: Cleared, at: datetime) -> tuple[str, ...]:
 
 
 def _carried(tale: _Tale, entry: Carried, at: datetime) -> tuple[str, ...]:
-    return "→", "", f"took over from the link before: lock {', lock '.join(entry.locks)}"
+    taken = [*(f"lock {name}" for name in entry.locks), *(["the ids of signals"] if entry.heard else [])]
+    return "→", "", f"took over from the link before: {', '.join(taken)}"
 
 
 def _continued(tale: _Tale, entry: Continued, at: datetime) -> tuple[str, ...]:

@@ -227,7 +227,7 @@ class Fold:
         self.pauses: dict[str, Operated] = {}  # by cause: who holds the run, each until it is resumed for that cause
         self.waiting: dict[str, Step] = {}  # requests that wait for somebody else, oldest first
         self.signals: dict[str, deque[Signalled]] = {}  # those that no code has got yet
-        self.signal_ids: set[tuple[str, str]] = set()
+        self.signal_ids: dict[tuple[str, str], None] = {}  # by name and id, in the order in which they came
         self.children: list[Step] = []
         self.locks: dict[str, str] = {}  # held or asked for: the lock's handle, by the key of its request
         self.carried_locks: dict[str, str] = {}  # held since an earlier link: the handle, by the lock's name
@@ -495,7 +495,7 @@ class Fold:
 
     def _signalled(self, entry: Signalled) -> None:
         self.signals.setdefault(entry.name, deque()).append(entry)
-        self.signal_ids.add((entry.name, entry.id))
+        self.signal_ids[entry.name, entry.id] = None
 
     def _unlocked(self, entry: Unlocked) -> None:
         self.locks.pop(entry.key, None)
@@ -523,6 +523,7 @@ class Fold:
 
     def _carried(self, entry: Carried) -> None:
         self.carried_locks = dict(entry.locks)
+        self.signal_ids.update(dict.fromkeys((name, id) for name, id in entry.heard))
 
     def _restored(self, entry: Restored) -> None:
         self.restored = entry

@@ -301,10 +301,14 @@ class Continued:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """What a link takes over from the one before: rows of locks by their name, and signals come with it."""
+    """What a link takes over from the one before: rows of locks by their name, and signals come with it.
+
+    `heard` are name and id of those that came last and do not: one that is sent again is known.
+    """
 
     tag: ClassVar[str] = "carried"
     locks: dict[str, str]
+    heard: tuple[Json, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

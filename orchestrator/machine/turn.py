@@ -45,6 +45,7 @@ CODE_ERRORS = (
 )  # fmt: skip
 
 
+_HEARD = 200  # ids of signals that a link knows of those before it
 NOTHING_TO_SUM_UP: tuple[Any, ...] = (None, (), False, {}, {})
 
 
@@ -252,12 +253,15 @@ def _comes_last(arrival: Arrival) -> bool:
 
 
 def _seed(fold: Fold) -> list[Entry]:
-    """Return what the next link begins with: locks that are held, signals that nobody has heard."""
+    """Return what the next link begins with: locks held, signals that nobody has heard, ids of those that were."""
     if fold.continued is None:
         return []
     held = blocks.carried(fold)
     unheard = [signal for kept in fold.signals.values() for signal in kept]
-    return [*([fold.restored] if fold.restored else ()), *([Carried(held)] if held else ()), *unheard]
+    known = {(signal.name, signal.id) for signal in unheard}
+    heard = tuple([name, id] for name, id in fold.signal_ids if (name, id) not in known)[-_HEARD:]
+    carried = [Carried(held, heard)] if held or heard else []
+    return [*([fold.restored] if fold.restored else ()), *carried, *unheard]
 
 
 class _Recorder(Decisions):

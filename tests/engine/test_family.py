@@ -537,6 +537,14 @@ async def carrying(n: int) -> str:
 
 
 @saga.define
+async def listening(n: int) -> str:
+    await saga.step(do, str(await saga.wait_signal("news")))
+    if n < 2:
+        saga.continue_as_new(n + 1)
+    return "done"
+
+
+@saga.define
 async def holding_twice(n: int) -> str:
     async with saga.lock("account", 7):
         await saga.step(do, f"step {n}")
@@ -609,6 +617,19 @@ def test_locks_and_unheard_signals_move_along(child: Child, client: Client, conn
     assert result.get(timeout=10) == "early"
     child.drain()
     assert (waiting.get(timeout=10), locks(connection)) == ("got it", [])
+
+
+def test_a_signal_that_is_sent_again_to_a_later_link_is_dropped(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    result = run(client, child, listening, 0)
+    for signal_id in ("s1", "s1", "s2", "s1", "s2"):
+        client.signal("run", "news", f"news of {signal_id}", signal_id=signal_id)
+        child.drain()
+    assert (result.status, DONE) == ("running", ["news of s1", "news of s2"])
+    client.signal("run", "news", "news of s3", signal_id="s3")
+    child.drain()
+    assert (result.get(timeout=10), DONE[2:]) == ("done", ["news of s3"])
 
 
 def test_a_lock_that_a_link_holds_twice_is_freed_with_its_run(
