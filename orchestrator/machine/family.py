@@ -120,11 +120,15 @@ def waits_for_grant(fold: Fold, step: Step) -> bool:
 
 
 def take_pivot(decisions: Decisions, news: PivotNews) -> None:
-    """Pass on what becomes of a pivot in the family; grant it if this is the root and it does not go back."""
+    """Pass on what becomes of a pivot in the family; grant it if this is the root and it does not go back.
+
+    In a child that was given up it may not begin either, unless another one has passed there: what can be taken back
+    stays so.
+    """
     fold = decisions.fold
     if not news.child and news.origin.startswith(f"{fold.info.id} "):
         _take_answer(decisions, news)
-    elif news.phase == "asked" and _goes_back(fold):
+    elif news.phase == "asked" and (_goes_back(fold) or _was_given_up(fold, news.child)):
         _answer(decisions, news.child, news.origin, "refused")
     elif news.phase == "asked":
         decisions.record(FamilyPivot(news.origin, "asked", news.child))
@@ -149,6 +153,11 @@ def _goes_back(fold: Fold) -> bool:
     return bool(fold.ended or fold.rollback) or to_be_undone
 
 
+def _was_given_up(fold: Fold, child: str) -> bool:
+    """Tell whether nobody waits for a child any more, and it can still be undone."""
+    return fold.steps[child].abandoned and child not in fold.pivots_passed
+
+
 def _take_answer(decisions: Decisions, news: PivotNews) -> None:
     """Begin this child's own pivot, or learn that the family goes back."""
     fold = decisions.fold
@@ -162,7 +171,7 @@ def _take_answer(decisions: Decisions, news: PivotNews) -> None:
         decisions.record(Settled(step.key, "rejected", error=error))
         return
     decisions.record(FamilyPivot(news.origin, "granted"))
-    if step.abandoned:
+    if step.abandoned or (fold.revoked and not fold.past_pivot):
         decisions.record(Settled(step.key, "withdrawn"))
     else:
         decisions.do(step)

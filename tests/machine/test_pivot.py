@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 from orchestrator import saga
 from orchestrator.errors import StepFailed
-from orchestrator.machine.journal import Arrival, AttemptEnded, Cancel, LateSuccess, Operate, PivotNews
+from orchestrator.machine.journal import Arrival, AttemptEnded, Cancel, LateSuccess, Operate, PivotNews, Revoke
 from tests.machine.stage import Stage
 from tests.machine.steps import capture, charge, look, reserve, settle, tell
 
@@ -242,6 +243,45 @@ def test_no_further_pivot_begins_in_a_family_that_is_to_be_undone() -> None:
     stage.turn(failed)
     assert (stage.execution.fold.raised is not None, stage.state) == (True, "running")
     assert _asks(stage, 0) == ["refused"]
+
+
+@saga.define
+async def pays_another_way(n: int) -> str:
+    try:
+        return await asyncio.wait_for(saga.child(paid_by_child, 1), 5)
+    except TimeoutError:
+        return await saga.child(paid_by_child, 2)
+
+
+def test_no_pivot_begins_in_a_child_that_was_given_up() -> None:
+    stage = Stage(pays_another_way, 1)
+    stage.turn()
+    stage.turn(at_s=5)
+    assert _asks(stage, 0) == ["refused"]
+    assert _asks(stage, 1) == ["granted"]
+
+
+def test_a_child_that_was_given_up_after_its_pivot_may_pass_the_next_one() -> None:
+    stage = Stage(pays_another_way, 1)
+    stage.turn()
+    key = stage.execution.fold.children[0].key
+    assert _asks(stage, 0) == ["granted"]
+    stage.turn(PivotNews(f"{stage.info.child(key)} pivot#0", "succeeded", key))
+    stage.turn(at_s=5)
+    assert _asks(stage, 0) == ["granted"]
+
+
+def test_a_pivot_that_is_granted_to_a_child_which_was_given_up_meanwhile_does_not_begin() -> None:
+    """By who stands between it and the root, which does not know yet."""
+    stage = Stage(paid_by_child, 1, run_id="r/paid#0")
+    stage.info = replace(stage.info, parent="r")
+    stage.reload()
+    (asked,) = stage.turn().posts
+    assert isinstance(asked.arrival, PivotNews)
+    stage.turn(Revoke())
+    turn = stage.turn(PivotNews(asked.arrival.origin, "granted"))
+    assert (stage.state, stage.due) == ("cancelled", [])
+    assert [post.arrival.phase for post in turn.posts if isinstance(post.arrival, PivotNews)] == ["failed"]
 
 
 def test_after_the_pivot_an_abandoned_effect_is_still_undone() -> None:
