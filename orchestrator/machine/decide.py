@@ -293,9 +293,12 @@ class Decisions:
             self._settle_by(step, "succeeded", order.by, order.value)
 
     def _hold_or_let_go(self, order: Operate) -> None:
-        """Pause or resume, each cause by itself and once, and the children too; a run that goes back is not held up."""
+        """Pause or resume, each cause by itself and once, and the children too; a run that goes back is not held up.
+
+        Nor is a child that is done: its parent, which knows it as done by then, would not let it go.
+        """
         held = order.cause in self.fold.pauses
-        if (order.action == "resume") is held and self.fold.rollback is None:
+        if (order.action == "resume") is held and self.fold.rollback is None and not self.fold.reported:
             self.record(Operated(order.action, "", order.by, order.reason, order.cause))
             family.pass_on(self, order)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
 from orchestrator import saga
-from orchestrator.machine.journal import Cancel, Operate, Operated, Terminate
+from orchestrator.machine.journal import Cancel, Conclude, Operate, Operated, Terminate
 from tests.machine.stage import T0, Stage
 from tests.machine.steps import charge, look, reserve
 
@@ -101,6 +102,18 @@ def test_what_goes_back_is_not_held_up(paused: Stage) -> None:
     assert paused.tags().count("operator") == 1
     paused.succeed("release")
     assert paused.state == "cancelled"
+
+
+def test_a_child_that_is_done_is_not_held_up_by_a_pause_that_crosses_its_report() -> None:
+    stage = Stage(two_steps, 1, run_id="r/two#0")
+    stage.info = replace(stage.info, parent="r")
+    stage.reload()
+    stage.turn()
+    stage.succeed("reserve", "hold")
+    stage.succeed("charge", "c")
+    stage.turn(PAUSE)
+    stage.turn(Conclude())
+    assert stage.state == "completed"
 
 
 def test_a_run_that_has_returned_completes_when_it_is_resumed() -> None:
