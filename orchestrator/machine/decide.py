@@ -454,9 +454,10 @@ class Decisions:
             possible = not step.settled and state is RunState.TERMINATED and step.asked.effect != Effect.NONE
             took = step.took_effect and step.backward is not Backward.DONE
             if state in (RunState.COMPLETED, RunState.CONTINUED):  # it stays, as it was meant to
-                took = took and (step.forward is Forward.UNKNOWN or step.abandoned)
-            if (took or possible) and step.asked.kind == "step":
-                outcome = step.forward if step.settled else "unknown"
+                meant = step.backward is Backward.NONE and not step.abandoned and step.forward is Forward.SUCCEEDED
+                took = took and not meant
+            if (took or possible or step.landed_late) and step.asked.kind == "step":
+                outcome = "succeeded" if step.landed_late else step.forward if step.settled else "unknown"
                 yield {"key": step.key, "task": step.asked.task, "outcome": str(outcome)}
             for item in (*(step.error or {}).get("left", ()), *step.left) if step.asked.kind == "child" else ():
                 yield {**item, "key": f"{step.key}/{item['key']}"}

@@ -163,6 +163,12 @@ class Step:
         return self.forward in (Forward.SUCCEEDED, Forward.UNKNOWN) and self.asked.effect != Effect.NONE
 
     @property
+    def landed_late(self) -> bool:
+        """Whether it took effect although it was settled as without, and that is not undone."""
+        undone = self.backward in (Backward.NONE, Backward.DONE)
+        return self.forward is Forward.REJECTED and not undone
+
+    @property
     def was_skipped(self) -> bool:
         """Whether a person decided that not all of it is undone."""
         return self.backward is Backward.SKIPPED or self.partly

@@ -171,6 +171,16 @@ def test_a_scope_that_is_being_undone_is_undone_although_its_run_is_resolved_by_
     assert (stage.state, _output(stage)) == ("completed", "by hand")
 
 
+def test_an_effect_in_a_scope_whose_undo_a_person_skips_is_left() -> None:
+    stage = _undoing(in_a_hurry)
+    key = stage.key("refund")
+    stage.reject("refund")
+    assert (stage.state, stage.due) == ("parked", [])
+    stage.turn(Operate("skip", key, "ann", "written off"))
+    stage.succeed("release")
+    assert (stage.state, _output(stage), stage.left) == ("completed", "failed", [("charge#0", "succeeded")])
+
+
 def test_a_scope_in_which_the_pivot_has_passed_does_not_keep_its_run_from_being_resolved() -> None:
     @saga.define(name="settles in a scope")
     async def settles(n: int) -> None:

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from orchestrator import saga
 from orchestrator.errors import StepFailed
-from orchestrator.machine.journal import Cancel, LateSuccess, Terminate
+from orchestrator.machine.journal import Cancel, LateSuccess, Operate, Terminate
 from tests.machine.stage import T0, Stage
 from tests.machine.steps import careful, charge, look, mail, reserve, tell, wire
 
@@ -569,6 +569,25 @@ def test_an_effect_that_is_reported_while_its_probe_looks_is_undone_although_tha
     stage.succeed("release")
     fold = stage.execution.fold
     assert (stage.state, fold.returned and fold.returned.output) == ("completed", "rejected")
+
+
+def test_a_late_effect_whose_undo_a_person_skips_is_left() -> None:
+    @saga.define(name="wires once")
+    async def wires_once(n: int) -> None:
+        with contextlib.suppress(StepFailed):
+            await saga.step(wire, n)
+        await saga.step(mail, n)
+
+    stage = Stage(wires_once, 1)
+    stage.turn()
+    key = stage.key("wire")
+    stage.doubt_until_given_up("wire")
+    stage.succeed("find_wire", None)
+    stage.turn(LateSuccess(key, "do", 1, "late-w"))
+    stage.reject("release")
+    stage.turn(Operate("skip", key, "ann", "written off"))
+    stage.succeed("mail", "sent")
+    assert (stage.state, stage.left) == ("completed", [("wire#0", "succeeded")])
 
 
 def test_two_late_effects_of_one_step_are_each_undone() -> None:
