@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from types import NoneType
 from typing import Any, Protocol
 
 from orchestrator.errors import DriftError, UsageError
@@ -184,6 +185,13 @@ class SagaCode:
     def asked(self) -> list[Asked]:
         """Return what was asked for so far, as this code would record it."""
         return [request.asked(key) for key, request in self._requests.items()]
+
+    @property
+    def raised(self) -> bool:
+        """Whether the saga function has ended in an error of its own."""
+        if self._task is None or not self._task.done():
+            return False
+        return self._task.cancelled() or not isinstance(self._task.exception(), (ContinueAsNew, NoneType))
 
     def outcome(self) -> tuple[Json, BaseException | None]:
         """Return what the function returned or raised; failures that nobody looked at count as raised."""

@@ -213,7 +213,8 @@ class Execution:
         code = self._resume(decisions)
         if not code.ended:
             return
-        code.cancel_branches()
+        if not (code.raised and (self.fold.past_pivot or self.fold.pivots_in_flight)):
+            code.cancel_branches()  # else what they have asked for is still wanted: mended code may go on from there
         output, error = code.outcome()
         self._drop_code()
         if isinstance(error, ContinueAsNew):

@@ -10,7 +10,7 @@ from orchestrator import saga
 from orchestrator.errors import StepFailed
 from orchestrator.machine.journal import Arrival, AttemptEnded, Cancel, LateSuccess, Operate, PivotNews, Revoke
 from tests.machine.stage import Stage
-from tests.machine.steps import capture, charge, look, reserve, settle, tell
+from tests.machine.steps import capture, charge, look, mail, reserve, settle, tell
 
 
 @saga.define
@@ -126,6 +126,51 @@ def test_a_run_parked_after_the_pivot_goes_on_with_mended_code() -> None:
     stage.reload(mended)
     stage.turn(Operate("retry", by="ann"))
     assert stage.state == "completed"
+
+
+def _settles_and_holds(**how: bool) -> saga.Saga[[int], None]:
+    async def holds(n: int) -> str:
+        return await saga.step(reserve, n)
+
+    @saga.define(name="settles and holds")
+    async def settles_and_holds(n: int) -> None:
+        await saga.step(settle, n)
+        await asyncio.gather(holds(n), saga.step(mail, n), **how)
+
+    return settles_and_holds
+
+
+def test_what_runs_beside_an_error_after_the_pivot_is_not_given_up_and_counts_once_the_code_is_mended() -> None:
+    stage = Stage(_settles_and_holds(), 1)
+    stage.turn()
+    stage.succeed("settle", "s")
+    stage.begin("reserve")
+    stage.reject("mail")
+    assert (stage.state, stage.told_to_stop) == ("running", [])
+    stage.succeed("reserve", "h")
+    assert (stage.state, stage.due) == ("parked", [])
+    stage.reload(_settles_and_holds(return_exceptions=True))
+    stage.turn(Operate("retry", by="ann"))
+    assert (stage.state, stage.due) == ("completed", [])
+
+
+def test_what_runs_beside_an_error_is_given_up_once_the_pivot_is_rejected() -> None:
+    @saga.define(name="settles beside")
+    async def settles_beside(n: int) -> None:
+        async def holds() -> None:
+            await saga.step(reserve, n)
+
+        await asyncio.gather(holds(), saga.step(settle, n), saga.step(mail, n))
+
+    stage = Stage(settles_beside, 1)
+    stage.turn()
+    stage.begin("reserve")
+    stage.begin("settle")
+    stage.reject("mail")
+    stage.reject("settle")
+    assert stage.told_to_stop == [stage.key("reserve")]
+    stage.succeed("reserve", "h")
+    assert (stage.state, stage.due) == ("compensating", [("release", "undo")])
 
 
 def test_a_run_parked_after_the_pivot_can_be_resolved_with_an_output() -> None:
