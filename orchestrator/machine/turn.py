@@ -190,6 +190,15 @@ class Execution:
             self.is_ahead = bool(decisions.entries)
         return self.code.function_of(key) if self.code else None
 
+    def beyond(self) -> list[Entry]:
+        """Resume the coroutine as far as the journal goes, and return what it gives beyond that; then throw this away.
+
+        No time passes: what it waits for, be it a timer that is due, is left to wait.  Raises: as `turn`.
+        """
+        decisions = _Recorder(self.fold, self.fold.at, self._failed_blocks)
+        self._run_code(decisions)
+        return decisions.entries
+
     def discard(self) -> None:
         """Drop the live coroutine without recording anything."""
         if self.code is not None:

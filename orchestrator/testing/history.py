@@ -82,7 +82,7 @@ def _replay_prefix(saga: Saga[Any, Any], info: RunInfo, rows: Rows) -> None:
     if not execution.fold.wants_code:
         return
     try:
-        turn = execution.turn([], rows[-1][0])
+        beyond = execution.beyond()
     except DriftError as drift:
         raise DriftError(f"{drift}\n{_difference(execution)}") from None
     except CodeError as error:
@@ -92,9 +92,9 @@ def _replay_prefix(saga: Saga[Any, Any], info: RunInfo, rows: Rows) -> None:
         ) from None
     finally:
         execution.discard()
-    if turn.entries:
+    if beyond:
         before = [asked for _, entries in rows for asked in entries if isinstance(asked, Asked)]
-        new = [_line("+", entry) for entry in turn.entries]
+        new = [_line("+", entry) for entry in beyond]
         raise DriftError(
             f"replaying the first {len(rows)} journal rows of run {info.id} of {info.saga} version {info.version} "
             "gives more than was recorded. Put the change behind saga.version(...).\n"

@@ -109,3 +109,23 @@ def test_of_a_long_journal_a_spread_of_prefixes_is_replayed() -> None:
     assert list(_lengths(200)) == list(range(1, 201))
     long = list(_lengths(10_001))
     assert len(long) <= 201 and long[-1] == 10_001 and long == sorted(set(long))
+
+
+@saga.define(name="tests.testing.at_once")
+async def at_once(order: str) -> list[str]:
+    heard = []
+    for _ in range(2):
+        try:
+            async with saga.lock("till", timeout=0):
+                heard.append(await saga.wait_signal("news", str, timeout=0))
+        except TimeoutError:
+            heard.append("nothing")
+        await saga.step(mail, order)
+    return heard
+
+
+def test_a_run_that_did_not_wait_at_all_fits_as_well() -> None:
+    """A timer that is due at once fires in the next turn, and not in the one that set it."""
+    run = testing.run(at_once, "o1", stubs={mail: None}, signals=[("news", "good")])
+    assert run.output == ["good", "nothing"]
+    testing.replay(json.loads(json.dumps(run.history)))
