@@ -318,6 +318,8 @@ class Decisions:
     def answer(self) -> None:
         """Give those who wait what has come for them, the oldest request first."""
         for step in list(self.fold.waiting.values()):
+            if step.settled:
+                continue  # a scope within one that was looked at just before, and which gave it up
             if step.asked.kind == "signal" and self.fold.signals.get(step.asked.task):
                 signal = self.fold.signals[step.asked.task][0]
                 self.record(Settled(step.key, "succeeded", result=signal.payload, by=signal.id))

@@ -241,3 +241,31 @@ def test_what_a_branch_asks_for_in_a_scope_that_is_being_undone_is_refused_to_it
         stage.reload()
     stage.succeed("release")
     assert (stage.state, _output(stage)) == ("completed", "given up")
+
+
+@saga.define
+async def scopes_beside(n: int) -> str:
+    async def in_a_scope_of_its_own() -> None:
+        async with saga.scope():
+            await saga.step(look, n)
+            raise ValueError("me too")
+
+    try:
+        async with saga.scope():
+            await saga.step(reserve, n)
+            await asyncio.gather(saga.step(mail, n), in_a_scope_of_its_own())
+    except StepFailed:
+        return "failed"
+    return "done"
+
+
+def test_a_scope_that_is_left_within_one_that_is_being_undone_is_undone_with_it() -> None:
+    stage = Stage(scopes_beside, 1)
+    stage.turn()
+    stage.succeed("reserve", "h")
+    stage.begin("look")
+    stage.reject("mail")
+    stage.succeed("look", 1)
+    assert (stage.state, stage.due) == ("running", [("release", "undo")])
+    stage.succeed("release")
+    assert (stage.state, _output(stage)) == ("completed", "failed")
