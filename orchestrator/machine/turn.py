@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -104,6 +105,7 @@ class Execution:
         self.fold = Fold(info)
         self.script = script
         self.code: SagaCode | None = None
+        self._lost: weakref.finalize[[], Execution] | None = None
         self.wake: datetime | None = None
         self.committed_wake: datetime | None = None  # what the database knows; kept by whoever commits
         self.committed_summary: tuple[Any, ...] = NOTHING_TO_SUM_UP
@@ -202,6 +204,8 @@ class Execution:
     def discard(self) -> None:
         """Drop the live coroutine without recording anything."""
         if self.code is not None:
+            if self._lost is not None:
+                self._lost.detach()
             self.code.discard()
             self.code = None
             self._failed_blocks.clear()  # a replay leaves them again
@@ -211,7 +215,12 @@ class Execution:
         if script is None:
             raise CodeMissing(f"{self.info.target} is not registered here, and run {self.info.id} wants its code")
         if self.code is None:
-            self.code = SagaCode(lambda: script.main(self.info.input), self.fold)
+            given = self.info.input
+            code = self.code = SagaCode(lambda: script.main(given), self.fold)
+            # Whoever loses this for whatever reason leaves no coroutine to the garbage collector, which ends it at any
+            # time: what its `finally` blocks ask for would be asked for by the run whose code runs then.
+            self._lost = weakref.finalize(self, code.discard)
+            self._lost.atexit = False
         rows, self._undelivered = self._undelivered, []
         self._delivered.extend(rows)
         self.code.resume(rows, decisions)

@@ -42,6 +42,8 @@ class scope:  # noqa: N801 - a context manager reads like a function
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, (machine.Discarded, GeneratorExit)):
+            return  # in whatever context the code is dropped
         machine.scope.reset(self._token)
         if isinstance(error, (Exception, asyncio.CancelledError)):
             await _to_its_end(self._code.ask(_undoing(self._key, self._path, self._code)))

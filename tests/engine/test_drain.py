@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -77,6 +78,21 @@ async def written(names: list[str]) -> list[str]:
 async def written_and_looked_at(name: str) -> int:
     await saga.step(write, name)
     return sum(await asyncio.gather(saga.step(look, 1), saga.step(look, 2)))
+
+
+@saga.define
+async def written_with_a_finally(name: str) -> None:
+    try:
+        await saga.step(write, name)
+        await saga.wait_signal("never")
+    finally:
+        saga.step(look, 99)
+
+
+@saga.define
+async def collecting(n: int) -> int:
+    gc.collect()
+    return await saga.step(look, n)
 
 
 @pytest.fixture
@@ -504,6 +520,25 @@ def test_a_connection_that_breaks_right_after_the_commit_of_a_transactional_step
     drain_all(connection, child)
     assert (state(connection), "attempted" in kinds(connection)) == ("completed", False)
     assert sorted(child.runner.calls) == [("do", key, 1) for key in sorted({call[1] for call in child.runner.calls})]
+
+
+def test_code_that_a_refused_commit_has_left_behind_asks_for_nothing_in_another_run(
+    child: Child, connection: Connection
+) -> None:
+    """Its run went on without that commit, and what is left of it is found by the garbage collector at any time."""
+    connection.execute("CREATE TABLE written (name text UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+    connection.execute("INSERT INTO written VALUES ('a')")
+    gc.collect()
+    gc.disable()
+    try:
+        start(connection, written_with_a_finally, "a")
+        drain_all(connection, child)
+        assert state(connection) == "failed"
+        start(connection, collecting, 1, run_id="other")
+        drain_all(connection, child)
+    finally:
+        gc.enable()
+    assert [entry["args"] for entry in entries(connection, "other") if entry["e"] == "asked"] == [{"n": 1}]
 
 
 @pytest.mark.parametrize("statement", [b"set_config", b"SAVEPOINT", b"commit_turn_1"])
