@@ -40,7 +40,7 @@ class Attempts:
     def __init__(self, session: Session, runner: StepRunner, in_hand: Callable[[], Iterable[Taken]]) -> None:
         self._session, self._runner = session, runner
         self._in_hand = in_hand  # what this child is about, and what that has begun so far
-        self._run_already: set[tuple[str, str, str, int]] = set()  # what this drain has run, or tried to
+        self._run_already: set[tuple[str, int, str, str, int]] = set()  # what this drain has run, or tried to
         self.recent_s: dict[str, float] = {}  # how long each task took the last time
 
     def forget(self) -> None:
@@ -216,7 +216,10 @@ class Attempts:
         if attempts.refence(connection, taken.run_id, taken.key, fences, fences[-1]):
             taken.fence = fences[-1]
             return None
-        if not attempts.recorded(connection, taken.run_id, taken.key, outcome.role, taken.attempt, outcome.worker):
+        link = _link_of(taken)
+        if not attempts.recorded(
+            connection, taken.run_id, taken.key, outcome.role, taken.attempt, outcome.worker, link
+        ):
             return None  # taken away meanwhile: recording it again reports a late effect
         identity = advancer.identity
         held = attempts.held(connection, identity.incarnation, identity.child)
@@ -245,9 +248,13 @@ class Attempts:
         return begun
 
 
-def _attempt_of(taken: Taken) -> tuple[str, str, str, int]:
+def _attempt_of(taken: Taken) -> tuple[str, int, str, str, int]:
     """Return what names an attempt for good; its fence may change, and a change may go unanswered."""
-    return taken.run_id, taken.key, taken.role, taken.attempt
+    return taken.run_id, _link_of(taken), taken.key, taken.role, taken.attempt
+
+
+def _link_of(taken: Taken) -> int:
+    return int((taken.call or {}).get("k", 0))
 
 
 def _run_once(function: Callable[[], Any] | None) -> Invocation:

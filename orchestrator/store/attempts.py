@@ -96,7 +96,7 @@ def refence(connection: Connection, run_id: str, key: str, fences: Sequence[int]
 _RECORDED = """
 SELECT EXISTS (
     SELECT FROM orchestrator.journal j CROSS JOIN LATERAL json_array_elements(j.entries) AS e (entry)
-    WHERE j.run_id = %(run_id)s AND e.entry ->> 'key' = %(key)s AND (e.entry ->> 'attempt')::int = %(attempt)s
+    WHERE j.run_id = ANY(%(links)s) AND e.entry ->> 'key' = %(key)s AND (e.entry ->> 'attempt')::int = %(attempt)s
       AND e.entry ->> 'worker' = %(worker)s AND %(role)s = CASE e.entry ->> 'e' WHEN 'settled' THEN 'do'
           WHEN 'undone' THEN 'undo' WHEN 'attempted' THEN coalesce(e.entry ->> 'role', 'do') END
 ) OR EXISTS (
@@ -107,9 +107,15 @@ SELECT EXISTS (
 """
 
 
-def recorded(connection: Connection, run_id: str, key: str, role: str, attempt: int, worker: str) -> bool:
-    """Tell whether an outcome that `worker` reported is in the journal or the inbox of the run (primary keys)."""
-    values = {"run_id": run_id, "key": key, "role": role, "attempt": attempt, "worker": worker}
+def recorded(
+    connection: Connection, run_id: str, key: str, role: str, attempt: int, worker: str, link: int = 0
+) -> bool:
+    """Tell whether an outcome that `worker` reported is in the journal or the inbox of the run (primary keys).
+
+    Its turn may have ended the link that the attempt was of, which took its journal along.
+    """
+    links = [run_id, f"{run_id}~{link + 1}"]
+    values = {"run_id": run_id, "links": links, "key": key, "role": role, "attempt": attempt, "worker": worker}
     row = connection.execute(_RECORDED, values).fetchone()
     failpoint("recorded.after", connection)
     return bool(row and row[0])

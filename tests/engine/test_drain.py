@@ -81,6 +81,13 @@ async def written_and_looked_at(name: str) -> int:
 
 
 @saga.define
+async def in_links(n: int) -> None:
+    await saga.step(act, str(n))
+    if n == 0:
+        saga.continue_as_new(1)
+
+
+@saga.define
 async def written_with_a_finally(name: str) -> None:
     try:
         await saga.step(write, name)
@@ -592,6 +599,31 @@ def test_a_step_whose_begin_was_not_answered_is_run_in_the_attempt_that_was_begu
     assert connection.execute(begun).fetchone() == (0,)
     assert (state(connection), DONE) == ("completed", ["do a"])
     assert child.runner.calls[-1] == ("do", child.runner.calls[-1][1], 1) and "attempted" not in kinds(connection)
+
+
+def test_a_step_of_a_later_link_whose_begin_was_not_answered_is_not_taken_for_the_one_that_ran_before_it(
+    new_child: Callable[..., Child], connection: Connection, proxy: Proxy
+) -> None:
+    child = new_child(dsn=proxy.url)
+    start(connection, in_links, 0)
+    child.runner.after = lambda taken: proxy.swallow(lambda data: b'"k":1' in data.replace(b" ", b""))
+    child.runner.before = lambda taken: setattr(child.runner, "after", lambda taken: None) if DONE else None
+    child.drain()
+    assert proxy.swallowed == 1
+    assert (state(connection), DONE) == ("completed", ["do 0", "do 1"])
+    assert "attempted" not in kinds(connection)
+
+
+def test_an_outcome_with_which_its_run_went_on_as_new_is_known_if_the_commit_was_not_answered(
+    new_child: Callable[..., Child], connection: Connection, proxy: Proxy
+) -> None:
+    child = new_child(dsn=proxy.url)
+    start(connection, in_links, 0)
+    child.runner.after = lambda taken: proxy.swallow(lambda data: b'"continue"' in data) if len(DONE) == 1 else None
+    child.drain()
+    assert proxy.swallowed == 1
+    assert (state(connection), DONE) == ("completed", ["do 0", "do 1"])
+    assert kinds(connection, "run~1") == ["asked", "settled", "continue", "ended"]
 
 
 def test_what_a_child_began_and_could_not_record_is_in_doubt_and_not_run_as_if_it_were_new(
