@@ -16,6 +16,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Unpack
 
+from billiard.common import terminate_handler_fired
 from celery import Celery, Task, signals
 from celery.exceptions import Ignore, Reject
 
@@ -262,6 +263,8 @@ class Orchestrator:
                 self._warned_at = monotonic()
                 logger.warning("%s", error)
             time.sleep(0.2)
+        if terminate_handler_fired():
+            raise SystemExit  # whoever kept the one that was raised has recorded what it interrupted
 
     def _events(self, node: str) -> events.StepEvents:
         """Return the events of this process; its drainers share them."""
@@ -274,12 +277,11 @@ class Orchestrator:
     def _new_drainer(self) -> Drainer:
         gc.freeze()  # what was imported until now stays: no collection need look at it again
         gc.collect()  # finds nothing, and so the next full one does not wait until a quarter of all that has come anew
-        worker.end_at_once_in_saga_code()
         bond = worker.Bond()
         targets = {name for name in self.app.tasks if not name.startswith("celery.")}
         targets |= {saga.target for saga in sagas.registry.sagas.values()}
         permits, transactions = _permits(bond.folder, bond.slots, self.settings.max_connections)
-        scope = Scope(frozenset(bond.queues), frozenset(targets), lambda: not worker.stopping())
+        scope = Scope(frozenset(bond.queues), frozenset(targets), lambda: not _stopping())
         return Drainer(
             Worker(
                 settings=self.settings,
@@ -293,7 +295,8 @@ class Orchestrator:
                     self._events(bond.node),
                 ),
                 ring=self._ring,
-                stopping=worker.stopping,
+                stopping=_stopping,
+                interrupted=terminate_handler_fired,
                 permits=permits,
                 watch_code=watch_for(self.settings.saga_code_timeout),
             )
@@ -317,6 +320,11 @@ class Orchestrator:
             )
         finally:
             transactions.dispose()
+
+
+def _stopping() -> bool:
+    """Tell whether this process is to begin nothing more: its worker stops, or a signal has told it alone to end."""
+    return worker.stopping() or bool(terminate_handler_fired())
 
 
 def _default_beat(app: Celery) -> None:

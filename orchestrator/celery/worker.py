@@ -13,7 +13,6 @@ import mmap
 import os
 import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-from billiard.process import current_process
 from celery import bootsteps, signals
 from celery.concurrency import solo
 from celery.worker import state
@@ -35,7 +33,6 @@ from orchestrator.celery.doorbell import DRAIN, connection_options
 from orchestrator.celery.events import quiet_logs
 from orchestrator.engine.commit import Identity
 from orchestrator.errors import OrchestratorError, StoreUnavailableError
-from orchestrator.machine.loop import inside_saga
 
 logger = logging.getLogger(__name__)
 _VARIABLE = "ORCHESTRATOR_WORKER"
@@ -69,11 +66,11 @@ class CompanionStep(bootsteps.StartStopStep):
         self._watching = True
         self._incarnation: int | None = None
         self._forking = threading.Lock()
+        _limit_all_but_drains(worker)  # here, for of steps that are created the pool may be the first
 
     def create(self, worker: Any) -> None:
         """Start the companion's process; `hear` waits for it while the worker is about to take its first message."""
         quiet_logs(self.orchestrator.settings.show_payloads)
-        _limit_all_but_drains(worker)
         self._folder = tempfile.mkdtemp(prefix="orchestrator-")
         _share_stop(Path(self._folder))
         self._config = self._configure(worker)
@@ -249,26 +246,6 @@ def _end_stuck() -> None:
     state.should_stop = EX_STUCK  # the worker's loop looks here
     time.sleep(_STUCK_GRACE_S)
     os._exit(EX_STUCK)
-
-
-def end_at_once_in_saga_code() -> None:
-    """Let a SIGTERM that meets this pool child in the midst of saga code end it as a SIGKILL does.
-
-    Celery raises SystemExit wherever a child is told to end: it would be the saga's own, and its run parked or undone.
-    """
-    if current_process().name == "MainProcess" or threading.current_thread() is not threading.main_thread():
-        return
-    ends: Any = signal.getsignal(signal.SIGTERM)
-    if not callable(ends):
-        return
-
-    def end(number: int, frame: Any) -> None:
-        if inside_saga():
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        ends(number, frame)
-
-    signal.signal(signal.SIGTERM, end)
 
 
 class Bond:

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -86,12 +86,13 @@ class Advancer:
         cache_runs: int = 1000,
         seconds: Callable[[], float] | None = None,
         watch_code: AbstractContextManager[object] = nullcontext(),  # noqa: B008 - it has no state
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self._runs = Executions(script_of, cache_runs, seconds)
         self._scope = scope
         self.identity = identity
         self._ring = ring
-        self._watch_code = watch_code
+        self._watch_code, self._interrupted = watch_code, interrupted
         self._elsewhere: dict[str, _Left] = {}  # runs that another process drives
 
     # -- what happens to a run -----------------------------------------------------------------------------------------
@@ -363,12 +364,20 @@ class Advancer:
         execution = self._runs.take(loaded) if loaded else None
         if execution is None:
             return None
+        before = self._interrupted()
+        function: Callable[[], Any] | None = None
+        problem: BaseException | None = None
         try:
             with self._watch_code:
                 function = execution.function_of(taken.key)
         except (Exception, BlockedError) as error:
+            problem = error
+        if self._interrupted() != before:  # see `_compute_again`
             execution.discard()
-            logger.warning("run %s step %s: %s", taken.run_id, taken.key, error)
+            return self.function_of(connection, taken)
+        if problem is not None:
+            execution.discard()
+            logger.warning("run %s step %s: %s", taken.run_id, taken.key, problem)
             return None
         if execution.is_ahead:
             execution.discard()
@@ -505,15 +514,33 @@ class Advancer:
         execution = self._runs.take(loaded)
         if execution is None:
             return None, _NO_TURN
+        before, turn = self._interrupted(), _NO_TURN
+        problem: BaseException | None = None
         try:
             with self._watch_code:
-                return execution, execution.turn(arrived, loaded.now, park)
+                turn = execution.turn(arrived, loaded.now, park)
         except CodeMissing:
             raise
         except (Exception, BlockedError) as error:
-            self._runs.forget(loaded.run.id)
-            execution.discard()
-            return self._park(connection, loaded.run.id, arrived, error)
+            problem = error
+        interrupted = self._interrupted() != before
+        if problem is None and not interrupted:
+            return execution, turn
+        self._runs.forget(loaded.run.id)
+        execution.discard()
+        if interrupted:
+            return self._compute_again(connection, loaded, outcomes, park)
+        assert problem is not None
+        return self._park(connection, loaded.run.id, arrived, problem)
+
+    def _compute_again(
+        self, connection: Connection, loaded: Loaded, outcomes: Sequence[AttemptEnded], park: Parked | None
+    ) -> tuple[Execution | None, Turn]:
+        """A SystemExit that a signal raised in saga code was kept by its task; nothing of that is the saga's doing."""
+        again = self._runs.load(connection, loaded.run.id)
+        if again is None:
+            return None, _NO_TURN
+        return self._compute(connection, replace(again, arrivals=loaded.arrivals), outcomes, park)
 
     def _park(
         self, connection: Connection, run_id: str, arrived: Sequence[Arrival], error: BaseException

@@ -66,6 +66,7 @@ class Session:
                 self._worker.settings.cache_runs,
                 self._worker.seconds,
                 self._worker.watch_code,
+                self._worker.interrupted,
             )
         return self.connection, self.advancer
 

@@ -69,6 +69,7 @@ class Worker:
     runner: StepRunner
     ring: Callable[[str, int], None]
     stopping: Callable[[], bool]
+    interrupted: Callable[[], bool] = lambda: False  # whether a signal has raised SystemExit here, whoever kept it
     permits: Permits | None = None  # none: this worker has fewer children than it may have connections
     linger: Sequence[float] = LINGER_S
     watch_code: AbstractContextManager[object] = field(default_factory=nullcontext)  # raises BlockedError in saga code
