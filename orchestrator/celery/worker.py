@@ -83,6 +83,7 @@ class CompanionStep(bootsteps.StartStopStep):
             }
         )
         signals.worker_shutting_down.connect(_begin_stop, weak=False)
+        _stop_from_the_beginning(worker)
         signals.worker_ready.connect(self._ring_own_queues, weak=False)
         signals.worker_before_create_process.connect(_share_memory, weak=False)
         self.exclude_forks()
@@ -182,6 +183,10 @@ class CompanionStep(bootsteps.StartStopStep):
     def start(self, worker: Any) -> None:
         """Nothing: the companion was started before the pool."""
 
+    def close(self, worker: Any) -> None:
+        """Say that the worker stops: not each way in which it can be told to sends a signal of Celery's."""
+        _begin_stop()
+
     def stop(self, worker: Any) -> None:
         """Stop watching; the companion ends this life when the process has ended, with whatever children it had."""
         self._watching = False
@@ -222,6 +227,20 @@ def _slots(worker: Any) -> int:
 
 def _begin_stop(**_: Any) -> None:
     _stop[0] = 1
+
+
+def _stop_from_the_beginning(worker: Any) -> None:
+    """Say that the worker stops before a soft shutdown waits: Celery says so after that, and interrupts what is begun.
+
+    It is in a signal handler then, and waits in it.
+    """
+    wait = worker.wait_for_soft_shutdown
+
+    def begin_stop_and_wait() -> None:
+        _begin_stop()
+        wait()
+
+    worker.wait_for_soft_shutdown = begin_stop_and_wait
 
 
 def _share_memory(**_: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from celery import Celery
 
 from tests.acceptance.running import until
 from tests.faults.load import QUEUE
@@ -160,6 +161,26 @@ def test_shutdowns_burn_no_attempt_and_leave_no_lease(scene: Scene) -> None:
         assert begun_by_the_dead(scene) == 0
     scene.judge(LOADED, load)
     assert attempts_lost(scene) == []
+
+
+@pytest.mark.parametrize("how", ["SIGQUIT", "remote control"])
+def test_a_worker_begins_no_step_after_it_was_told_to_stop_in_whatever_way(scene: Scene, how: str) -> None:
+    """Its drain would go on for a minute, and what is under way at the end of a soft shutdown is interrupted."""
+    (worker,) = scene.start_workers(1, FAULTS_SOFT="1.5", ORCHESTRATOR_DRAIN_SECONDS="60")
+    scene.start("long", *(Stop(name=str(number), kind="look", ms=200) for number in range(50)))
+    until(lambda: scene.effects("long"), "it is on its way")
+    if how == "SIGQUIT":
+        scene.signal(worker, signal.SIGQUIT)
+    else:
+        with Celery("tells", broker=scene.broker_url, set_as_current=False) as app:
+            app.control.shutdown(destination=["w1@faults"])
+        scene.fault("told to shut down")
+    assert worker.process is not None
+    worker.process.wait(60.0)
+    assert scene.entries("long", "attempted") == []
+    assert len(scene.effects("long")) < 25
+    worker.start()
+    scene.judge(BARE)
 
 
 # -- steps that kill ---------------------------------------------------------------------------------------------------
