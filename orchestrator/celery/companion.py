@@ -12,13 +12,14 @@ import json
 import logging
 import math
 import os
+import pickle
 import selectors
 import shutil
 import signal
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from time import monotonic
 from typing import Any
@@ -41,7 +42,7 @@ _AFTER_DUE_S = 0.01  # so that a round finds what the one before it saw coming
 
 @dataclass(slots=True)
 class Config:
-    """What the main process hands over, as JSON on the first line of standard input."""
+    """What the main process hands over, on the first line of standard input."""
 
     dsn: str = field(repr=False)
     broker: dict[str, Any] = field(repr=False)
@@ -72,6 +73,16 @@ class Config:
             doorbell_s=settings.doorbell_expires.total_seconds(),
             **worker,
         )
+
+    def dump(self) -> str:
+        """Return it as a line; options of a broker's client may be what JSON alters, such as numbers as keys."""
+        return json.dumps({**asdict(replace(self, broker={})), "broker": pickle.dumps(self.broker).hex()})
+
+    @classmethod
+    def load(cls, line: bytes) -> Config:
+        """Return what the main process has dumped."""
+        known = json.loads(line)
+        return cls(**{**known, "broker": pickle.loads(bytes.fromhex(known["broker"]))})
 
 
 @dataclass(slots=True)
@@ -317,7 +328,7 @@ def main() -> int:
     first = _first_line()
     if not first:
         return 0
-    companion = Companion(Config(**json.loads(first)), _say)
+    companion = Companion(Config.load(first), _say)
     try:
         companion.run()
     except (*UNAVAILABLE, OrchestratorError) as error:

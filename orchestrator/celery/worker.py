@@ -19,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -139,7 +138,7 @@ class CompanionStep(bootsteps.StartStopStep):
                 start_new_session=True,
             )
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asdict(self._config)) + "\n")
+        self._process.stdin.write(f"{self._config.dump()}\n")
         self._process.stdin.flush()
 
     def _await_life(self) -> None:

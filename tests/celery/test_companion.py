@@ -1,0 +1,52 @@
+"""A companion as a process of its own, told what a worker tells it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import redis
+from celery import Celery
+
+from orchestrator import saga
+from orchestrator.celery.companion import Config
+from orchestrator.celery.doorbell import connection_options
+from orchestrator.celery.worker import CompanionStep
+from orchestrator.client import Client
+from orchestrator.settings import Settings
+from tests.acceptance.running import until
+
+
+@saga.define(name="companion.waiting")
+async def waiting() -> None: ...
+
+
+def test_it_reaches_the_broker_by_the_options_that_the_worker_has(
+    database_url: str, broker_url: str, tmp_path: Path
+) -> None:
+    """The keys of those for keepalive are numbers."""
+    settings = Settings.from_environment({}, database_url=database_url)
+    with Celery("companion", broker=broker_url, set_as_current=False) as app:
+        keepalive = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPCNT: 3}
+        app.conf.broker_transport_options = {"socket_keepalive": True, "socket_keepalive_options": keepalive}
+        broker = connection_options(app)
+    step = CompanionStep(SimpleNamespace())
+    (tmp_path / "run").mkdir()
+    step._config = Config.of(
+        settings, broker=broker, socket=str(tmp_path / "run" / "companion"), node="companion@here", pid=os.getpid(),
+        queues=["kept"], targets=[waiting.target], slots=1,
+    )  # fmt: skip
+    step._spawn()
+    assert step._process is not None and step._process.stdin is not None and step._process.stdout is not None
+    client = Client(settings, lambda *_: None, lambda: "celery")
+    try:
+        client.start(waiting, (), {}, {"queue": "kept"})
+        with redis.Redis.from_url(broker_url) as messages:
+            until(lambda: messages.llen("kept"), "it rings for what is due", 20.0)
+    finally:
+        client.pool.close()
+        step._process.stdin.close()
+        assert step._process.wait(20.0) == 0
+        step._process.stdout.close()
