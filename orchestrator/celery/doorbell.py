@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import uuid
+from collections import deque
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from time import monotonic
@@ -36,6 +37,7 @@ class Bell:
 
     def __init__(self, connection: Mapping[str, Any], expires: timedelta = timedelta(seconds=10)) -> None:
         options = dict(connection)
+        self._brokers = deque(options.pop("alternates", ()))
         options["transport_options"] = {**(options.get("transport_options") or {}), **_TIMEOUTS}
         options["connect_timeout"] = 1.0
         self._options = options
@@ -63,6 +65,7 @@ class Bell:
             except Exception as error:
                 self._rest_until = monotonic() + _REST_AFTER_FAILURE_S
                 self._abandon()
+                self._brokers.rotate(-1)
                 logger.info(
                     "doorbell of queue %s not rung: the broker cannot be reached (%s)", queue, type(error).__name__
                 )
@@ -82,7 +85,8 @@ class Bell:
 
     def _opened(self) -> Producer:
         if self._producer is None:
-            self._connection = connection = Connection(**self._options)
+            others = {"hostname": self._brokers[0], "alternates": [*self._brokers]} if self._brokers else {}
+            self._connection = connection = Connection(**{**self._options, **others})
             connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0.1, timeout=1.0)
             self._producer = Producer(connection.default_channel, auto_declare=False)
         return self._producer
@@ -129,6 +133,8 @@ def connection_options(app: Any) -> dict[str, Any]:
     info = connection.info()
     return {
         "hostname": connection.as_uri(include_password=True),
+        "alternates": [*connection.alt],  # all of them, where there are several for failover
+        "login_method": connection.login_method,
         "ssl": info.get("ssl") or False,
         "transport_options": dict(app.conf.broker_transport_options or {}),
         "heartbeat": 0,

@@ -1,21 +1,25 @@
-"""Which doorbells a worker's main process passes over."""
+"""Where doorbells are rung, and which of them a worker's main process passes over."""
 
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+import redis
 from celery import Celery
 from celery.worker import state
+from kombu.connection import Connection
 from kombu.message import Message
 
 from orchestrator import Orchestrator
 from orchestrator.celery import request
-from orchestrator.celery.doorbell import DRAIN
+from orchestrator.celery.doorbell import DRAIN, Bell, connection_options
 from orchestrator.celery.request import DoorbellRequest
+from tests.acceptance.running import until
 
 LATE, IN_TIME = timedelta(seconds=-1), timedelta(hours=1)
 
@@ -70,3 +74,33 @@ def test_no_message_limits_the_time_of_a_drain(app: Celery) -> None:
     limited = received(app, IN_TIME, timelimit=[0.2, 0.1])
     assert limited.request_dict["timelimit"] == [0.2, 0.1]
     assert limited.time_limits == (None, None)
+
+
+# -- where they are rung -----------------------------------------------------------------------------------------------
+def refusing() -> str:
+    """Return the URL of a broker that is not there."""
+    return "redis://127.0.0.1:1/0"
+
+
+def silent(listener: socket.socket) -> str:
+    """Return the URL of a broker that lets in, and never says anything."""
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    return f"redis://127.0.0.1:{listener.getsockname()[1]}/0"
+
+
+@pytest.mark.parametrize("first", ["refuses", "is silent"])
+def test_they_are_rung_at_the_next_broker_where_celery_has_several(broker_url: str, first: str) -> None:
+    with socket.socket() as listener, redis.Redis.from_url(broker_url) as messages:
+        gone = refusing() if first == "refuses" else silent(listener)
+        with Celery("several", broker=f"{gone};{broker_url}", set_as_current=False) as app:
+            bell = Bell(connection_options(app))
+        until(lambda: bell.ring("several"), "it rings", 20.0)
+        assert messages.llen("several") == 1
+        bell.close()
+
+
+def test_they_are_rung_by_the_login_method_that_celery_has() -> None:
+    with Celery("external", broker="amqp://broker//", set_as_current=False) as app:
+        app.conf.broker_login_method = "EXTERNAL"
+        assert Connection(**connection_options(app)).login_method == "EXTERNAL"
