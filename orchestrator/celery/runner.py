@@ -341,6 +341,8 @@ def _decode(taken: Taken) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _translate(taken: Taken, traced: Any) -> Invocation:
     info = traced.info
+    if info is None and taken.role == "undo":
+        return Invocation()  # it is undone; what that gave is for nobody, and so need not be fit to be stored
     if info is None:
         try:
             return Invocation(_codec_of(taken).encode_result(traced.retval))

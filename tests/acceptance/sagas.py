@@ -29,6 +29,7 @@ KINDS: dict[str, Any] = {
     "train": steps.train,
     "beat": steps.beat_until_told,
     "undone plainly": steps.act_undone_plainly,
+    "undone talkatively": steps.act_undone_talkatively,
 }
 
 

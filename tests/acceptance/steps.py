@@ -115,6 +115,18 @@ def act(plan: Plan) -> str:
     return behave(word_of(plan.do), "do", plan.name)
 
 
+@step(retry=QUICK)
+def take_back_and_tell(plan: Plan) -> None:
+    """Undo: returns what is not as it is annotated, and could not be stored."""
+    behave(word_of(plan.undo), "undo", plan.name)
+    return (word for word in plan.undo)  # type: ignore[return-value]
+
+
+@step(compensate=take_back_and_tell, retry=QUICK)
+def act_undone_talkatively(plan: Plan) -> str:
+    return behave(word_of(plan.do), "do", plan.name)
+
+
 @step(compensate=take_back, retry=QUICK, on_unknown="park")
 def act_or_park(plan: Plan) -> str:
     return behave(word_of(plan.do), "do", plan.name)

@@ -69,6 +69,13 @@ def test_a_plain_celery_task_undoes_a_step(world: World) -> None:
     assert [e.told for e in world.effects(result) if e.what == "undo"] == ["a done"]
 
 
+def test_what_an_undo_returns_does_not_decide_whether_it_was_done(world: World) -> None:
+    """Nobody asks for it: an undo that was done, and could not say so, was done again for a day, and then parked."""
+    result = sagas.sequence.delay([plan("a", kind="undone talkatively"), FAILS])
+    until(lambda: result.ready() or result.parked, "the run has ended, or is parked")
+    assert (result.status, done_and_undone(world, result)) == ("compensated", ["do a", "undo a"])
+
+
 def test_a_declared_error_is_rejected_at_once(world: World) -> None:
     assert sagas.forgiving.delay([plan("x", "refuse")]).get(timeout=60) == ["rejected Refused"]
 
