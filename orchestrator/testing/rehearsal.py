@@ -126,7 +126,7 @@ class Rehearsal:
             deadline=self.now + timedelta(seconds=work.call.get("t", 0)),
             heartbeat_details=work.call.get("d"),
             undoes=_key_of_step(self.info.id, work) if work.role == "undo" else "",
-            beat=details.append,
+            beat=lambda told: None if told is None else details.append(told),
         )
         once = self._execution.function_of(work.key) if work.role == "once" else None
         if self._execution.is_ahead:

@@ -228,6 +228,10 @@ async def _awaited(value: Any) -> Any:
 
 def _verdict(error: BaseException, work: Asked) -> str:
     names = describe_exception(error)["mro"]
+    declared = registry.steps.get(work.task)
+    policy = declared.options.retry if declared else None  # what it declares counts for a call with a policy of its own
     if isinstance(error, Rejected) or any(name in names for name in work.call.get("x", ())):
+        return "rejected"
+    if policy is not None and policy.refuses(names):
         return "rejected"
     return "failed" if work.call.get("n") else "doubt"  # a transaction that was rolled back leaves no doubt

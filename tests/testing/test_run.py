@@ -198,13 +198,18 @@ def test_stubs_are_keyed_by_steps_only() -> None:
 
 
 def test_a_stub_may_look_at_the_running_step() -> None:
-    seen: list[str] = []
+    seen: list[tuple[str, str]] = []
+
+    def take(order: Order) -> Charge:
+        seen.append((step.current().idempotency_key, step.current().undoes))
+        return Charge("c-1", order.total)
 
     def undo(order: Order, result: Charge | None) -> None:
-        seen.extend([step.current().idempotency_key, step.current().undoes])
+        seen.append((step.current().idempotency_key, step.current().undoes))
 
-    testing.run(checkout, ORDER, stubs={look: Rejected(), refund: undo}, task_id="r")
-    assert seen == [f"r:{charge.name}#0:undo", f"r:{charge.name}#0"]
+    testing.run(checkout, ORDER, stubs={charge: take, look: Rejected(), refund: undo}, task_id="r")
+    key = f"r:{charge.name}#0"
+    assert seen == [(key, ""), (f"{key}:undo", key)]
 
 
 def test_heartbeat_details_reach_the_next_attempt() -> None:
@@ -213,6 +218,33 @@ def test_heartbeat_details_reach_the_next_attempt() -> None:
         return await saga.step(train, n)
 
     assert testing.run(training, 5).output == 3
+
+
+def test_a_heartbeat_without_details_leaves_those_before_it() -> None:
+    seen: list[Any] = []
+
+    def beat(epochs: int) -> int:
+        seen.append(step.current().heartbeat_details)
+        step.current().heartbeat(7)
+        step.current().heartbeat()
+        raise ConnectionError("the worker was lost")
+
+    @saga.define
+    async def training(n: int) -> int:
+        return await saga.step(train, n)
+
+    testing.run(training, 5, stubs={train: [beat, 3]})
+    testing.run(training, 5, stubs={train: [beat, beat, 3]})
+    assert seen == [None, None, 7]
+
+
+def test_what_a_step_declares_as_certainly_without_effect_is_that_in_a_call_with_another_policy_too() -> None:
+    @saga.define
+    async def impatient(order: Order) -> Charge:
+        return await saga.step(charge.with_options(retry=RetryPolicy(maximum_attempts=2)), order)
+
+    run = testing.run(impatient, ORDER, stubs={charge: InsufficientFundsError("too little")})
+    assert (run.state, _names(run)) == ("failed", [("charge", "do")])
 
 
 def test_time_is_skipped_and_counted() -> None:
