@@ -119,6 +119,12 @@ def _zone(app: Celery, named: Any) -> tzinfo | None:
         raise UsageError(f"there is no time zone {named!r}; write one as 'Europe/Berlin'") from None
 
 
+def _attachable(zone: tzinfo) -> tzinfo:
+    """Return a zone that a time may be given as it is: one of pytz has to be asked first, else it is mean time."""
+    named = getattr(zone, "zone", None) if hasattr(zone, "localize") else None
+    return ZoneInfo(named) if isinstance(named, str) else zone
+
+
 def _overlap(named: Any, is_saga: bool) -> Overlap:
     try:
         overlap = Overlap(named)
@@ -158,9 +164,9 @@ def _timetable(app: Celery, given: Any, relative: bool, zone: tzinfo | None) -> 
         )
     known = maybe_schedule(given, relative, app=app)
     if isinstance(known, crontab) and type(known).remaining_estimate is crontab.remaining_estimate:
-        return _crontab(known, zone or known.tz)
+        return _crontab(known, _attachable(zone or known.tz))
     if type(known) is schedule:
-        return _interval(known, zone or known.tz)
+        return _interval(known, _attachable(zone or known.tz))
     if zone is not None:
         raise UsageError(f"timezone has no meaning for {known!r}, which has its own")
     return Asked(known), repr(known)
