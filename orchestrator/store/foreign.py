@@ -5,6 +5,8 @@ Owns the translation of one statement to the kinds of connection that people hav
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import re
 import sys
@@ -100,8 +102,14 @@ def after_commit(transaction: Any, ring: Callable[[], None]) -> None:
 
 
 def _checked_in(dbapi_connection: Any, record: Any) -> None:
+    """Ring; beside an event loop, which is not to stand still for as long as a broker does not answer."""
     for ring in record.info.pop(_PENDING, ()):
-        ring()
+        loop = asyncio._get_running_loop()
+        if loop is None:
+            ring()
+            continue
+        with contextlib.suppress(RuntimeError):  # it is being closed
+            loop.run_in_executor(None, ring)
 
 
 def _is_async(transaction: Any, name: str) -> bool:

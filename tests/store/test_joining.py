@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -23,6 +24,8 @@ from sqlalchemy.orm import Session
 from orchestrator import ConflictError, UnknownRunError, UsageError, saga
 from orchestrator.client import Client
 from orchestrator.settings import Settings
+from orchestrator.store import liveness
+from orchestrator.store.connection import open_connection
 
 
 @saga.define
@@ -135,3 +138,31 @@ def test_an_async_engine_that_commits_each_statement_has_none_either(
     asyncio.run(start())
     with pytest.raises(UnknownRunError):
         client.handle(joined, "same").status  # noqa: B018
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+def test_the_doorbell_after_an_async_transaction_does_not_hold_up_the_event_loop(
+    client: Client, database_url: str, driver: str
+) -> None:
+    """It takes seconds where the broker does not answer."""
+    with open_connection(database_url, name="test") as connection:
+        liveness.register(
+            connection, node="n", host="h", pid=1, queues=["celery"], targets=[joined.target], slots=1
+        )  # fmt: skip
+    goes_on, rung = threading.Event(), threading.Event()
+
+    def ring(queue: str, times: int) -> None:
+        if goes_on.wait(10.0):
+            rung.set()
+
+    client._ring = ring
+
+    async def start() -> None:
+        engine = create_async_engine(database_url.replace("postgresql://", f"postgresql+{driver}://"))
+        async with engine.begin() as connection:
+            await client.astart(joined, (1.5,), {}, {"task_id": "same", "transaction": connection})
+        goes_on.set()
+        await engine.dispose()
+
+    asyncio.run(start())
+    assert rung.wait(10.0)
