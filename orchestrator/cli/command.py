@@ -42,13 +42,15 @@ class Command(click.Command):
         super().__init__(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command.  Raises: ClickException, which exits with code 1."""
+        """Run the command.  Raises: ClickException, which exits with code 1; UsageError, with 2."""
         try:
             return super().invoke(ctx)
         except OrchestratorError as error:
             raise click.ClickException(str(error)) from None
         except REFUSED as error:  # such as a role that may not read
             raise click.ClickException(f"Postgres refuses: {first_line(error)}") from None
+        except UnicodeEncodeError:  # a shell hands bytes that are not UTF-8 on as lone surrogates
+            raise click.UsageError("what was said is not text in UTF-8, and so nothing here is called that") from None
 
 
 as_json = click.option("--json", "json_", is_flag=True, help="Print JSON for programs.")

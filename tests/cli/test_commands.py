@@ -68,3 +68,23 @@ def test_a_database_that_does_not_answer_is_one_sentence(on: object, broker_url:
     refused = terminal.run("list")
     assert refused.exit_code == 1
     assert refused.stderr.startswith("Error: Postgres cannot be reached") and "Traceback" not in refused.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("list", "--saga"), ("list", "--where", "tenant="), ("bulk", "cancel", "--saga"), ("bulk", "retry", "--step"),
+        ("bulk", "cancel", "--where", "tenant="), ("prune", "--older-than", "1d", "--saga"), ("replay", "--saga"),
+        ("start",), ("start", "checkout", '[{"id": "1"}]', "--id"), ("pause", "--saga"), ("resume", "--queue"),
+        ("pause", "--queue", "celery", "--reason"), ("schedules", "pause"), ("schedules", "trigger"),
+        ("schedules", "pause", "orchestrator.reconcile", "--reason"), ("reconcile",), ("doctor", "--by"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_words_that_are_not_utf_8_are_no_traceback(terminal: Terminal, arguments: tuple[str, ...]) -> None:
+    """A shell hands bytes that are not UTF-8 on as lone surrogates."""
+    *given, last = arguments
+    words = [*given, f"{last}\udcff"] if last.endswith("=") else [*arguments, "\udcff"]
+    said = terminal.run(*words)
+    assert said.exception is None or isinstance(said.exception, SystemExit), said.exception
+    assert "Traceback" not in said.output
