@@ -32,6 +32,7 @@ SENT = "it is sent all the same"
 LATE = timedelta(minutes=1)  # a slot is missed if nobody has looked at it for so long; until then it is late
 EVER = timedelta(days=100_000)
 _MOMENT = timedelta(microseconds=1)
+_FIRST = datetime(1, 2, 1, tzinfo=UTC)  # before it there need not be a date in each zone
 _PAGE = 100  # slots that one transaction decides
 _BACKFILL_LIMIT = 10_000
 _LONGEST_ID = 200  # bytes; brokers carry it in a field of at most 255
@@ -183,8 +184,10 @@ class Schedules:
         """
         with connection.transaction():
             held = self._hold(connection, schedule, now)
-        begin, end = since - _MOMENT, min(until, held.now)
-        slots = list(islice(between(schedule.timetable, held.settled_until, begin, end), _BACKFILL_LIMIT + 1))
+        begin, end = max(since, _FIRST) - _MOMENT, min(until, held.now)
+        slots: list[datetime] = []
+        if begin < end:
+            slots += islice(between(schedule.timetable, held.settled_until, begin, end), _BACKFILL_LIMIT + 1)
         if len(slots) > _BACKFILL_LIMIT:
             raise UsageError(f"{schedule.name!r} has more than {_BACKFILL_LIMIT} slots in that time; take less at once")
         told: list[Decision] = []

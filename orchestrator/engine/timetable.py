@@ -45,6 +45,8 @@ class Crontab:
 
     def slots(self, origin: datetime, since: datetime) -> Iterator[datetime]:
         """Yield the slots after `since`; none if there is none within fifty years."""
+        if not (self.hours and self.minutes):
+            return
         held: list[datetime] = []  # a time that is skipped may be counted into the next day
         for day in self._dates(since.astimezone(self.zone).date() - _ONE_DAY):
             merged = sorted({*held, *self._on(day)})
@@ -54,10 +56,13 @@ class Crontab:
         yield from (slot for slot in held if slot > since)
 
     def _dates(self, first: date) -> Iterator[date]:
-        for number in range(_DAYS_AHEAD):
-            day = first + number * _ONE_DAY
+        day, in_vain = first, 0
+        while in_vain < _DAYS_AHEAD:
             if day.month in self.months and day.day in self.days and day.isoweekday() % 7 in self.weekdays:
                 yield day
+                in_vain = 0
+            in_vain += 1
+            day += _ONE_DAY
 
     def _on(self, day: date) -> Iterator[datetime]:
         every_hour = len(self.hours) == 24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import functools
 import itertools
 from collections.abc import Iterator
@@ -125,6 +126,13 @@ def test_wherever_one_begins_the_slots_are_the_same() -> None:
     assert walked == whole
     assert latest(timetable, YEAR[0], *YEAR) == whole[-1]
     assert latest(timetable, YEAR[0], whole[5], whole[6] - MINUTE) is None
+
+
+def test_a_crontab_has_its_slots_for_as_long_as_one_looks() -> None:
+    """However rare they are: only where there is none for fifty years, there is none."""
+    begin, end = datetime(1900, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)
+    years = [each.year for each in _slots("0 0 29 2 *", "UTC", begin, end)]
+    assert years == [year for year in range(1900, 2100) if calendar.isleap(year)]
 
 
 def test_an_interval_counts_elapsed_time_from_its_origin_in_both_directions() -> None:

@@ -93,6 +93,21 @@ def test_a_backfill_fires_each_slot_of_a_range_once(terminal: Terminal) -> None:
 
 
 @pytest.mark.parametrize(
+    ("since", "until", "said"),
+    [
+        ("0001-01-01T00:00+14:00", "0001-01-03T00:00Z", "There is no slot in that time"),
+        ("0001-01-01T00:00+14:00", "9999-12-31T23:59-12:00", "more than 10000 slots"),
+        ("9999-12-31T23:59-12:00", "9999-12-31T23:59-12:00", "There is no slot in that time"),
+    ],
+)
+def test_a_backfill_may_begin_and_end_at_the_ends_of_time(
+    terminal: Terminal, since: str, until: str, said: str
+) -> None:
+    result = terminal.run("schedules", "backfill", "nightly", "--since", since, "--until", until)
+    assert said in result.output and not isinstance(result.exception, OverflowError)
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (
