@@ -6,10 +6,12 @@ declared steps to its Celery app.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import threading
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -479,6 +481,23 @@ class StepStopped(Exception):
 
 
 current_step: ContextVar[StepContext | None] = ContextVar("orchestrator_step", default=None)
+_in_main_thread: StepContext | None = None
+
+
+@contextlib.contextmanager
+def running(context: StepContext) -> Iterator[None]:
+    """Let this be the step that runs, for its own code and for threads that this starts in a process of its own."""
+    global _in_main_thread
+    token, outer = current_step.set(context), _in_main_thread
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        _in_main_thread = context
+    try:
+        yield
+    finally:
+        current_step.reset(token)
+        if is_main:
+            _in_main_thread = outer
 
 
 class _StepDecorator:
@@ -511,8 +530,11 @@ class _StepDecorator:
         return lambda function: _declare(function, options)
 
     def current(self) -> StepContext:
-        """Return the running step's context; outside of a saga a stand-in with a fresh idempotency key."""
-        context = current_step.get()
+        """Return the running step's context; outside of a saga a stand-in with a fresh idempotency key.
+
+        A thread that a step has started knows of no context, and would take a fresh key at each attempt.
+        """
+        context = current_step.get() or _in_main_thread
         if context is None:
             deadline = datetime.now(UTC) + START_TO_CLOSE
             context = StepContext("", "", 1, f"direct:{uuid.uuid4()}", deadline)

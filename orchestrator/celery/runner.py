@@ -31,7 +31,7 @@ from orchestrator.engine.worker import Invocation
 from orchestrator.errors import PayloadError, Rejected, from_user_code
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import LONGEST_PAUSE_S, RetryPolicy
-from orchestrator.step import Step, StepContext, current_step, legacy_codec
+from orchestrator.step import Step, StepContext, legacy_codec, running
 from orchestrator.step import registry as step_registry
 from orchestrator.store.connection import CommitUnknown, Connection, TransactionFailed
 from orchestrator.store.turns import Taken
@@ -156,13 +156,13 @@ class Runner:
             "headers": {},  # none of its own; a Context without them looks through all its names for some, each time
             **self._events.representations,
         }  # fmt: skip
-        invoked, current = _invoked.set(task.name), current_step.set(context)
+        invoked = _invoked.set(task.name)
         seconds = (context.deadline - taken.now).total_seconds()
         limit, hangs = _limit.set(seconds), _hangs.set(context.hangs)
         attempt = self._attempts[taken.fence or 0] = self._events.begin(taken)
         try:
             guard = contextlib.nullcontext() if isinstance(task, steps_base()) else time_limit(seconds, context.hangs)
-            with guard:
+            with running(context), guard:
                 traced = tracer(request["id"], args, kwargs, request)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
@@ -172,7 +172,6 @@ class Runner:
             if attempt is not None:
                 self._events.leave(attempt)
             _invoked.reset(invoked)
-            current_step.reset(current)
             _limit.reset(limit)
             _hangs.reset(hangs)
         return _translate(taken, traced)

@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from orchestrator.codec import Json, check
 from orchestrator.errors import Rejected, UsageError, describe_exception
-from orchestrator.step import Step, StepContext, current_step, legacy_codec, registry
+from orchestrator.step import Step, StepContext, legacy_codec, registry, running
 
 NO_TIME: Final = timedelta(0)
 _NOBODY: Final = object()
@@ -192,17 +192,15 @@ def _celery_task(name: str) -> Callable[..., Any]:
 
 def _perform(part: _Part, context: StepContext, timeout_seconds: float | None) -> tuple[Any, BaseException | None]:
     """Call the part's function; what pytest itself raises, and Ctrl-C, pass."""
-    token = current_step.set(context)
     try:
-        value = _off_the_loop(lambda: _finished(part.function(*part.args, **part.kwargs)))
+        with running(context):
+            value = _off_the_loop(lambda: _finished(part.function(*part.args, **part.kwargs)))
         if timeout_seconds and part.duration.total_seconds() > timeout_seconds:
             part.duration = timedelta(seconds=timeout_seconds)
             raise TimeoutError(f"start_to_close_timeout of {timeout_seconds:g} s passed")
         return value, None
     except (Exception, SystemExit) as error:
         return None, error
-    finally:
-        current_step.reset(token)
 
 
 def _off_the_loop(function: Callable[[], Any]) -> Any:

@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -82,6 +83,9 @@ def behave(word: str, what: str, name: str) -> str:
             note("at", name)
             wait_at(f"{step.current().run_id} {name}")
             note(what, name)
+        case "thread":  # in which the provider is called
+            with ThreadPoolExecutor(1) as threads:
+                note(what, name, threads.submit(lambda: step.current().idempotency_key).result())
         case "hang":
             note("at", name)
             wait_at("of nobody")

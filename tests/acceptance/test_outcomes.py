@@ -69,6 +69,15 @@ def test_a_plain_celery_task_undoes_a_step(world: World) -> None:
     assert [e.told for e in world.effects(result) if e.what == "undo"] == ["a done"]
 
 
+@pytest.mark.own_process
+def test_a_thread_that_a_step_starts_has_the_key_of_that_step(world: World) -> None:
+    """A fresh one at each attempt would charge again."""
+    result = sagas.sequence.delay([plan("a", "thread")])
+    assert result.get(timeout=60) == ["a done"]
+    (effect,) = world.effects(result)
+    assert effect.told == effect.key and effect.key.startswith(f"{result.id}:")
+
+
 def test_what_an_undo_returns_does_not_decide_whether_it_was_done(world: World) -> None:
     """Nobody asks for it: an undo that was done, and could not say so, was done again for a day, and then parked."""
     result = sagas.sequence.delay([plan("a", kind="undone talkatively"), FAILS])

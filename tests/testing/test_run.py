@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -210,6 +211,16 @@ def test_a_stub_may_look_at_the_running_step() -> None:
     testing.run(checkout, ORDER, stubs={charge: take, look: Rejected(), refund: undo}, task_id="r")
     key = f"r:{charge.name}#0"
     assert seen == [(key, ""), (f"{key}:undo", key)]
+
+
+def test_a_thread_that_a_step_starts_has_the_key_of_that_step() -> None:
+    def take(order: Order) -> Charge:
+        with ThreadPoolExecutor(1) as threads:
+            return Charge(threads.submit(lambda: step.current().idempotency_key).result(), order.total)
+
+    run = testing.run(checkout, ORDER, stubs={charge: [ConnectionError("down"), take]}, task_id="r")
+    assert run.output == Charge(f"r:{charge.name}#0", ORDER.total)
+    assert step.current().idempotency_key.startswith("direct:")
 
 
 def test_heartbeat_details_reach_the_next_attempt() -> None:
