@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class SagaResult:
     """A handle to a run, in the manner of Celery's AsyncResult."""
 
+    backend = None  # results are in Postgres; Celery's tools, such as Flower, ask each handle for its backend
+
     def __init__(self, client: Client, run_id: str, saga: Saga[Any, Any] | None) -> None:
         self.id = run_id
         self._client = client
@@ -46,6 +48,18 @@ class SagaResult:
         return self._client.outcome(self.id).state
 
     state = status
+
+    @property
+    def result(self) -> Any:
+        """What the run returned, or the error in which it ended, which is not raised; None while it has not ended."""
+        outcome = self._client.outcome(self.id)
+        return self._value(outcome, False) if outcome.state in TERMINAL else None
+
+    @property
+    def traceback(self) -> str | None:
+        """Where the error came from in which the run ended, if it came from a traceback."""
+        error: Any = self._client.outcome(self.id).error or {}
+        return error.get("traceback") or None
 
     @property
     def left(self) -> list[Json]:

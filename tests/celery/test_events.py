@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -341,3 +342,30 @@ def test_flower_lists_the_steps_by_name(bank: Bank) -> None:
     assert {task["worker"] for task in tasks} == {NODE}
     assert "SUCCESS" in {task["state"] for task in tasks if task["name"] == "bank.flaky"}
     assert "FAILURE" in {task["state"] for task in tasks if task["name"] == "bank.broken"}
+
+
+def test_flower_starts_a_saga_and_answers_with_its_run(bank: Bank) -> None:
+    """Who gets an error for an answer asks again, and starts another run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def post(how: str) -> dict[str, Any]:
+        url = f"http://127.0.0.1:{port}/api/task/{how}/{bank.sagas.visit.name}"
+        try:
+            with urllib.request.urlopen(url, json.dumps({"args": ["hello"]}).encode(), timeout=60) as answer:
+                return dict(json.load(answer))
+        except urllib.error.HTTPError as error:
+            return {"error": error.code}
+        except OSError:
+            return {}
+
+    flower = bank.process("flower", "--address=127.0.0.1", f"--port={port}", FLOWER_UNAUTHENTICATED_API="true")
+    with bank.worker(), flower:
+        began = until(lambda: post("async-apply"), "an answer of Flower", 60.0)
+        waited = post("apply")
+        assert (began.get("error"), waited.get("error")) == (None, None)
+        result = bank.sagas.visit.AsyncResult(began["task-id"])
+        assert result.get(timeout=60) == result.result == waited["result"] == "hello"
+    assert began["state"] in ("pending", "running", "completed")
+    assert (waited["state"], result.traceback) == ("completed", None)
