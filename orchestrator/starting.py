@@ -28,7 +28,8 @@ _OPTIONS = frozenset(StartOptions.__annotations__)
 _CELERY_NOISE = frozenset({
     "producer", "connection", "router", "ignore_result", "shadow", "expires", "retry", "serializer", "routing_key",
     "exchange", "headers", "root_id", "parent_id", "time_limit", "soft_time_limit", "add_to_parent", "group_id",
-    "group_index", "periodic_task_name",
+    "group_index", "periodic_task_name", "retry_policy", "compression", "publisher", "argsrepr", "kwargsrepr",
+    "delivery_mode", "expiration", "mandatory",
 })  # fmt: skip
 _KEPT_OF_KEY = 400  # bytes
 _LONGEST_S = 1000 * 365 * 86400.0

@@ -62,6 +62,20 @@ def test_a_deadline_that_has_passed_before_the_start_is_refused(deadline: Any) -
         _start(deadline=deadline)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "expires", "headers", "serializer", "compression", "retry", "retry_policy", "exchange", "routing_key", "shadow",
+        "producer", "publisher", "connection", "ignore_result", "add_to_parent", "time_limit", "soft_time_limit",
+        "argsrepr", "kwargsrepr", "delivery_mode", "expiration", "mandatory",
+    ],
+)  # fmt: skip
+def test_what_celery_takes_for_its_messages_is_passed_over(option: str) -> None:
+    _start(**{option: {"max_retries": 3}})
+    with pytest.raises(UsageError, match="no start option"):
+        _start(**{f"{option}s_": 1})
+
+
 @pytest.fixture
 def client(database_url: str) -> Iterator[Client]:
     made = Client(Settings.from_environment({}, database_url=database_url), lambda *_: None, lambda: "celery")
