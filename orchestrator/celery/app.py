@@ -390,8 +390,13 @@ class _DrainTask:
     ignore_result = True
     send_events = False
     acks_late = False
+    rate_limit = 0  # whatever rate an app has for tasks that say nothing of it: as all work waits for doorbells
     embeds_ignored = True
     typing = False
+
+    @classmethod
+    def annotate(cls) -> None:
+        """Do nothing: what ``task_annotations`` says of all tasks is meant for an application's own."""
 
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Drain the queues of this worker."""

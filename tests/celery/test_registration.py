@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from celery import Celery, chain, chord, group
 from celery.exceptions import Reject
+from celery.utils.time import rate
 
 from orchestrator import Orchestrator, PayloadError, UsageError, saga, step, testing
+from orchestrator.celery.doorbell import DRAIN
 from orchestrator.step import StepContext, current_step
 
 
@@ -25,6 +27,16 @@ def test_a_step_has_its_queue_and_options_without_a_warning_of_celery() -> None:
 
         task = app.tasks["registers.declared"]
         assert (task.queue, task.rate_limit, task.throws) == ("fast", "3/s", (KeyError,))
+
+
+def test_doorbells_do_not_wait_for_the_rate_that_an_app_has_for_its_tasks() -> None:
+    """All work of a worker would, and doorbells would pile up."""
+    with Celery("rated", broker="memory://", set_as_current=False) as app:
+        app.conf.task_default_rate_limit = "1/h"
+        app.conf.task_annotations = {"*": {"rate_limit": "1/m", "acks_late": True}}
+        Orchestrator(app, database_url="postgresql://host/db")
+        doorbell = app.tasks[DRAIN]
+        assert (rate(doorbell.rate_limit), doorbell.acks_late) == (0, False)
 
 
 def test_a_message_that_comes_before_the_schema_stays_in_the_broker(empty_database_url: str) -> None:
