@@ -10,9 +10,10 @@ import itertools
 import os
 import threading
 import weakref
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from time import monotonic
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 from orchestrator.errors import StoreUnavailableError, UnknownRunError
 from orchestrator.machine.states import TERMINAL
@@ -33,6 +34,7 @@ class Handle(Protocol):
 
 
 H = TypeVar("H", bound=Handle)
+Asked: TypeAlias = Mapping[str, Sequence["Future[runs.Outcome]"]]
 
 
 class _Book:
@@ -117,33 +119,38 @@ class Poller:
                 if not book.waiting:
                     book.thread = None
                     return
-                ids = list(book.waiting)
+                asked = {run_id: [*futures] for run_id, futures in book.waiting.items()}
                 ahead = list(itertools.islice(book.expected, _AHEAD)) if book.somebody_new else []
                 book.somebody_new = False
             try:
                 with self._pool.connection() as connection:
-                    found = runs.outcomes(connection, [*ids, *ahead])
-                    missing = {run_id: unknown_run(run_id, connection) for run_id in ids if run_id not in found}
-                _settle(book, ids, found, missing)
+                    found = runs.outcomes(connection, [*asked, *ahead])
+                    missing = {run_id: unknown_run(run_id, connection) for run_id in asked if run_id not in found}
+                _settle(book, asked, found, missing)
             except StoreUnavailableError:
                 book.pause = 0.25  # the database comes back, or the callers' timeouts end their waiting
             except BaseException as error:
-                _fail(book, ids, error)
+                _fail(book, asked, error)
             with book.lock:
                 book.lock.wait(book.next_pause())  # a new caller is answered at once, whatever the pause has grown to
 
 
-def _settle(book: _Book, ids: list[str], found: dict[str, runs.Outcome], missing: dict[str, UnknownRunError]) -> None:
+def _settle(book: _Book, asked: Asked, found: dict[str, runs.Outcome], missing: dict[str, UnknownRunError]) -> None:
     with book.lock:
         for ended in found.values():
             handle = book.expected.pop(ended.id, None) if ended.state in TERMINAL else None
             if handle is not None:
                 handle.ended = ended
-        for run_id in ids:
+        for run_id, futures in asked.items():
             outcome = found.get(run_id)
             if outcome is not None and outcome.state not in TERMINAL:
                 continue
-            for future in book.waiting.pop(run_id, ()):
+            waiting = book.waiting.pop(run_id, [])
+            if outcome is None:  # at that moment: who came later may have started it meanwhile
+                later = [future for future in waiting if future not in futures]
+                book.waiting |= {run_id: later} if later else {}
+                waiting = [future for future in waiting if future in futures]
+            for future in waiting:
                 if not future.set_running_or_notify_cancel():
                     continue
                 if outcome is None:
@@ -153,9 +160,9 @@ def _settle(book: _Book, ids: list[str], found: dict[str, runs.Outcome], missing
                     future.set_result(outcome)
 
 
-def _fail(book: _Book, ids: list[str], error: BaseException) -> None:
+def _fail(book: _Book, asked: Asked, error: BaseException) -> None:
     with book.lock:
-        for run_id in ids:
+        for run_id in asked:
             for future in book.waiting.pop(run_id, ()):
                 if future.set_running_or_notify_cancel():
                     future.set_exception(error)

@@ -45,7 +45,7 @@ def test_how_long_callers_wait_is_learned(book: _Book) -> None:
     book.asked_at = NOW - 0.008
     for _ in range(20):
         book.waiting["run"] = [Future()]
-        _settle(book, ["run"], {"run": ended}, {})
+        _settle(book, {**book.waiting}, {"run": ended}, {})
     assert book.usual_s == pytest.approx(0.008, rel=0.01)
 
 

@@ -6,13 +6,14 @@ import asyncio
 import copy
 import math
 from collections.abc import Iterator
+from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import psycopg
 import pytest
 
-from orchestrator import StoreUnavailableError, UsageError, saga, starting
+from orchestrator import StoreUnavailableError, UnknownRunError, UsageError, poller, saga, starting
 from orchestrator.client import Client
 from orchestrator.settings import Settings
 from orchestrator.step import StepContext, current_step
@@ -112,6 +113,24 @@ def test_a_caller_may_wait_for_as_long_as_there_are_numbers(client: Client) -> N
         assert result.get(timeout=timeout) == 7
         result.ended = None
         assert asyncio.run(result.aget(timeout=timeout)) == 7
+
+
+def test_who_has_started_a_run_does_not_hear_that_it_is_unknown_because_others_asked_before(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is started, and waited for, while the answer is on its way to them."""
+    really, mine = poller.unknown_run, list[Future[runs.Outcome]]()
+
+    def unknown(run_id: str, *args: Any) -> UnknownRunError:
+        client.start(begun, (1,), {}, {"task_id": run_id})
+        mine.append(client.wait(run_id))
+        return really(run_id, *args)
+
+    monkeypatch.setattr(poller, "unknown_run", unknown)
+    with pytest.raises(UnknownRunError):
+        client.handle(begun, "late").get(timeout=30)
+    assert not mine[0].done()
+    client.forget("late", mine[0])
 
 
 def test_a_start_whose_connection_is_lost_under_way_is_not_said_to_be_undone(
