@@ -202,6 +202,7 @@ class FunctionCodec:
             ) from error
 
     def _encode(self, name: str, codec: ValueCodec, value: Any, from_json: bool) -> Json:
+        from_json = from_json and not isinstance(value, bytes)  # of which Celery's JSON has an envelope of its own
         try:
             return codec.encode(codec.decode(value) if from_json else value)
         except Exception as error:

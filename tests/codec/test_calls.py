@@ -128,6 +128,16 @@ def test_values_read_from_json_are_decoded_first() -> None:
     assert codec(store).encode_call(("_w==",), {}, from_json=True) == {"raw": "_w=="}
 
 
+@pytest.mark.parametrize("raw", [b"abcd", b"\xff"])
+def test_bytes_that_a_message_has_brought_are_not_read_as_their_own_text(raw: bytes) -> None:
+    """Celery's JSON has an envelope for them; what looks like base64 was read as such."""
+
+    def store(raw: bytes) -> None: ...
+
+    store_codec = codec(store)
+    assert store_codec.decode_call(store_codec.encode_call((raw,), {}, from_json=True)) == ((raw,), {})
+
+
 def test_inputs_are_compared_with_todays_annotations() -> None:
     today = codec(charge)
     one = today.canonical({"order": {"id": "o", "amount": 1}, "amount": "2.0"})
