@@ -89,10 +89,12 @@ class SagaResult:
         return self.status in TERMINAL - {"completed", "continued"}
 
     def get(self, timeout: float | None = None, propagate: bool = True) -> Any:
-        """Wait for the run and return its result; `timeout` is in seconds.
+        """Wait for the run and return its result; `timeout` is in seconds, with 0 for one that has ended already.
 
         Raises: SagaFailed, SagaCancelled (unless `propagate` is false: then they are returned), TimeoutError.
         """
+        if self.ended is None and timeout is not None and timeout <= 0:
+            self.ended = self._ended_by_now(timeout)
         if self.ended is None:
             future = self._client.wait(self.id)
             try:
@@ -105,6 +107,8 @@ class SagaResult:
 
     async def aget(self, timeout: float | None = None, propagate: bool = True) -> Any:
         """Wait without blocking the event loop; see `get`."""
+        if self.ended is None and timeout is not None and timeout <= 0:
+            self.ended = await asyncio.to_thread(self._ended_by_now, timeout)
         if self.ended is None:
             future = self._client.wait(self.id)
             try:
@@ -154,6 +158,12 @@ class SagaResult:
     ) -> None:
         """Settle a parked key by hand: with its result, or (`no_effect`) as having had none.  Raises: UsageError."""
         self._client.operate(self.id, "resolve", key, by=by, reason=reason, value=value, no_effect=no_effect)
+
+    def _ended_by_now(self, timeout: float) -> runs.Outcome:
+        outcome = self._client.outcome(self.id)
+        if outcome.state not in TERMINAL:
+            raise self._late(timeout)
+        return outcome
 
     def _late(self, timeout: float | None) -> TimeoutError:
         how = f"it may be parked or go on: ask again, or see `saga explain {self.id}`"

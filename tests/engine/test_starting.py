@@ -115,6 +115,21 @@ def test_a_caller_may_wait_for_as_long_as_there_are_numbers(client: Client) -> N
         assert asyncio.run(result.aget(timeout=timeout)) == 7
 
 
+@pytest.mark.parametrize("timeout", [0, -1.0])
+def test_a_caller_who_does_not_wait_gets_what_has_ended(client: Client, timeout: float) -> None:
+    result = client.start(begun, (1,), {}, {"task_id": "one"})
+    with pytest.raises(TimeoutError, match="was not finished"):
+        result.get(timeout=timeout)
+    with pytest.raises(TimeoutError, match="was not finished"):
+        asyncio.run(result.aget(timeout=timeout))
+    with psycopg.connect(client.settings.dsn) as connection:
+        connection.execute(
+            "UPDATE orchestrator.runs SET state = 'completed', output = '7', finished_at = now() WHERE id = 'one'"
+        )
+    assert client.handle(begun, "one").get(timeout=timeout) == 7
+    assert asyncio.run(client.handle(begun, "one").aget(timeout=timeout)) == 7
+
+
 def test_who_has_started_a_run_does_not_hear_that_it_is_unknown_because_others_asked_before(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
