@@ -9,6 +9,7 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import mmap
 import os
 import select
@@ -20,6 +21,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from time import monotonic
 from typing import Any, ClassVar
 
 from celery import bootsteps, signals
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 _VARIABLE = "ORCHESTRATOR_WORKER"
 _START_S = 20.0
 _STUCK_GRACE_S = 10.0
+_COLD_S = 45.0  # a pool child that is told to end may take half a minute of it, until main has read what it has sent
 _stop = mmap.mmap(-1, 1)  # one byte that says that the worker stops; a worker shares it with its children
 
 
@@ -65,6 +68,7 @@ class CompanionStep(bootsteps.StartStopStep):
         self._watching = True
         self._incarnation: int | None = None
         self._forking = threading.Lock()
+        self._ends_at = math.inf
         _limit_all_but_drains(worker)  # here, for of steps that are created the pool may be the first
 
     def create(self, worker: Any) -> None:
@@ -82,7 +86,7 @@ class CompanionStep(bootsteps.StartStopStep):
             }
         )
         signals.worker_shutting_down.connect(_begin_stop, weak=False)
-        _stop_from_the_beginning(worker)
+        self._stop_from_the_beginning(worker)
         signals.worker_ready.connect(self._ring_own_queues, weak=False)
         signals.worker_before_create_process.connect(_share_memory, weak=False)
         self.exclude_forks()
@@ -98,6 +102,21 @@ class CompanionStep(bootsteps.StartStopStep):
             shutil.rmtree(self._folder, ignore_errors=True)
             raise SystemExit(f"orchestrator: {error}") from None
         threading.Thread(target=self._watch, name="orchestrator companion", daemon=True).start()
+
+    def _stop_from_the_beginning(self, worker: Any) -> None:
+        """Say that the worker stops before a soft shutdown waits: Celery says so later, and interrupts what is begun.
+
+        It waits in a signal handler, and after that for the pool: for ever, if the handler came between the two parts
+        of a message to a pool child, which waits for the second.
+        """
+        wait = worker.wait_for_soft_shutdown
+
+        def begin_stop_and_wait() -> None:
+            _begin_stop()
+            self._ends_at = monotonic() + worker.app.conf.worker_soft_shutdown_timeout + _COLD_S
+            wait()
+
+        worker.wait_for_soft_shutdown = begin_stop_and_wait
 
     def _configure(self, worker: Any) -> Config:
         app = worker.app
@@ -158,6 +177,9 @@ class CompanionStep(bootsteps.StartStopStep):
             process = self._process
             if process is not None and process.poll() == EX_STUCK:
                 _end_stuck()
+            if monotonic() > self._ends_at:
+                logger.critical("this worker's cold shutdown does not come to an end; it is ended")
+                os._exit(1)
             if process is not None and process.poll() is not None and self._watching:
                 logger.warning(
                     "the companion of this worker ended (exit code %s); starting it again", process.returncode
@@ -226,20 +248,6 @@ def _slots(worker: Any) -> int:
 
 def _begin_stop(**_: Any) -> None:
     _stop[0] = 1
-
-
-def _stop_from_the_beginning(worker: Any) -> None:
-    """Say that the worker stops before a soft shutdown waits: Celery says so after that, and interrupts what is begun.
-
-    It is in a signal handler then, and waits in it.
-    """
-    wait = worker.wait_for_soft_shutdown
-
-    def begin_stop_and_wait() -> None:
-        _begin_stop()
-        wait()
-
-    worker.wait_for_soft_shutdown = begin_stop_and_wait
 
 
 def _share_memory(**_: Any) -> None:
