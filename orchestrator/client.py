@@ -180,9 +180,7 @@ class Client:
         if name != new.saga:
             raise ConflictError(f"run id {new.id} belongs to a run of {name}; choose another id for {new.saga}")
         recorded: Any = read_stored(text)
-        if canonical_text(recorded) != canonical_text(given) and saga.codec.canonical(recorded) != saga.codec.canonical(
-            given
-        ):
+        if canonical_text(recorded) != canonical_text(given) and not saga.codec.same(recorded, given):
             raise ConflictError(
                 f"run {new.id} of {name} was started with other input; the same id with other input is a conflict, "
                 "not a second run. Use a new id, or pass the same input."

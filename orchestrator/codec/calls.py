@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn
 
 from orchestrator.codec.messages import MessageValue
 from orchestrator.codec.text import Json, canonical_text, first_line, short
-from orchestrator.codec.values import ValueCodec, encode_any, explain, reason
+from orchestrator.codec.values import ValueCodec, alike, encode_any, explain, reason
 from orchestrator.errors import DefinitionError, PayloadError
 
 MISSING: Final = inspect.Parameter.empty
@@ -160,6 +160,18 @@ class FunctionCodec:
             return canonical_text(typing.cast(Json, self.encode_call(args, kwargs)))
         except (PayloadError, TypeError):
             return canonical_text(dict(encoded))
+
+    def same(self, one: Mapping[str, Json], other: Mapping[str, Json]) -> bool:
+        """Tell whether two encoded calls are the same: in their text, or at least once they are decoded.
+
+        A Decimal is the same with more zeros behind it, an instant in another time zone.
+        """
+        if self.canonical(one) == self.canonical(other):
+            return True
+        try:
+            return alike(self.decode_call(one), self.decode_call(other))
+        except (PayloadError, TypeError):
+            return False
 
     def prepare(self) -> dict[str, ValueCodec]:
         """Build the codecs of all parameters now, so that a wrong annotation shows before a call.

@@ -12,7 +12,7 @@ import math
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, Final, NewType
 
 from pydantic import BaseModel, ConfigDict, Secret, SecretBytes, SecretStr, TypeAdapter, ValidationError
@@ -226,6 +226,21 @@ def _is_plain(schema: dict[str, Any]) -> bool:
     if kind == "literal":
         return all(value is None or type(value) in (str, int, bool) for value in schema["expected"])
     return not isinstance(kind, str) or kind in _PLAIN
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Tell whether two values are equal, and of the same types: 1 is not True."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, BaseModel):
+        return alike(vars(one), vars(other)) and alike(one.model_extra, other.model_extra)
+    if is_dataclass(one) and not isinstance(one, type):
+        return all(alike(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == other)
 
 
 def _values_are(schema: dict[str, Any], kind: type) -> bool:

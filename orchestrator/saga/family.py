@@ -66,7 +66,7 @@ def _asked(saga: Saga[Any, Any], encoded: dict[str, Json], key: str) -> Asked:
 def _same(saga: Saga[Any, Any], encoded: dict[str, Json], asked: Asked) -> bool:
     if asked.kind != "child" or asked.task != saga.name:
         return False
-    return bool(asked.args == encoded) or saga.codec.canonical(asked.args) == saga.codec.canonical(encoded)
+    return bool(asked.args == encoded) or saga.codec.same(asked.args, encoded)
 
 
 def _failure(run_id: str, record: StepRecord) -> Exception:

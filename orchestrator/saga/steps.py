@@ -99,7 +99,7 @@ def asked_of(task: Step[Any, Any], args: dict[str, Json], run_queue: str, key: s
 def _same(task: Step[Any, Any], args: dict[str, Json], asked: Asked) -> bool:
     if asked.task != task.name:
         return False
-    return bool(asked.args == args) or task.codec.canonical(asked.args) == task.codec.canonical(args)
+    return bool(asked.args == args) or task.codec.same(asked.args, args)
 
 
 def decode_result(task: Any, result: Json) -> Any:

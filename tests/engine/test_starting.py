@@ -7,13 +7,14 @@ import copy
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
 from typing import Any, cast
 
 import psycopg
 import pytest
 
-from orchestrator import StoreUnavailableError, UnknownRunError, UsageError, poller, saga, starting
+from orchestrator import ConflictError, StoreUnavailableError, UnknownRunError, UsageError, poller, saga, starting
 from orchestrator.client import Client
 from orchestrator.settings import Settings
 from orchestrator.step import StepContext, current_step
@@ -95,6 +96,24 @@ def test_a_text_in_the_place_of_arguments_is_not_taken_letter_by_letter(client: 
         asyncio.run(mine.aapply_async(args))
     with pytest.raises(UsageError, match="a list or tuple of arguments"):
         mine.start_many([args])
+
+
+@saga.define
+async def ordered(amount: Decimal, at: datetime, note: Any = None) -> None: ...
+
+
+def test_the_same_amount_and_the_same_instant_are_the_same_input_however_they_are_written(client: Client) -> None:
+    """As they come from a form at first, and from the database when the start is tried again."""
+    noon = datetime(2026, 7, 1, 12, tzinfo=UTC)
+    first = client.start(ordered, (Decimal("10.5"), noon), {}, {"task_id": "one"})
+    again = (Decimal("10.50"), noon.astimezone(timezone(timedelta(hours=2))))
+    assert client.start(ordered, again, {}, {"task_id": "one"}).id == first.id
+    for other in ((Decimal("10.51"), noon), (Decimal("10.5"), noon + timedelta(microseconds=1))):
+        with pytest.raises(ConflictError):
+            client.start(ordered, other, {}, {"task_id": "one"})
+    client.start(ordered, (Decimal(1), noon, 1), {}, {"task_id": "two"})
+    with pytest.raises(ConflictError):
+        client.start(ordered, (Decimal(1), noon, True), {}, {"task_id": "two"})
 
 
 def test_one_id_for_many_runs_is_refused_and_not_passed_over(client: Client) -> None:
