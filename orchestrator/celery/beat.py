@@ -48,7 +48,7 @@ class Scheduler(celery.beat.Scheduler):
         self._schedules = engine_of(self._orchestrator)
         self._connection: Connection | None = None
         self._leads: bool | None = None
-        self._ticking = self._broker_said = False
+        self._ticking = self._told_to_end = self._broker_said = False
         self._said: set[str] = set()
         self._next: dict[str, tuple[datetime, datetime | None]] = {}
         self._resting: dict[str, float] = {}
@@ -83,11 +83,14 @@ class Scheduler(celery.beat.Scheduler):
             pause = _RETRY_S
         finally:
             self._ticking = False
+        if self._told_to_end:
+            raise SystemExit  # somebody has kept the one that the signal raised
         return max(0.0, min(pause, float(self.max_interval)))
 
     def close(self) -> None:
         """Leave the leadership to another beat, and close what is open."""
         if self._ticking:  # a signal came in the middle of a statement; this is called again once that is left
+            self._told_to_end = True
             return
         connection, self._connection = self._connection, None
         if connection is not None:
