@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import pytz
 from celery import Celery
 from celery.beat import BeatLazyFunc, ScheduleEntry
 from celery.schedules import BaseSchedule, crontab, schedstate, schedule, solar
@@ -104,7 +105,7 @@ def test_the_zone_of_a_crontab_is_that_of_the_entry_else_that_of_the_app(app: Ce
 @pytest.mark.parametrize("given", [crontab(minute=0, hour=3), schedule(3600, relative=True)], ids=str)
 def test_a_zone_of_pytz_is_the_zone_of_that_name(app: Celery, client: Client, where: str, given: Any) -> None:
     """As ``tzinfo`` it is local mean time: 53 minutes and 28 seconds ahead of UTC in Berlin, whatever the season."""
-    zone = pytest.importorskip("pytz").timezone("Europe/Berlin")
+    zone = pytz.timezone("Europe/Berlin")
     app.conf.timezone = zone if where == "the app" else "UTC"
     found, _ = read(app, client, schedule=given, options={"timezone": zone} if where == "the entry" else {})
     expected, _ = read(app, client, schedule=given, options={"timezone": "Europe/Berlin"})
