@@ -302,7 +302,7 @@ class Advancer:
                 return lambda after: self._go_on(after, taken.run_id, made(after))
             execution.discard()
         assert taken.fence is not None
-        if not arrivals.arrive(connection, taken.run_id, [(taken.key, taken.fence, encode(outcome))]):
+        if not arrivals.arrive(connection, taken.run_id, [(taken.lane, taken.fence, encode(outcome))]):
             return None
         if drivable:
             return lambda after: self._advance(after, taken.run_id)
@@ -324,7 +324,7 @@ class Advancer:
         """
         queue = None
         run_id = ended[0][0].run_id
-        outcomes = [(taken.key, taken.fence, encode(outcome)) for taken, outcome in ended if taken.fence is not None]
+        outcomes = [(taken.lane, taken.fence, encode(outcome)) for taken, outcome in ended if taken.fence is not None]
         failpoint("arrive.before", connection)
         with connection.transaction():
             failpoint("arrive.begun", connection)
@@ -335,9 +335,9 @@ class Advancer:
         failpoint("arrive.after", connection)
         if queue:
             self._ring(connection, queue, 1)
-        self._admit(connection, [taken.call for taken, _ in ended if taken.key in accepted])
+        self._admit(connection, [taken.call for taken, _ in ended if taken.lane in accepted])
         for taken, outcome in ended:
-            if taken.key not in accepted:
+            if taken.lane not in accepted:
                 self._refuse(connection, taken, outcome)
         return bool(accepted)
 

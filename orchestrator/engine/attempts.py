@@ -153,7 +153,7 @@ class Attempts:
             details = encode_any(details, what)
             check(details, what=what)
             taken.call["d"] = details
-        stop = attempts.heartbeat(connection, taken.run_id, taken.key, taken.fence, details)
+        stop = attempts.heartbeat(connection, taken.run_id, taken.lane, taken.fence, details)
         if stop is None:
             raise StepStopped(
                 f"attempt {taken.attempt} of {taken.key} was given up: its lease or its heartbeat was missed"
@@ -213,7 +213,7 @@ class Attempts:
     ) -> list[Taken] | None:
         """After a connection was lost at a commit: None if the outcome can still be recorded, else what to do next."""
         fences.append(new_fence())
-        if attempts.refence(connection, taken.run_id, taken.key, fences, fences[-1]):
+        if attempts.refence(connection, taken.run_id, taken.lane, fences, fences[-1]):
             taken.fence = fences[-1]
             return None
         link = _link_of(taken)

@@ -70,6 +70,9 @@ def commit_of(
 ) -> Commit:
     info = execution.info
     continued = None if turn.was_ended else execution.fold.continued
+    held = [(taken.lane, taken.fence) for taken in done if taken.fence is not None]
+    if first is not None:
+        first.taken.lane = held[0][0] if held else _new_lane(turn, 0)
     return Commit(
         run_id=info.id,
         position=turn.position,
@@ -82,14 +85,18 @@ def commit_of(
         queue=info.queue,
         priority=info.priority,
         ended=turn.state in TERMINAL and continued is None and not turn.was_ended,
-        done=[(taken.key, taken.fence) for taken in done if taken.fence is not None],
+        done=held,
         shared=not done or execution.fold.in_flight > (first is not None),
         holds_turn=holds_turn,
         wake=turn.wake if continued is None else turn.at,
         rewake=continued is not None or (turn.wake is not None and turn.wake != execution.committed_wake),
-        next=work_row(info, first.work, turn.at, begun=True) if first else None,
+        next=work_row(info, first.work, turn.at, first.taken.lane, begun=True) if first else None,
         next_fence=first.taken.fence if first else None,
-        work=[work_row(info, work, turn.at) for work in turn.work if first is None or work is not first.work],
+        work=[
+            work_row(info, work, turn.at, _new_lane(turn, number))
+            for number, work in enumerate(turn.work, 1)
+            if first is None or work is not first.work
+        ],
         withdraw=turn.withdraw,
         consumed=consumed,
         children=[_child_row(child) for child in turn.children],
@@ -130,7 +137,7 @@ def begin_next(
         if here and (work.due is None or work.due <= now) and alone:
             deadline = now + timedelta(seconds=work.call["t"]) if "t" in work.call else None
             taken = Taken(
-                info.id, work.key, work.role, target, queue, work.task, work.attempt + 1, work.call, new_fence(),
+                info.id, 0, work.key, work.role, target, queue, work.task, work.attempt + 1, work.call, new_fence(),
                 deadline, now,
             )  # fmt: skip
             return Begun(work, taken)
@@ -152,8 +159,14 @@ def gate_of(call: Any) -> str:
     return str(call["g"]["gate"]) if "g" in call else ""
 
 
-def work_row(info: RunInfo, work: Work, at: datetime, *, begun: bool = False) -> dict[str, Any]:
+def _new_lane(turn: Turn, number: int) -> int:
+    """Return a lane that the run has never had, since each of its positions is written once; 0 is that of turns."""
+    return (turn.position + 1) << 32 | number
+
+
+def work_row(info: RunInfo, work: Work, at: datetime, lane: int, *, begun: bool = False) -> dict[str, Any]:
     row = {
+        "lane": lane,
         "key": work.key,
         "role": work.role,
         "target": target_of(info, work),

@@ -14,34 +14,34 @@ from orchestrator.failpoints import failpoint
 from orchestrator.store.connection import CLOCK, Connection
 from orchestrator.store.turns import ANYONE
 
-# Deletes the attempts' rows whose fence is the expected one (primary key of work; locked in the order of their keys),
+# Deletes the attempts' rows whose fence is the expected one (primary key of work, in its order),
 # and only then leaves the arrivals.
 _ARRIVE = """
 WITH given AS MATERIALIZED (
-    SELECT * FROM unnest(%(keys)s::text[], %(fences)s::bigint[], %(arrivals)s::text[]) WITH ORDINALITY
-        AS g (key, fence, arrival, n)
+    SELECT * FROM unnest(%(lanes)s::bigint[], %(fences)s::bigint[], %(arrivals)s::text[]) WITH ORDINALITY
+        AS g (lane, fence, arrival, n)
 ), held AS MATERIALIZED (
-    SELECT w.key FROM orchestrator.work w JOIN given g ON w.key = g.key AND w.fence = g.fence
-    WHERE w.run_id = %(run_id)s ORDER BY w.key FOR UPDATE OF w
+    SELECT w.lane FROM orchestrator.work w JOIN given g ON w.lane = g.lane AND w.fence = g.fence
+    WHERE w.run_id = %(run_id)s ORDER BY w.lane FOR UPDATE OF w
 ), done AS (
-    DELETE FROM orchestrator.work w USING held h WHERE w.run_id = %(run_id)s AND w.key = h.key RETURNING w.key
+    DELETE FROM orchestrator.work w USING held h WHERE w.run_id = %(run_id)s AND w.lane = h.lane RETURNING w.lane
 ), arrived AS (
     INSERT INTO orchestrator.arrivals (run_id, arrival)
-    SELECT %(run_id)s, g.arrival::json FROM given g JOIN done USING (key) ORDER BY g.n
+    SELECT %(run_id)s, g.arrival::json FROM given g JOIN done USING (lane) ORDER BY g.n
 )
-SELECT key FROM done
+SELECT lane FROM done
 """
 
 
-def arrive(connection: Connection, run_id: str, outcomes: Sequence[tuple[str, int, Json]]) -> set[str]:
-    """Leave outcomes of attempts, as (key, fence, arrival), as arrivals; returns the keys whose fence was theirs."""
-    keys, fences, texts = [], [], []
-    for key, fence, arrival in outcomes:
-        keys.append(key)
+def arrive(connection: Connection, run_id: str, outcomes: Sequence[tuple[int, int, Json]]) -> set[int]:
+    """Leave outcomes of attempts, as (lane, fence, arrival), as arrivals; returns the lanes whose fence was theirs."""
+    lanes, fences, texts = [], [], []
+    for lane, fence, arrival in outcomes:
+        lanes.append(lane)
         fences.append(fence)
         texts.append(dumps(arrival))
-    values = {"run_id": run_id, "keys": keys, "fences": fences, "arrivals": texts}
-    return {key for (key,) in connection.execute(_ARRIVE, values).fetchall()}
+    values = {"run_id": run_id, "lanes": lanes, "fences": fences, "arrivals": texts}
+    return {lane for (lane,) in connection.execute(_ARRIVE, values).fetchall()}
 
 
 # One row of work per run says that it owes a turn; a reservation of it is lifted, so that its holder cannot delete it.
@@ -53,7 +53,7 @@ SELECT id, '', 'turn',
          ELSE saga || '@' || version END,
     queue, priority, {CLOCK}
 FROM orchestrator.runs WHERE {{which}}
-ON CONFLICT (run_id, key) DO UPDATE SET
+ON CONFLICT (run_id, lane) DO UPDATE SET
     target = CASE WHEN EXCLUDED.target = %(any)s THEN EXCLUDED.target ELSE w.target END,
     due_at = least(w.due_at, EXCLUDED.due_at), reserved_at = NULL, incarnation = NULL, child = NULL
 RETURNING queue
@@ -134,7 +134,7 @@ def noticed(connection: Connection, run_id: str) -> tuple[int, bool]:
 
 # Primary keys of work and arrivals.
 _IGNORE = """
-WITH dropped AS (DELETE FROM orchestrator.work WHERE run_id = %(run_id)s AND key = '' AND role = 'turn')
+WITH dropped AS (DELETE FROM orchestrator.work WHERE run_id = %(run_id)s AND lane = 0)
 DELETE FROM orchestrator.arrivals WHERE run_id = %(run_id)s AND id = ANY(%(ids)s::bigint[])
 """
 

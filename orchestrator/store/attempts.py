@@ -16,16 +16,16 @@ from orchestrator.store.turns import Taken
 _HEARTBEAT = f"""
 UPDATE orchestrator.work SET details = coalesce(%(details)s::json, details),
     expires_at = {CLOCK} + make_interval(secs => least((call ->> 't')::float8 + 5, (call ->> 'h')::float8))
-WHERE run_id = %(run_id)s AND key = %(key)s AND fence = %(fence)s RETURNING stop
+WHERE run_id = %(run_id)s AND lane = %(lane)s AND fence = %(fence)s RETURNING stop
 """
 
 
 def heartbeat(
-    connection: Connection, run_id: str, key: str, fence: int, details: Json, now: datetime | None = None
+    connection: Connection, run_id: str, lane: int, fence: int, details: Json, now: datetime | None = None
 ) -> bool | None:
     """Extend the attempt's life; returns whether it should stop, None if it has lost its fence."""
     encoded = None if details is None else dumps(details)
-    values = {"run_id": run_id, "key": key, "fence": fence, "details": encoded, "now": now}
+    values = {"run_id": run_id, "lane": lane, "fence": fence, "details": encoded, "now": now}
     failpoint("heartbeat.before", connection)
     row = connection.execute(_HEARTBEAT, values).fetchone()
     failpoint("heartbeat.after", connection)
@@ -35,8 +35,8 @@ def heartbeat(
 # After a lost connection: what this child holds begun, which may be more than it was told (primary key, index
 # work_begun).
 _HELD = f"""
-SELECT run_id, key, role, target, queue, task, attempt, call, fence, deadline_at, {CLOCK}
-FROM orchestrator.work WHERE fence IS NOT NULL AND incarnation = %(incarnation)s AND child = %(child)s
+SELECT run_id, lane, key, role, target, queue, task, attempt, call, fence, deadline_at, {CLOCK}
+FROM orchestrator.work WHERE begun_by = %(incarnation)s AND child = %(child)s
 """
 
 
@@ -46,17 +46,17 @@ def held(connection: Connection, incarnation: int, child: int, now: datetime | N
     return [Taken(*row) for row in rows]
 
 
-# Primary key of work, locked in the order of its keys.
+# Primary key of work, in its order.
 _GIVE_BACK = """
 WITH held AS MATERIALIZED (
-    SELECT w.run_id, w.key FROM orchestrator.work w
-    JOIN unnest(%(runs)s::text[], %(keys)s::text[], %(fences)s::bigint[]) AS g (run_id, key, fence)
-        ON w.run_id = g.run_id AND w.key = g.key AND w.fence = g.fence
-    ORDER BY w.run_id, w.key FOR UPDATE OF w
+    SELECT w.run_id, w.lane FROM orchestrator.work w
+    JOIN unnest(%(runs)s::text[], %(lanes)s::bigint[], %(fences)s::bigint[]) AS g (run_id, lane, fence)
+        ON w.run_id = g.run_id AND w.lane = g.lane AND w.fence = g.fence
+    ORDER BY w.run_id, w.lane FOR UPDATE OF w
 )
 UPDATE orchestrator.work w SET attempt = w.attempt - 1, fence = NULL, reserved_at = NULL, incarnation = NULL,
     child = NULL, begun_at = NULL, deadline_at = NULL, expires_at = NULL
-FROM held h WHERE w.run_id = h.run_id AND w.key = h.key RETURNING w.queue
+FROM held h WHERE w.run_id = h.run_id AND w.lane = h.lane RETURNING w.queue
 """
 
 
@@ -66,7 +66,7 @@ def give_back(connection: Connection, items: Sequence[Taken]) -> list[str]:
     Returns the queues to ring, one per attempt; one that has lost its fence is passed over.
     """
     values = {
-        "runs": [item.run_id for item in items], "keys": [item.key for item in items],
+        "runs": [item.run_id for item in items], "lanes": [item.lane for item in items],
         "fences": [item.fence for item in items],
     }  # fmt: skip
     failpoint("give_back_attempts.before", connection)
@@ -77,16 +77,16 @@ def give_back(connection: Connection, items: Sequence[Taken]) -> list[str]:
 
 _REFENCE = """
 UPDATE orchestrator.work SET fence = %(new)s
-WHERE run_id = %(run_id)s AND key = %(key)s AND fence = ANY(%(fences)s) RETURNING 1
+WHERE run_id = %(run_id)s AND lane = %(lane)s AND fence = ANY(%(fences)s) RETURNING 1
 """
 
 
-def refence(connection: Connection, run_id: str, key: str, fences: Sequence[int], new: int) -> bool:
+def refence(connection: Connection, run_id: str, lane: int, fences: Sequence[int], new: int) -> bool:
     """Change an attempt's fence, waiting for whoever holds its row: after True the old one can never commit.
 
     `fences` are all that it may have: a change that was not answered may have been made.
     """
-    values = {"run_id": run_id, "key": key, "fences": list(fences), "new": new}
+    values = {"run_id": run_id, "lane": lane, "fences": list(fences), "new": new}
     failpoint("refence.before", connection)
     changed = connection.execute(_REFENCE, values).fetchone() is not None
     failpoint("refence.after", connection)

@@ -60,7 +60,7 @@ SELECT w.queue, w.target, count(*)::integer, max({CLOCK} - w.due_at),
     EXISTS (SELECT FROM orchestrator.incarnations i WHERE i.dead_at IS NULL AND w.queue = ANY (i.queues)
             AND (w.target = '*' OR w.target = ANY (i.targets)))
 FROM (SELECT queue, target, due_at FROM orchestrator.work
-      WHERE fence IS NULL AND due_at <= {CLOCK}
+      WHERE begun_by IS NULL AND due_at <= {CLOCK}
         AND NOT queue = ANY (ARRAY(SELECT name FROM orchestrator.pauses WHERE kind = 'queue')) LIMIT {_SAMPLE}) AS w
 GROUP BY w.queue, w.target ORDER BY w.queue, w.target
 """
@@ -106,7 +106,7 @@ class Stuck:
 # Indexes work_begun, arrivals (primary key, its head) and slots_open; runs by their start, newest first.
 _STUCK = f"""
 SELECT
-    (SELECT count(*) FROM (SELECT FROM orchestrator.work WHERE fence IS NOT NULL
+    (SELECT count(*) FROM (SELECT FROM orchestrator.work WHERE begun_by IS NOT NULL
         AND expires_at < {CLOCK} - interval '30 s' LIMIT {_SAMPLE}) AS e)::integer,
     (SELECT count(*) FROM (SELECT FROM orchestrator.arrivals a JOIN orchestrator.runs r ON r.id = a.run_id
         WHERE a.at < {CLOCK} - interval '60 s' AND r.finished_at IS NULL LIMIT {_SAMPLE}) AS a)::integer,

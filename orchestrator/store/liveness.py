@@ -78,13 +78,12 @@ def declare_dead(
 # `quiet` is empty when the process is known to be gone; otherwise an effect may land until the attempt's deadline.
 _LOST = """
 WITH lost AS (
-    SELECT run_id, key, role, attempt, fence, deadline_at, begun_at, (call ->> 'n') IS NOT NULL AS harmless
+    SELECT run_id, lane, key, role, attempt, fence, deadline_at, begun_at, (call ->> 'n') IS NOT NULL AS harmless
     FROM orchestrator.work
-    WHERE fence IS NOT NULL AND {which}
-    ORDER BY run_id, key LIMIT %(limit)s FOR UPDATE SKIP LOCKED
+    WHERE begun_by IS NOT NULL AND {which} LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 ), gone AS (
     DELETE FROM orchestrator.work w USING lost
-    WHERE w.run_id = lost.run_id AND w.key = lost.key AND w.fence = lost.fence
+    WHERE w.run_id = lost.run_id AND w.lane = lost.lane AND w.fence = lost.fence
     RETURNING lost.*, w.details
 )
 INSERT INTO orchestrator.arrivals (run_id, arrival)
@@ -95,13 +94,11 @@ SELECT run_id, json_strip_nulls(json_build_object(
     'quiet', CASE WHEN %(known_dead)s OR harmless THEN '' ELSE to_char(deadline_at AT TIME ZONE 'UTC',
         'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"') END,
     'error', %(error)s::json))
-FROM gone RETURNING run_id
+FROM gone ORDER BY run_id, lane RETURNING run_id
 """
-_OF_DEAD = (
-    "incarnation IN (SELECT id FROM orchestrator.incarnations WHERE id = %(incarnation)s AND dead_at IS NOT NULL)"
-)
-_OF_ANY_DEAD = """incarnation NOT IN (SELECT id FROM orchestrator.incarnations WHERE dead_at IS NULL)"""
-_OF_CHILD = "incarnation = %(incarnation)s AND child = %(child)s AND fence <> ALL (%(keep)s::bigint[])"
+_OF_DEAD = "begun_by IN (SELECT id FROM orchestrator.incarnations WHERE id = %(incarnation)s AND dead_at IS NOT NULL)"
+_OF_ANY_DEAD = """begun_by NOT IN (SELECT id FROM orchestrator.incarnations WHERE dead_at IS NULL)"""
+_OF_CHILD = "begun_by = %(incarnation)s AND child = %(child)s AND fence <> ALL (%(keep)s::bigint[])"
 # The worker's own companion comes first: it can end the process, and then nothing of the attempt can come late.
 _EXPIRED = f"expires_at < {CLOCK} - interval '2 seconds'"
 
@@ -171,7 +168,7 @@ def give_back_expired(connection: Connection, limit: int = 500, now: datetime | 
 
 
 _CHILDREN = """
-SELECT child FROM orchestrator.work WHERE fence IS NOT NULL AND incarnation = %(incarnation)s
+SELECT child FROM orchestrator.work WHERE begun_by = %(incarnation)s
 UNION SELECT child FROM orchestrator.drainers WHERE incarnation = %(incarnation)s
 """
 
@@ -183,7 +180,7 @@ def children(connection: Connection, incarnation: int) -> list[int]:
 
 _EXPIRED_CHILDREN = f"""
 SELECT DISTINCT child FROM orchestrator.work
-WHERE fence IS NOT NULL AND incarnation = %(incarnation)s AND expires_at < {CLOCK}
+WHERE begun_by = %(incarnation)s AND expires_at < {CLOCK}
 """
 
 
@@ -197,7 +194,7 @@ def expired_children(connection: Connection, incarnation: int, now: datetime | N
 _DUE = f"""
 SELECT q.queue, (SELECT count(*) FROM (SELECT FROM generate_series(0, 9) AS level CROSS JOIN LATERAL (
         SELECT FROM orchestrator.work
-        WHERE fence IS NULL AND queue = q.queue AND priority = level AND due_at <= {CLOCK}
+        WHERE begun_by IS NULL AND queue = q.queue AND priority = level AND due_at <= {CLOCK}
           AND (reserved_at IS NULL OR reserved_at < {CLOCK} - %(reservation)s::interval)
         LIMIT %(limit)s) AS w LIMIT %(limit)s) AS page)
 FROM (
@@ -225,7 +222,7 @@ FROM (SELECT DISTINCT unnest(queues) AS queue FROM orchestrator.incarnations WHE
 CROSS JOIN generate_series(0, 9) AS level
 CROSS JOIN LATERAL (
     SELECT due_at FROM orchestrator.work
-    WHERE fence IS NULL AND queue = q.queue AND priority = level AND due_at > {CLOCK} ORDER BY due_at LIMIT 1
+    WHERE begun_by IS NULL AND queue = q.queue AND priority = level AND due_at > {CLOCK} ORDER BY due_at LIMIT 1
 ) AS w
 """
 
@@ -244,7 +241,7 @@ SELECT EXISTS (
         SELECT unnest(%(queues)s::text[]) AS queue EXCEPT SELECT name FROM orchestrator.pauses WHERE kind = 'queue'
     ) AS q CROSS JOIN generate_series(0, 9) AS level CROSS JOIN LATERAL (
         SELECT FROM orchestrator.work w
-        WHERE w.fence IS NULL AND w.queue = q.queue AND w.priority = level
+        WHERE w.begun_by IS NULL AND w.queue = q.queue AND w.priority = level
           AND w.due_at < {CLOCK} - %(patience)s::interval AND w.target = ANY (%(targets)s)
           AND (w.reserved_at IS NULL OR w.reserved_at < {CLOCK} - %(patience)s::interval)
         LIMIT 1
@@ -277,7 +274,7 @@ _FORGOTTEN = f"""
 SELECT DISTINCT run_id FROM (
     SELECT run_id FROM orchestrator.arrivals a
     WHERE at < {CLOCK} - interval '1 second'
-      AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.run_id = a.run_id AND w.key = '' AND w.due_at <= {CLOCK})
+      AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.run_id = a.run_id AND w.lane = 0 AND w.due_at <= {CLOCK})
       AND EXISTS (SELECT FROM orchestrator.runs r WHERE r.id = a.run_id)
     ORDER BY id LIMIT %(limit)s
 ) AS page ORDER BY run_id
@@ -334,7 +331,7 @@ def sweep(connection: Connection, keep: timedelta = timedelta(hours=1), now: dat
     failpoint("sweep.marks", connection)
     connection.execute(
         f"""DELETE FROM orchestrator.incarnations i WHERE dead_at < {CLOCK} - %(keep)s::interval
-            AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.incarnation = i.id AND w.fence IS NOT NULL)""",
+            AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.begun_by = i.id)""",
         {"keep": keep, "now": now},
     )
     failpoint("sweep.after", connection)

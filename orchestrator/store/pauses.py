@@ -105,7 +105,7 @@ WITH paused AS (
     WHERE r.id = ANY(%(ids)s) AND r.finished_at IS NULL
 ), aside AS (
     UPDATE orchestrator.work w SET due_at = w.due_at + %(line)s, reserved_at = NULL, incarnation = NULL, child = NULL
-    FROM mine WHERE w.run_id = mine.id AND w.key = '' AND mine.position = 0 AND w.reserved_at IS NOT NULL
+    FROM mine WHERE w.run_id = mine.id AND w.lane = 0 AND mine.position = 0 AND w.reserved_at IS NOT NULL
       AND w.incarnation = %(incarnation)s AND w.child = %(child)s
     RETURNING w.run_id
 ), noted AS (
@@ -194,7 +194,7 @@ WITH page AS (
 ), begun AS (
     UPDATE orchestrator.work w SET due_at = w.due_at - %(line)s
     FROM page JOIN orchestrator.runs r ON r.id = page.run_id
-    WHERE w.run_id = r.id AND w.key = '' AND r.position = 0 AND w.due_at > orchestrator.now() + %(line)s / 2
+    WHERE w.run_id = r.id AND w.lane = 0 AND r.position = 0 AND w.due_at > orchestrator.now() + %(line)s / 2
     RETURNING w.queue
 )
 SELECT (SELECT count(*) FROM page), array(SELECT queue FROM begun), array(

@@ -186,7 +186,7 @@ def task_of(connection: Connection, run_id: str, key: str) -> str:
 
 
 _OUTSTANDING = f"""
-SELECT w.key, w.role, w.target, w.queue, w.task, w.attempt, w.due_at, w.reserved_at, w.fence IS NOT NULL, w.begun_at,
+SELECT w.key, w.role, w.target, w.queue, w.task, w.attempt, w.due_at, w.reserved_at, w.begun_by IS NOT NULL, w.begun_at,
     w.deadline_at, w.expires_at, w.stop, i.node, i.dead_at IS NOT NULL,
     EXISTS (SELECT FROM orchestrator.incarnations a WHERE a.dead_at IS NULL AND w.queue = ANY(a.queues)),
     EXISTS (SELECT FROM orchestrator.incarnations a

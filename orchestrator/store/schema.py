@@ -8,7 +8,7 @@ from __future__ import annotations
 from orchestrator.errors import SchemaError
 from orchestrator.store.connection import Connection
 
-HEAD = "0008"
+HEAD = "0009"
 
 
 def check(connection: Connection) -> None:

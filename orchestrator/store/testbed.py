@@ -109,7 +109,7 @@ WITH waiting AS (
     SELECT w.run_id, w.key, w.attempt, w.due_at, r.state,
         greatest(w.due_at, w.reserved_at + %(reservation)s::interval) AS moment
     FROM orchestrator.work w LEFT JOIN orchestrator.runs r ON r.id = w.run_id
-    WHERE w.fence IS NULL AND w.target = ANY (%(targets)s)
+    WHERE w.begun_by IS NULL AND w.target = ANY (%(targets)s)
 )
 SELECT (SELECT coalesce(array_agg(DISTINCT queue), '{}') FROM orchestrator.work),
     (SELECT coalesce(array_agg(concat_ws(' ', run_id, key, attempt, due_at) ORDER BY due_at, run_id, key), '{}')
@@ -120,7 +120,7 @@ SELECT (SELECT coalesce(array_agg(DISTINCT queue), '{}') FROM orchestrator.work)
               SELECT FROM orchestrator.work w WHERE w.gate = g.name AND w.due_at > orchestrator.now() + %(far)s)),
           (SELECT min(at) + interval '1.001 seconds' FROM orchestrator.arrivals
            WHERE at > orchestrator.now() - interval '1.001 seconds')) - orchestrator.now(),
-    EXISTS (SELECT FROM orchestrator.arrivals) OR EXISTS (SELECT FROM orchestrator.work WHERE fence IS NOT NULL),
+    EXISTS (SELECT FROM orchestrator.arrivals) OR EXISTS (SELECT FROM orchestrator.work WHERE begun_by IS NOT NULL),
     EXISTS (SELECT FROM orchestrator.work WHERE due_at > orchestrator.now() + %(far)s),
     EXISTS (SELECT FROM orchestrator.runs WHERE finished_at IS NULL AND state <> 'parked')
 """

@@ -20,13 +20,14 @@ from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.store.connection import CLOCK, Connection
 
 ANYONE = "*"  # a target that everybody is
+_TURN = 0  # the lane of turns
 
-# The body is the function take_2 of 0008_take.sql: a statement per priority and queue, each over index
+# The body is the function take_3 of 0009_lanes.sql: a statement per priority and queue, each over index
 # work_due.  Who finds nothing says in its mark that it is looking, but for one of a worker's children is enough
 # (primary key of drainers).
 _TAKE = """
 WITH taken AS MATERIALIZED (
-    SELECT * FROM orchestrator.take_2(%(queues)s, %(targets)s, %(short)s, %(incarnation)s, %(child)s,
+    SELECT * FROM orchestrator.take_3(%(queues)s, %(targets)s, %(short)s, %(incarnation)s, %(child)s,
         %(fences)s::bigint[], %(reservation)s, %(back)s, %(now)s)
 ), others AS MATERIALIZED (
     SELECT EXISTS (
@@ -45,11 +46,14 @@ SELECT taken.* FROM others LEFT JOIN taken ON true WHERE others.look OR taken.ru
 class Taken:
     """A row of work that this process holds: reserved if it is a turn, begun otherwise.
 
+    `lane` names the row: 0 is the turn's, another one stays while a child does step after step of the run in it.
+
     Once its outcome is recorded, `refused` tells that the fence was lost and `again` that another attempt follows
     (None: another turn decides that).
     """
 
     run_id: str
+    lane: int
     key: str
     role: str
     target: str
@@ -132,9 +136,9 @@ def take(
 
 
 def _taken(row: tuple[Any, ...]) -> Taken:
-    taken = Taken(*row[:11])
-    if row[11] is not None:
-        taken.run = RunRow(taken.run_id, *row[11:])
+    taken = Taken(*row[:12])
+    if row[12] is not None:
+        taken.run = RunRow(taken.run_id, *row[12:])
     return taken
 
 
@@ -191,10 +195,11 @@ def load(connection: Connection, known: Mapping[str, int], now: datetime | None 
 class Commit:
     """A turn as it is written.
 
-    `done` names the attempts whose outcomes this turn records, as (key, fence).  `next` is the work that this child
-    begins with `next_fence`; `work` is what others may take.  `holds_turn` says that the run's turn row is reserved by
-    this child; `wake` is when the run wants its next turn by itself, and is written only if `rewake` or `holds_turn`.
-    `shared` says that others may be committing turns of this run now, so that its row is not waited for.
+    `done` names the attempts whose outcomes this turn records, as (lane, fence).  `next` is the work that this child
+    begins with `next_fence`, in the lane of the first of those; `work` is what others may take.  `holds_turn` says that
+    the run's turn row is reserved by this child; `wake` is when the run wants its next turn by itself, and is written
+    only if `rewake` or `holds_turn`.  `shared` says that others may be committing turns of this run now, so that its
+    row is not waited for.
     """
 
     run_id: str
@@ -208,7 +213,7 @@ class Commit:
     queue: str
     priority: int = 0
     ended: bool = False
-    done: Sequence[tuple[str, int]] = ()
+    done: Sequence[tuple[int, int]] = ()
     shared: bool = True
     holds_turn: bool = False
     wake: datetime | None = None
@@ -232,12 +237,12 @@ class Commit:
         return not beyond and (self.wake is None or self.holds_turn or not self.rewake)
 
     def values(self, now: datetime | None) -> tuple[Any, ...]:
-        """Return the parameters of commit_turn_1, which takes one attempt at the most."""
+        """Return the parameters of commit_turn_2, which takes one attempt at the most."""
         more = self.rarer()
-        ((done_key, done_fence),) = self.done or ((None, None),)
+        ((done_lane, done_fence),) = self.done or ((None, None),)
         return (
             self.run_id, self.position, self.at, dumps(self.entries), self.state, self.incarnation,
-            self.child, done_key, done_fence, self.shared,
+            self.child, done_lane, done_fence, self.shared,
             None if self.next is None else dumps(self.next),
             self.next_fence, None if more is None else dumps(more), now,
         )  # fmt: skip
@@ -276,9 +281,9 @@ class Committed:
     posted: Sequence[str] | None = None
 
 
-# The body is the function commit_turn_1 of 0001_first.sql.  Lock order: the run's row by its position, the attempt's
+# The body is the function commit_turn_2 of 0009_lanes.sql.  Lock order: the run's row by its position, the attempt's
 # row by its fence (primary key), then journal, other work of the run, arrivals (primary keys).
-_COMMIT = "SELECT * FROM orchestrator.commit_turn_1(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
+_COMMIT = "SELECT * FROM orchestrator.commit_turn_2(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
 _FENCE_LOST = "OR001"
 _DEADLOCKS = 5
 
@@ -312,14 +317,14 @@ def _is_idle(connection: Connection) -> bool:
     return connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 
-# The body is the function commit_turns_2 of 0007_lean_statements.sql: one statement for all.  Lock order: the runs'
+# The body is the function commit_turns_3 of 0009_lanes.sql: one statement for all.  Lock order: the runs'
 # rows in the order of their ids, then their attempts, then the rest, all by primary keys.
-_COMMIT_MANY = "SELECT * FROM orchestrator.commit_turns_2(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
+_COMMIT_MANY = "SELECT * FROM orchestrator.commit_turns_3(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
 
 
 @dataclass(slots=True)
 class _Wave:
-    """Turns of different runs as commit_turns_2 takes them: each kind of thing that they do is a list of its own."""
+    """Turns of different runs as commit_turns_3 takes them: each kind of thing that they do is a list of its own."""
 
     turns: list[dict[str, Any]] = field(default_factory=list)
     summaries: list[dict[str, Any]] = field(default_factory=list)
@@ -353,20 +358,15 @@ class _Wave:
         self.consumed.extend(commit.consumed)
 
     def _hold(self, commit: Commit) -> None:
-        """Say what becomes of the rows that the child held.
-
-        One that goes becomes the one that comes: its own if it is tried again, so that no two have its key.
-        """
+        """Say what becomes of the rows that the child held: one that goes becomes the one that comes."""
         run = commit.run_id
-        going: list[dict[str, Any]] = [{"run": run, "held": key, "done": fence} for key, fence in commit.done]
+        going: list[dict[str, Any]] = [{"run": run, "held": lane, "done": fence} for lane, fence in commit.done]
         if commit.holds_turn and commit.wake is not None:
             self.sleeping.append({"run": run, "wake": commit.wake.isoformat()})
         elif commit.holds_turn:
-            going.append({"run": run, "held": ""})
+            going.append({"run": run, "held": _TURN})
         if commit.next is not None:
-            key, call = commit.next["key"], commit.next["call"]
-            row = next((row for row in going if row["held"] == key), going[0] if going else {"run": run})
-            going = [other for other in going if other is not row]
+            call, row = commit.next["call"], going.pop(0) if going else {"run": run}
             limits = {"seconds": call.get("t"), "silence": call.get("h")}
             self.next.append({**row, **commit.next, **limits, "fence": commit.next_fence})
         self.gone.extend(going)
@@ -392,8 +392,7 @@ def commit_turns(
         rows = connection.execute(_COMMIT_MANY, (*wave.values(), first.incarnation, first.child, now)).fetchall()
         failpoint("commits.after", connection)
     except psycopg.Error as error:
-        # What an attempt is to be followed by may meet the row that it was given away with before its fence is missed.
-        if error.sqlstate != _FENCE_LOST and error.diag.constraint_name != "work_pkey":
+        if error.sqlstate != _FENCE_LOST:
             raise
         return {}
     return {run_id: Committed(True, owed, at) for run_id, owed, at in rows}
@@ -402,7 +401,7 @@ def commit_turns(
 _PASS_ON = """
 UPDATE orchestrator.work w SET target = r.saga || '@' || r.version, attempt = w.attempt + 1,
     reserved_at = NULL, incarnation = NULL, child = NULL
-FROM orchestrator.runs r WHERE r.id = w.run_id AND w.run_id = %(run_id)s AND w.key = ''
+FROM orchestrator.runs r WHERE r.id = w.run_id AND w.run_id = %(run_id)s AND w.lane = 0
   AND w.reserved_at IS NOT NULL AND w.incarnation = %(incarnation)s AND w.child = %(child)s
 """
 
@@ -421,7 +420,7 @@ def pass_on(connection: Connection, run_id: str, incarnation: int, child: int) -
 _POSTPONE = f"""
 UPDATE orchestrator.work
 SET due_at = {CLOCK} + %(pause)s::interval, reserved_at = NULL, incarnation = NULL, child = NULL
-WHERE run_id = %(run_id)s AND key = ''
+WHERE run_id = %(run_id)s AND lane = 0
 """
 
 
@@ -439,7 +438,7 @@ def run_row(connection: Connection, run_id: str) -> RunRow | None:
 
 
 _HOLDS_TURN = """
-SELECT EXISTS (SELECT FROM orchestrator.work WHERE run_id = %(run_id)s AND key = '' AND reserved_at IS NOT NULL
+SELECT EXISTS (SELECT FROM orchestrator.work WHERE run_id = %(run_id)s AND lane = 0 AND reserved_at IS NOT NULL
     AND incarnation = %(incarnation)s AND child = %(child)s)
 """
 
@@ -455,7 +454,7 @@ WITH moved AS (
     UPDATE orchestrator.runs SET position = 1, state = 'compensating'
     WHERE id = %(run_id)s AND position = 0 RETURNING id
 ), due AS (
-    UPDATE orchestrator.work w SET target = %(anyone)s FROM moved WHERE w.run_id = moved.id AND w.key = ''
+    UPDATE orchestrator.work w SET target = %(anyone)s FROM moved WHERE w.run_id = moved.id AND w.lane = 0
 )
 INSERT INTO orchestrator.journal (run_id, seq, at, entries) SELECT id, 0, %(at)s, %(entries)s::json FROM moved
 """
@@ -469,7 +468,7 @@ def seed_journal(connection: Connection, run_id: str, at: datetime, entries: lis
 
 _GIVE_BACK_TURNS = """
 UPDATE orchestrator.work SET reserved_at = NULL, incarnation = NULL, child = NULL
-WHERE fence IS NULL AND (run_id, key) IN (SELECT unnest(%(runs)s::text[]), '')
+WHERE fence IS NULL AND (run_id, lane) IN (SELECT unnest(%(runs)s::text[]), 0)
   AND incarnation = %(incarnation)s AND child = %(child)s
 """
 

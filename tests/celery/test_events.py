@@ -297,7 +297,7 @@ def test_events_go_on_after_the_broker_dropped_every_connection(bank: Bank) -> N
 def test_a_broker_that_does_not_answer_costs_a_step_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "_shared", bytearray(b"\1" + bytes(15)))
     now = datetime.now(UTC)
-    taken = Taken("r", "echo#0", "do", "bank.echo", "celery", "bank.echo", 1, {"a": {"word": CANARY}}, 7, now, now)
+    taken = Taken("r", 1, "echo#0", "do", "bank.echo", "celery", "bank.echo", 1, {"a": {"word": CANARY}}, 7, now, now)
     outcome = AttemptEnded(taken.key, taken.role, taken.attempt, "succeeded", CANARY)
     with socket.socket() as deaf, Celery("observed", set_as_current=False) as app:
         deaf.bind(("127.0.0.1", 0))

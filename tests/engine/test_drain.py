@@ -548,7 +548,7 @@ def test_code_that_a_refused_commit_has_left_behind_asks_for_nothing_in_another_
     assert [entry["args"] for entry in entries(connection, "other") if entry["e"] == "asked"] == [{"n": 1}]
 
 
-@pytest.mark.parametrize("statement", [b"set_config", b"SAVEPOINT", b"commit_turn_1"])
+@pytest.mark.parametrize("statement", [b"set_config", b"SAVEPOINT", b"commit_turn_2"])
 def test_a_transaction_that_breaks_at_any_moment_is_a_failed_attempt_and_ends_no_drain(
     new_child: Callable[..., Child], connection: Connection, proxy: Proxy, table: None, statement: bytes
 ) -> None:
@@ -572,7 +572,7 @@ def test_a_transaction_that_breaks_at_any_moment_is_a_failed_attempt_and_ends_no
     assert connection.execute("SELECT name FROM written").fetchall() == [("a",), ("b",)]
 
 
-@pytest.mark.parametrize("statement", [b"take_2", b"commit_turn_1"])
+@pytest.mark.parametrize("statement", [b"take_3", b"commit_turn_2"])
 def test_a_step_whose_begin_was_not_answered_is_run_in_the_attempt_that_was_begun(
     new_child: Callable[..., Child], connection: Connection, proxy: Proxy, statement: bytes
 ) -> None:
@@ -583,7 +583,7 @@ def test_a_step_whose_begin_was_not_answered_is_run_in_the_attempt_that_was_begu
     child.drainer.close()
     start(connection, in_a_row, ["a"])
     begun = "SELECT count(*) FROM orchestrator.work WHERE fence IS NOT NULL"
-    if statement == b"take_2":  # a retry that is due is begun by taking it
+    if statement == b"take_3":  # a retry that is due is begun by taking it
         turn = child.drainer._take()
         connection.execute("UPDATE orchestrator.work SET reserved_at = NULL")
         own, advancer = child.drainer._session.ready()

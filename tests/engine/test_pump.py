@@ -184,8 +184,8 @@ def test_a_child_that_died_is_given_back_at_once_and_the_others_are_not(
     for n in range(2):
         start(connection, in_a_row, ["a"], run_id=f"r{n}")
     connection.execute(
-        "INSERT INTO orchestrator.work (run_id, key, role, target, queue, task, due_at, attempt, call, fence, "
-        "incarnation, child, begun_at, deadline_at) SELECT 'r' || n, 'k', 'do', 't', 'celery', 't', now(), 1, "
+        "INSERT INTO orchestrator.work (run_id, lane, key, role, target, queue, task, due_at, attempt, call, fence, "
+        "incarnation, child, begun_at, deadline_at) SELECT 'r' || n, 1, 'k', 'do', 't', 'celery', 't', now(), 1, "
         "'{\"a\": {}, \"t\": 300}', n, %s, 100 + n, now(), now() + interval '5 min' FROM generate_series(0, 1) n",
         [child.incarnation],
     )
@@ -216,8 +216,8 @@ def test_it_sweeps_marks_and_incarnations_of_the_dead_that_hold_nothing(connecti
     liveness.declare_dead(connection, child.incarnation)
     connection.execute("UPDATE orchestrator.incarnations SET dead_at = dead_at - interval '2 hours'")
     connection.execute(
-        "INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, fence, incarnation) "
-        "VALUES ('r', 'k', 'do', 't', 'celery', now(), 1, %s)",
+        "INSERT INTO orchestrator.work (run_id, lane, key, role, target, queue, due_at, fence, incarnation) "
+        "VALUES ('r', 1, 'k', 'do', 't', 'celery', now(), 1, %s)",
         [child.incarnation],
     )
     liveness.sweep(connection)

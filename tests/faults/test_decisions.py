@@ -95,9 +95,10 @@ SELECT kind || n, 'faults.gone', 1, '{}', kind || n, %s, orchestrator.now() - in
 FROM generate_series(1, 1000) AS n CROSS JOIN unnest(ARRAY['gone-due-', 'gone-begun-', 'gone-owed-']) AS kind;
 INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at)
 SELECT id, '', 'turn', 'faults.gone@1', queue, started_at FROM orchestrator.runs WHERE id LIKE 'gone-due-%%';
-INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, attempt, fence, incarnation, child, begun_at,
-    deadline_at, expires_at, call)
-SELECT id, 'faults.gone#0', 'do', 'faults.gone', queue, started_at, 1, 7, 0, 1, started_at, started_at, started_at, '{}'
+INSERT INTO orchestrator.work (run_id, lane, key, role, target, queue, due_at, attempt, fence, incarnation, child,
+    begun_at, deadline_at, expires_at, call)
+SELECT id, 1, 'faults.gone#0', 'do', 'faults.gone', queue, started_at, 1, 7, 0, 1,
+    started_at, started_at, started_at, '{}'
 FROM orchestrator.runs WHERE id LIKE 'gone-begun-%%';
 INSERT INTO orchestrator.arrivals (run_id, at, arrival)
 SELECT id, started_at, '{"e": "cancel"}' FROM orchestrator.runs WHERE id LIKE 'gone-owed-%%';

@@ -65,8 +65,8 @@ async def failing(n: int) -> int:
 def stand(connection: psycopg.Connection[Any], gate: str, many: int, **limit: Any) -> None:
     """Put rows of work in line, one after the other."""
     connection.execute(
-        "INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, call, gate) "
-        "SELECT %s || n, 'k', 'do', 't', 'q', %s::timestamptz + %s + n * interval '1 ms', "
+        "INSERT INTO orchestrator.work (run_id, lane, key, role, target, queue, due_at, call, gate) "
+        "SELECT %s || n, 1, 'k', 'do', 't', 'q', %s::timestamptz + %s + n * interval '1 ms', "
         "json_build_object('g', %s::json), %s FROM generate_series(1, %s) AS n",
         [f"{gate}-", NOW, LINE, psycopg.types.json.Json({"gate": gate, **limit}), gate, many],
     )

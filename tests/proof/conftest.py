@@ -61,6 +61,10 @@ class Place:
 
 _KEEP = ("orchestrator.runs", "orchestrator.journal", "orchestrator.work", "orchestrator.arrivals",
          "orchestrator.locks", "transactional_effects")  # fmt: skip
+_GIVEN = """
+SELECT string_agg(quote_ident(attname), ', ') FROM pg_attribute
+WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +96,8 @@ def place(built: Place, tmp_path: Path) -> Place:
         for table in _KEEP:
             kept = table.rpartition(".")[2]
             override = "OVERRIDING SYSTEM VALUE" if kept in ("arrivals", "locks") else ""
-            connection.execute(f"INSERT INTO {table} {override} TABLE kept.{kept}")
+            ((given,),) = connection.execute(_GIVEN, [table]).fetchall()
+            connection.execute(f"INSERT INTO {table} ({given}) {override} SELECT {given} FROM kept.{kept}")
         connection.execute("DROP TABLE IF EXISTS money")
     shutil.copy(built.effect_log, tmp_path / "effects")
     return Place(built.database_url, tmp_path / "effects")

@@ -190,8 +190,8 @@ def forget_an_attempt(place: Place) -> None:
 @plant("a row of work is behind its journal")
 def begin_an_attempt_again(place: Place) -> None:
     place.execute(
-        "INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, attempt, fence) "
-        "VALUES ('parked', %s, 'undo', 't', 'celery', now(), 1, 7)",
+        "INSERT INTO orchestrator.work (run_id, lane, key, role, target, queue, due_at, attempt, fence) "
+        "VALUES ('parked', 1, %s, 'undo', 't', 'celery', now(), 1, 7)",
         [TAKE.format(0)],
     )
 
@@ -206,8 +206,8 @@ def fail_after_the_undo(place: Place) -> None:
 @plant("a step was begun after its undo")
 def leave_forward_work_after_the_undo(place: Place) -> None:
     place.execute(
-        "INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, attempt) "
-        "VALUES ('parked', %s, 'do', 't', 'celery', now(), 1)",
+        "INSERT INTO orchestrator.work (run_id, lane, key, role, target, queue, due_at, attempt) "
+        "VALUES ('parked', 1, %s, 'do', 't', 'celery', now(), 1)",
         [TAKE.format(0)],
     )
 

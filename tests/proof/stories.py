@@ -208,7 +208,7 @@ def the_author_of_an_arrival_dies(company: Company) -> None:
     company.log.append("run", taken.key, 1)
     outcome = AttemptEnded(taken.key, "do", 1, "succeeded", "a!", worker="gone", began=datetime.now(UTC).isoformat())
     assert taken.fence is not None
-    assert arrivals.arrive(company.connection, "run", [(taken.key, taken.fence, encode(outcome))])
+    assert arrivals.arrive(company.connection, "run", [(taken.lane, taken.fence, encode(outcome))])
     author.close()
     company.living.remove(author)
     company.hire()

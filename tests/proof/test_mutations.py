@@ -85,9 +85,9 @@ def rule_1_an_outcome_is_committed_before_its_turn(company: Company, patch: pyte
     commit_turn = turns.commit_turn
 
     def commit(connection: Connection, commit: Commit, *args: Any) -> Committed:
-        for key, fence in commit.done:
-            gone = "DELETE FROM orchestrator.work WHERE run_id = %s AND key = %s AND fence = %s"
-            assert connection.execute(gone, [commit.run_id, key, fence]).rowcount == 1
+        for lane, fence in commit.done:
+            gone = "DELETE FROM orchestrator.work WHERE run_id = %s AND lane = %s AND fence = %s"
+            assert connection.execute(gone, [commit.run_id, lane, fence]).rowcount == 1
         return commit_turn(connection, replace(commit, done=()), *args)
 
     patch.setattr(turns, "commit_turn", commit)
@@ -135,6 +135,7 @@ def rule_3_attempts_are_not_counted_before_they_run(company: Company, patch: pyt
 @breaks(a_worker_is_late_in_the_middle, STALE)
 @breaks(a_transaction_is_late, STALE)
 def rule_4_every_attempt_has_the_same_fence(company: Company, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(commit, "_new_lane", lambda turn, number: 1)
     for module in (attempts, commit, drain):
         patch.setattr(module, "new_fence", lambda: 7)
 

@@ -31,7 +31,7 @@ MUST_HAPPEN = {
     *("effects", "fenced", "redispatches", "late success", "parked"),
 }
 """What must have been there at least once in a whole set of seeds."""
-_CRUCIAL = ("COMMIT", "commit_turn", "take_2", "arrivals", "SET fence")
+_CRUCIAL = ("COMMIT", "commit_turn", "take_3", "arrivals", "SET fence")
 
 
 class Faults:

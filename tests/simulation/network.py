@@ -51,7 +51,7 @@ class Line(psycopg.Connection[Any]):
         """Note what is about to be asked."""
         self.saying, reads_clock = _heard(query)
         self.reads_clock = self.reads_clock or reads_clock  # since the last round trip: a pipeline has several
-        if "commit_turns_2" in self.saying:
+        if "commit_turns_3" in self.saying:
             self.network.happened["turns that shared a statement"] += parameters[0].count('"run":') > 1
         self.network.happened["fence taken anew"] += "SET fence" in self.saying
 

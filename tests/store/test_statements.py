@@ -34,8 +34,22 @@ def take(connection: Connection, child: int = 1, limit: int = 4, **options: Any)
     return turns.take(connection, **{**given, **options}, child=child, reservation=RESERVATION)
 
 
+def lane(key: str) -> int:
+    """Return the lane that tests give to the work of a key."""
+    return int.from_bytes(key.encode())
+
+
 def asked(key: str, fence: int | None = None) -> dict[str, Any]:
-    row = {"key": key, "role": "do", "target": "t", "queue": "q", "task": "t", "priority": 0, "attempt": 0}
+    row = {
+        "lane": lane(key),
+        "key": key,
+        "role": "do",
+        "target": "t",
+        "queue": "q",
+        "task": "t",
+        "priority": 0,
+        "attempt": 0,
+    }
     return {**row, "call": CALL, "due": None, "fence": fence}
 
 
@@ -169,7 +183,7 @@ def test_a_row_that_somebody_holds_is_skipped_without_waiting(connect: Connect) 
 
 # -- committing a turn -------------------------------------------------------------------------------------------------
 def test_a_turn_is_written_whole(connection: Connection, begun: int) -> None:
-    done = commit(connection, 1, done=[("k", begun)], work=[asked("l")], wake=NOW, rewake=True)
+    done = commit(connection, 1, done=[(lane("k"), begun)], work=[asked("l")], wake=NOW, rewake=True)
     assert (done.written, done.owed) == (True, False)
     assert keys(connection) == [("", False), ("l", False)]
     assert [(seq, entries) for _, seq, _, entries in rows(connection, "journal")] == [
@@ -180,7 +194,9 @@ def test_a_turn_is_written_whole(connection: Connection, begun: int) -> None:
     assert run is not None and (run["position"], run["state"]) == (2, "running")
 
 
-@pytest.mark.parametrize("wrong", [{"position": 0}, {"position": 2}, {"done": [("k", 7)]}, {"done": [("other", 101)]}])
+@pytest.mark.parametrize(
+    "wrong", [{"position": 0}, {"position": 2}, {"done": [(lane("k"), 7)]}, {"done": [(lane("other"), 101)]}]
+)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_wrong_position_or_fence_writes_nothing_at_all(
@@ -188,7 +204,7 @@ def test_a_wrong_position_or_fence_writes_nothing_at_all(
 ) -> None:
     arrivals.leave(connection, "r", {"e": "cancel"})
     before = everything(connection)
-    options: dict[str, Any] = {"position": 1, "done": [("k", begun)], "shared": shared}
+    options: dict[str, Any] = {"position": 1, "done": [(lane("k"), begun)], "shared": shared}
     options |= {"work": [asked("l")], "withdraw": ["k"], "wake": NOW, "rewake": True, "summary": summary()}
     if goes_on:
         options |= {"next": asked("n"), "next_fence": 9}
@@ -203,8 +219,8 @@ def test_a_wrong_position_or_fence_writes_nothing_at_all(
 
 
 def test_the_next_step_is_begun_in_the_same_transaction(connection: Connection, begun: int) -> None:
-    attempts.heartbeat(connection, "r", "k", begun, {"done": 1})
-    assert commit(connection, 1, done=[("k", begun)], next={**asked("n"), "attempt": 1}, next_fence=9).written
+    attempts.heartbeat(connection, "r", lane("k"), begun, {"done": 1})
+    assert commit(connection, 1, done=[(lane("k"), begun)], next={**asked("n"), "attempt": 1}, next_fence=9).written
     (held,) = attempts.held(connection, 1, 1)
     assert (held.key, held.attempt, held.fence, held.call) == ("n", 1, 9, CALL)
     assert connection.execute("SELECT details, stop, begun_at IS NULL FROM orchestrator.work").fetchone() == (
@@ -231,7 +247,7 @@ def test_the_run_is_locked_before_its_work(connect: Connect, begun: int) -> None
     one, two = connect(), connect()
     with one.transaction():
         one.execute("SELECT FROM orchestrator.runs WHERE id = 'r' FOR UPDATE")
-        assert not commit(two, 1, done=[("k", begun)]).written
+        assert not commit(two, 1, done=[(lane("k"), begun)]).written
         one.execute("SELECT FROM orchestrator.work WHERE key = 'k' FOR UPDATE NOWAIT")
 
 
@@ -240,8 +256,8 @@ def test_withdrawal_takes_back_what_was_not_begun_and_tells_the_rest(connection:
     done = commit(connection, 2, withdraw=["k", "l"])
     assert (done.written, done.owed) == (True, True)
     assert [arrival for *_, arrival in rows(connection, "arrivals")] == [{"e": "withdrawn", "key": "l"}]
-    assert attempts.heartbeat(connection, "r", "k", begun, None) is True, "it is told to stop"
-    assert attempts.heartbeat(connection, "r", "k", 5, None) is None, "it has lost its fence"
+    assert attempts.heartbeat(connection, "r", lane("k"), begun, None) is True, "it is told to stop"
+    assert attempts.heartbeat(connection, "r", lane("k"), 5, None) is None, "it has lost its fence"
 
 
 def test_an_end_clears_the_work_and_waits_for_what_was_left_meanwhile(connection: Connection, begun: int) -> None:
@@ -254,7 +270,7 @@ def test_an_end_clears_the_work_and_waits_for_what_was_left_meanwhile(connection
     assert (rows(connection, "work"), rows(connection, "arrivals")) == ([], [])
     run = runs.run(connection, "r")
     assert run is not None and run["finished_at"] is not None
-    assert not arrivals.arrive(connection, "r", [("k", begun, {"e": "outcome"})])
+    assert not arrivals.arrive(connection, "r", [(lane("k"), begun, {"e": "outcome"})])
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -270,7 +286,7 @@ def test_an_end_takes_in_an_outcome_that_was_just_being_left(connect: Connect, b
 
     ending = Thread(target=finish)
     with author.transaction():
-        assert arrivals.arrive(author, "r", [("k", begun, {"e": "outcome"})]) == {"k"}
+        assert arrivals.arrive(author, "r", [(lane("k"), begun, {"e": "outcome"})]) == {lane("k")}
         ending.start()
         waits = "SELECT count(*) FROM pg_locks WHERE pid = %s AND NOT granted"
         until(lambda: watcher.execute(waits, [driver.info.backend_pid]).fetchone() == (1,), "the end waits")
@@ -309,9 +325,9 @@ def test_each_run_gets_its_own_turn(connection: Connection, three: list[str]) ->
     done = turns.commit_turns(
         connection,
         [
-            turn(1, run_id="a", done=[("k", 1)], next=begins("l"), next_fence=11),
-            turn(1, run_id="b", done=[("k", 2)], work=[asked("m"), asked("n")]),
-            turn(1, run_id="c", done=[("k", 3)], **end),
+            turn(1, run_id="a", done=[(lane("k"), 1)], next=begins("l"), next_fence=11),
+            turn(1, run_id="b", done=[(lane("k"), 2)], work=[asked("m"), asked("n")]),
+            turn(1, run_id="c", done=[(lane("k"), 3)], **end),
         ],
     )
     assert {name: (one.written, one.owed) for name, one in done.items()} == dict.fromkeys(three, (True, False))
@@ -335,7 +351,7 @@ def test_a_run_that_was_moved_or_is_locked_is_left_out(
         other.execute("SELECT FROM orchestrator.runs WHERE id = 'b' FOR UPDATE")
         done = turns.commit_turns(
             connection,
-            [turn(1, run_id=name, done=[("k", n)]) for n, name in enumerate(three, 1)],
+            [turn(1, run_id=name, done=[(lane("k"), n)]) for n, name in enumerate(three, 1)],
         )
     assert list(done) == ["c"]
     assert work_of(connection) == [("a", "k", 1), ("b", "k", 2)]
@@ -347,7 +363,7 @@ def test_a_run_that_was_moved_or_is_locked_is_left_out(
 def test_one_lost_fence_takes_all_of_them_back(connection: Connection, three: list[str], how: dict[str, Any]) -> None:
     before = everything(connection)
     fences = {"a": 1, "b": 77, "c": 3}
-    commits = [turn(1, run_id=name, done=[("k", fence)], **how) for name, fence in fences.items()]
+    commits = [turn(1, run_id=name, done=[(lane("k"), fence)], **how) for name, fence in fences.items()]
     assert turns.commit_turns(connection, commits) == {}
     assert everything(connection) == before
 
@@ -358,14 +374,19 @@ def test_outcomes_of_one_run_are_one_turn(connection: Connection) -> None:
     commit(connection, holds_turn=True, work=[asked("a"), asked("b"), asked("c")])
     taken = take(connection, short=["t"])
     assert [each.key for each in taken] == ["a", "b", "c"], "short steps begin together"
-    done = [(each.key, each.fence or 0) for each in taken]
+    done = [(each.lane, each.fence or 0) for each in taken]
     assert turns.commit_turns(connection, [turn(1, done=done, next=begins("d"), next_fence=5)])["r"].written
     assert work_of(connection) == [("r", "d", 5)]
 
 
 def test_attempts_among_others_are_tried_again_later(connection: Connection, three: list[str]) -> None:
     again = [
-        turn(1, run_id=name, done=[("k", n)], work=[{**asked("k"), "attempt": 1, "due": "2036-01-01T00:00:00+00:00"}])
+        turn(
+            1,
+            run_id=name,
+            done=[(lane("k"), n)],
+            work=[{**asked("k"), "attempt": 1, "due": "2036-01-01T00:00:00+00:00"}],
+        )
         for n, name in enumerate(three, 1)
     ]
     assert sorted(turns.commit_turns(connection, again)) == three
@@ -376,7 +397,7 @@ def test_an_end_among_others_waits_for_what_was_left_meanwhile(connection: Conne
     arrivals.leave(connection, "b", {"e": "cancel"})
     ((arrival_id, *_),) = rows(connection, "arrivals")
     end: dict[str, Any] = {"state": "terminated", "ended": True, "summary": summary()}
-    ends = [turn(1, run_id=name, done=[("k", n)], **end) for n, name in enumerate(three, 1)]
+    ends = [turn(1, run_id=name, done=[(lane("k"), n)], **end) for n, name in enumerate(three, 1)]
     assert sorted(turns.commit_turns(connection, ends)) == ["a", "c"]
     assert work_of(connection) == [("b", "", None), ("b", "k", 2)]
     ends[1].consumed = [arrival_id]
@@ -450,10 +471,10 @@ def test_a_turn_that_somebody_asked_for_meanwhile_is_not_passed_on_to_who_has_th
 
 
 def test_arrivals_need_the_fence_and_are_left_once(connection: Connection, begun: int) -> None:
-    assert not arrivals.arrive(connection, "r", [("k", 7, {"e": "outcome"})])
+    assert not arrivals.arrive(connection, "r", [(lane("k"), 7, {"e": "outcome"})])
     outcome: Any = {"e": "outcome", "key": "k", "role": "do", "attempt": 1, "worker": "w"}
-    assert arrivals.arrive(connection, "r", [("gone", 1, {}), ("k", begun, outcome)]) == {"k"}
-    assert not arrivals.arrive(connection, "r", [("k", begun, {"e": "outcome"})])
+    assert arrivals.arrive(connection, "r", [(lane("gone"), 1, {}), (lane("k"), begun, outcome)]) == {lane("k")}
+    assert not arrivals.arrive(connection, "r", [(lane("k"), begun, {"e": "outcome"})])
     assert arrivals.waiting(connection, "r")
     assert attempts.recorded(connection, "r", "k", "do", 1, "w")
     assert not attempts.recorded(connection, "r", "k", "do", 2, "w")
@@ -464,10 +485,10 @@ def test_a_new_fence_waits_for_a_commit_in_flight(connect: Connect, begun: int) 
     one, two = connect(), connect()
     two.execute("SET lock_timeout = '100ms'")
     with one.transaction():
-        assert commit(one, 1, done=[("k", begun)]).written
+        assert commit(one, 1, done=[(lane("k"), begun)]).written
         with pytest.raises(psycopg.errors.LockNotAvailable):
-            attempts.refence(two, "r", "k", [begun], 5)
-    assert not attempts.refence(two, "r", "k", [begun], 5)
+            attempts.refence(two, "r", lane("k"), [begun], 5)
+    assert not attempts.refence(two, "r", lane("k"), [begun], 5)
 
 
 # -- liveness ----------------------------------------------------------------------------------------------------------
@@ -657,10 +678,11 @@ INSERT INTO orchestrator.journal SELECT 'r' || n, 0, now(), '[]' FROM generate_s
 INSERT INTO orchestrator.arrivals (run_id, arrival) SELECT 'r' || n, '{}' FROM generate_series(1, 2000) n;
 INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at)
 SELECT 'r' || n, '', 'turn', 's@1', 'q', now() + interval '1 day' FROM generate_series(1, 6000) n;
-INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, call)
-SELECT 'r' || n, 'k', 'do', 't', 'q', now(), '{"a": {}, "t": 60}' FROM generate_series(1, 200) n;
-INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, call, fence, incarnation, child)
-SELECT 'r' || n, 'b', 'do', 't', 'q', now(), '{"a": {}, "t": 60}', n, 1000 + n / 100, 1 FROM generate_series(1, 2000) n;
+INSERT INTO orchestrator.work (run_id, lane, key, role, target, queue, due_at, call)
+SELECT 'r' || n, 1, 'k', 'do', 't', 'q', now(), '{"a": {}, "t": 60}' FROM generate_series(1, 200) n;
+INSERT INTO orchestrator.work (run_id, lane, key, role, target, queue, due_at, call, fence, incarnation, child)
+SELECT 'r' || n, 2, 'b', 'do', 't', 'q', now(), '{"a": {}, "t": 60}', n, 1000 + n / 100, 1
+FROM generate_series(1, 2000) n;
 ANALYZE;
 """
 
@@ -696,9 +718,9 @@ def plans(among_many: Connection) -> list[str]:
 
 
 LINE = """
-INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, call, gate)
-SELECT 'r' || n, 'g', 'do', 't', 'q', now() + interval '8766000 hours', '{"g": {"gate": "g", "every": 1, "most": 9}}',
-    'g' || n / 100 FROM generate_series(1, 2000) n;
+INSERT INTO orchestrator.work (run_id, lane, key, role, target, queue, due_at, call, gate)
+SELECT 'r' || n, 3, 'g', 'do', 't', 'q', now() + interval '8766000 hours',
+    '{"g": {"gate": "g", "every": 1, "most": 9}}', 'g' || n / 100 FROM generate_series(1, 2000) n;
 INSERT INTO orchestrator.gates (name) SELECT 'g' || n FROM generate_series(1, 20) n;
 ANALYZE orchestrator.work;
 """
@@ -728,17 +750,17 @@ HOT: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         lambda c: turns.commit_turns(
             c,
             [
-                turn(1, run_id="r7", done=[("b", 7)], work=[asked("x")], consumed=[7]),
+                turn(1, run_id="r7", done=[(2, 7)], work=[asked("x")], consumed=[7]),
                 turn(1, run_id="r8", state="completed", ended=True, summary=summary()),
             ],
         ),
         {"runs_pkey", "work_pkey", "arrivals_pkey", "arrivals_by_run"},
     ),
-    "arrive": (lambda c: arrivals.arrive(c, "r7", [("k", 1, {})]), {"work_pkey"}),
+    "arrive": (lambda c: arrivals.arrive(c, "r7", [(1, 1, {})]), {"work_pkey"}),
     "owe_turn": (lambda c: arrivals.owe_turn(c, "r7"), {"runs_pkey"}),
     "has_arrivals": (lambda c: arrivals.waiting(c, "r7"), {"arrivals_by_run"}),
-    "heartbeat": (lambda c: attempts.heartbeat(c, "r7", "k", 1, None), {"work_pkey"}),
-    "refence": (lambda c: attempts.refence(c, "r7", "k", [1], 2), {"work_pkey"}),
+    "heartbeat": (lambda c: attempts.heartbeat(c, "r7", 1, 1, None), {"work_pkey"}),
+    "refence": (lambda c: attempts.refence(c, "r7", 1, [1], 2), {"work_pkey"}),
     "recorded": (lambda c: attempts.recorded(c, "r7", "k", "do", 1, "w"), {"journal_pkey", "arrivals_by_run"}),
     "give_back": (lambda c: turns.give_back(c, ["r7"], 1, 1), {"work_pkey"}),
     "held": (lambda c: attempts.held(c, 1, 1), {"work_begun"}),
