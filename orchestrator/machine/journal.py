@@ -2,12 +2,13 @@
 
 Owns their shape and their JSON form.  Must never decide anything; see `turn`.
 Values inside are JSON already: encoding and decoding of arguments and results is the codec's.
-An entry is stored without the fields that have their default, so that a journal row stays short.
+An entry is stored without the fields that have their default, and a request without the name that its key has, so that
+a journal row stays short.
 """
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from datetime import datetime
 from typing import Any, ClassVar, Final
 
@@ -40,7 +41,7 @@ class Asked:
     tag: ClassVar[str] = "asked"
     key: str
     task: str
-    args: Json
+    args: Json = field(default_factory=dict)
     kind: str = "step"  # step, once, child, signal, lock, scope
     version: int = 0  # of a child's saga
     effect: str = ""
@@ -80,7 +81,7 @@ class Settled:
 
     tag: ClassVar[str] = "settled"
     key: str
-    outcome: str
+    outcome: str = "succeeded"
     attempt: int = 0
     result: Json = None
     error: Error | None = None
@@ -501,7 +502,8 @@ class NewChild:
 _ENTRIES: Final[dict[str, type]] = {cls.tag: cls for cls in Entry.__args__}
 _ARRIVALS: Final[dict[str, type]] = {cls.tag: cls for cls in Arrival.__args__}
 _SHAPES: dict[type, list[tuple[str, Any]]] = {
-    cls: [(f.name, f.default) for f in fields(cls)] for cls in (*_ENTRIES.values(), *_ARRIVALS.values(), Undo)
+    cls: [(f.name, f.default if f.default_factory is MISSING else f.default_factory()) for f in fields(cls)]
+    for cls in (*_ENTRIES.values(), *_ARRIVALS.values(), Undo)
 }
 
 
@@ -509,10 +511,17 @@ def encode(value: Entry | Arrival) -> dict[str, Json]:
     """Return the JSON form, without fields that have their default."""
     form: dict[str, Json] = {"e": value.tag}
     for name, default in _SHAPES[type(value)]:
-        field = getattr(value, name)
-        if default is MISSING or field != default:
-            form[name] = _encode_undo(field) if type(field) is Undo else field
+        held = getattr(value, name)
+        if default is MISSING or held != default:
+            form[name] = _encode_undo(held) if type(held) is Undo else held
+    if type(value) is Asked and value.task == _name_in(value.key):
+        del form["task"]
     return form
+
+
+def _name_in(key: str) -> str:
+    """Return what a key is most often named after, see `keys`: the task of the step."""
+    return key[key.find("/") + 1 : key.rfind("#")]
 
 
 def _encode_undo(undo: Undo) -> dict[str, Json]:
@@ -527,9 +536,10 @@ def decode_entry(form: dict[str, Json]) -> Entry:
     """Return the entry of a JSON form.  Raises: KeyError for a kind that this release does not know."""
     known = dict(form)
     cls = _ENTRIES[known.pop("e")]
-    undo = known.get("undo")
-    if cls is Asked and undo is not None:
-        known["undo"] = Undo(**{**undo, "names": tuple(undo.get("names", ()))})
+    if cls is Asked:
+        known.setdefault("task", _name_in(known["key"]))
+        if (undo := known.get("undo")) is not None:
+            known["undo"] = Undo(**{**undo, "names": tuple(undo.get("names", ()))})
     if cls in (Ended, Undone):
         known["left"] = tuple(known.get("left", ()))
     return cls(**known)  # type: ignore[no-any-return]

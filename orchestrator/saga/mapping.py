@@ -104,10 +104,12 @@ def _same(task: Step[Any, Any], page: Json, recorded: Asked) -> bool:
 def _items(task: Step[Any, Any], page: Any) -> list[Json]:
     """Return what of a page is compared."""
     calls = [task.codec.canonical(call["a"]) if "a" in call else call for call in page.get("calls") or ()]
-    paging = page.get("pages") or {}
-    others = step_of(paging["task"]).codec.canonical(paging["args"]) if paging else None
-    paged = [paging.get("task"), others, page.get("cursor")]
-    return [page["do"]["task"], page["first"], calls, *paged, page.get("collect", False)]
+    do, paging = decode_entry(page["do"]), decode_entry(page["pages"]) if page.get("pages") else None
+    assert isinstance(do, Asked)
+    others = None
+    if isinstance(paging, Asked):
+        others = [paging.task, step_of(paging.task).codec.canonical(paging.args), page.get("cursor")]
+    return [do.task, page["first"], calls, others, page.get("collect", False)]
 
 
 # -- planning ----------------------------------------------------------------------------------------------------------

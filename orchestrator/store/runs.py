@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from orchestrator.codec import Json, dumps
+from orchestrator.machine.journal import Asked, decode_entry
 from orchestrator.store.connection import CLOCK, Connection
 from orchestrator.store.gates import LINE
 
@@ -174,7 +175,7 @@ def history(connection: Connection, run_id: str) -> list[tuple[int, datetime, li
 
 # Primary key of journal: all rows of the one run.
 _TASK = """
-SELECT entry ->> 'task' FROM orchestrator.history
+SELECT entry FROM orchestrator.history
 WHERE run_id = %(id)s AND kind = 'asked' AND key = %(key)s ORDER BY seq DESC LIMIT 1
 """
 
@@ -182,7 +183,8 @@ WHERE run_id = %(id)s AND kind = 'asked' AND key = %(key)s ORDER BY seq DESC LIM
 def task_of(connection: Connection, run_id: str, key: str) -> str:
     """Return what a run has asked for under a key: the name of a task; the empty string for nothing."""
     row = connection.execute(_TASK, {"id": run_id, "key": key}).fetchone()
-    return row[0] if row else ""
+    asked = decode_entry(row[0]) if row else None
+    return asked.task if isinstance(asked, Asked) else ""
 
 
 _OUTSTANDING = f"""

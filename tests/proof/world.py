@@ -52,8 +52,8 @@ class Run:
 
     @cached_property
     def entries(self) -> list[Row]:
-        """The journal, entry by entry, in the form in which it is stored: without fields that have their default."""
-        return [entry for _, _, entries in self.journal for entry in entries]
+        """The journal, entry by entry, as it is stored: without most fields that have their default."""
+        return [_told(entry) for _, _, entries in self.journal for entry in entries]
 
     def of(self, *kinds: str) -> list[Row]:
         """Return the entries of these kinds."""
@@ -68,6 +68,13 @@ class Run:
     def rolled_back_at(self) -> int | None:
         """The index of the entry that decided to roll back."""
         return next((n for n, entry in enumerate(self.entries) if entry["e"] == "rollback"), None)
+
+
+def _told(entry: Row) -> Row:
+    """Return an entry with what goes without saying: a request is named by its key, a step succeeds."""
+    if entry["e"] == "asked":
+        return {"task": entry["key"].partition("#")[0].rpartition("/")[2], "args": {}, **entry}
+    return {"outcome": "succeeded", **entry} if entry["e"] == "settled" else entry
 
 
 @dataclass(slots=True)

@@ -147,7 +147,7 @@ class Simulation:
         (entry,) = self.network.ask(
             "SELECT entry FROM orchestrator.history WHERE run_id = %s AND key = %s AND kind = 'asked'", run_id, key
         )
-        return int(entry["args"]["n"]), str(entry["task"]).rsplit(".", 1)[-1]
+        return int(entry["args"]["n"]), key.partition("#")[0].rsplit(".", 1)[-1]
 
     def killed(self, process: Any) -> None:
         """Do for the killed what the kernel does: tell those who watch."""
