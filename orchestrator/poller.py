@@ -22,6 +22,8 @@ from orchestrator.store.missing import unknown_run
 from orchestrator.store.pool import ClientPool
 
 _SHORTEST_PAUSE_S = 0.0005
+_LONGEST_PAUSE_S = 0.25
+_SHARE = 0.03  # of the time that the last caller has waited
 _LONGEST_HEAD_START_S = 0.01
 _AHEAD = 100
 
@@ -46,21 +48,25 @@ class _Book:
         self.waiting: dict[str, list[Future[runs.Outcome]]] = {}
         self.expected: weakref.WeakValueDictionary[str, Handle] = weakref.WeakValueDictionary()
         self.thread: threading.Thread | None = None
-        self.pause = _SHORTEST_PAUSE_S
+        self.away = False  # whether the database could not be reached the last time
         self.somebody_new = False
         self.asked_at = 0.0  # when the last caller came
         self.usual_s = 0.0  # how long callers had to wait lately
 
     def next_pause(self) -> float:
-        """Return how long to wait before the next look: until it is nearly due as usual, then briefly, then longer."""
+        """Return how long to wait before the next look: until it is nearly due as usual, then briefly, then longer.
+
+        Who has waited long waits a little longer, in proportion.
+        """
         waited = monotonic() - self.asked_at
+        if self.away:
+            return _LONGEST_PAUSE_S
         head_start = min(self.usual_s * 0.7, _LONGEST_HEAD_START_S) - waited
         if head_start > _SHORTEST_PAUSE_S:
             return head_start
         if waited < min(self.usual_s, _LONGEST_HEAD_START_S) * 2:
             return _SHORTEST_PAUSE_S
-        pause, self.pause = self.pause, min(self.pause * 1.25, 0.25)
-        return pause
+        return min(max(_SHORTEST_PAUSE_S, waited * _SHARE), _LONGEST_PAUSE_S)
 
 
 class Poller:
@@ -87,7 +93,7 @@ class Poller:
         book = self._own_book()
         with book.lock:
             book.waiting.setdefault(run_id, []).append(future)
-            book.pause, book.somebody_new, book.asked_at = _SHORTEST_PAUSE_S, True, monotonic()
+            book.somebody_new, book.asked_at = True, monotonic()
             if book.thread is None:
                 thread = threading.Thread(target=self._poll, args=(book,), name="orchestrator results", daemon=True)
                 thread.start()  # where no more threads can be had it raises, and the next caller tries again
@@ -126,9 +132,10 @@ class Poller:
                 with self._pool.connection() as connection:
                     found = runs.outcomes(connection, [*asked, *ahead])
                     missing = {run_id: unknown_run(run_id, connection) for run_id in asked if run_id not in found}
+                book.away = False
                 _settle(book, asked, found, missing)
             except StoreUnavailableError:
-                book.pause = 0.25  # the database comes back, or the callers' timeouts end their waiting
+                book.away = True  # the database comes back, or the callers' timeouts end their waiting
             except BaseException as error:
                 _fail(book, asked, error)
             with book.lock:

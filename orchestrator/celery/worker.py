@@ -40,20 +40,27 @@ _VARIABLE = "ORCHESTRATOR_WORKER"
 _START_S = 20.0
 _STUCK_GRACE_S = 10.0
 _COLD_S = 45.0  # a pool child that is told to end may take half a minute of it, until main has read what it has sent
-_stop = mmap.mmap(-1, 1)  # one byte that says that the worker stops; a worker shares it with its children
+_LOOK_S = 0.25  # between looks whether tasks wait for a child
+# Two bytes that a worker shares with its children: that it stops; that no task but drains waits for one of them.
+_said = mmap.mmap(-1, 2)
 
 
 def stopping() -> bool:
     """Tell whether this worker's main process has begun to shut down."""
-    return _stop[0] != 0
+    return _said[0] != 0
 
 
-def _share_stop(folder: Path) -> None:
-    """Share the byte with whoever knows this folder, spawned children too."""
-    global _stop
-    with (folder / "stop").open("a+b") as file:
-        file.truncate(1)
-        _stop = mmap.mmap(file.fileno(), 1)
+def waited_for() -> bool:
+    """Tell whether tasks other than drains wait for a child of this worker, or main does not know."""
+    return _said[1] == 0
+
+
+def _share(folder: Path) -> None:
+    """Share what main says with whoever knows this folder, spawned children too."""
+    global _said
+    with (folder / "said").open("a+b") as file:
+        file.truncate(2)
+        _said = mmap.mmap(file.fileno(), 2)
 
 
 class CompanionStep(bootsteps.StartStopStep):
@@ -75,7 +82,7 @@ class CompanionStep(bootsteps.StartStopStep):
         """Start the companion's process; `hear` waits for it while the worker is about to take its first message."""
         quiet_logs(self.orchestrator.settings.show_payloads)
         self._folder = tempfile.mkdtemp(prefix="orchestrator-")
-        _share_stop(Path(self._folder))
+        _share(Path(self._folder))
         self._config = self._configure(worker)
         os.environ[_VARIABLE] = json.dumps(
             {
@@ -90,6 +97,8 @@ class CompanionStep(bootsteps.StartStopStep):
         signals.worker_ready.connect(self._ring_own_queues, weak=False)
         signals.worker_before_create_process.connect(_share_memory, weak=False)
         self.exclude_forks()
+        if not issubclass(worker.pool_cls, solo.TaskPool):  # which takes no message before it has done the last one
+            worker.timer.call_repeatedly(_LOOK_S, _look_who_waits)
         self._launch()
 
     def hear(self) -> None:
@@ -247,7 +256,16 @@ def _slots(worker: Any) -> int:
 
 
 def _begin_stop(**_: Any) -> None:
-    _stop[0] = 1
+    _said[0] = 1
+
+
+def _look_who_waits() -> None:
+    """Say whether a task that this worker has received waits for a child, for drains that are to make room for it."""
+    try:
+        waits = any(request.name != DRAIN for request in state.reserved_requests - state.active_requests)
+    except RuntimeError:  # they change meanwhile, in another thread
+        waits = True
+    _said[1] = not waits
 
 
 def _share_memory(**_: Any) -> None:
@@ -284,7 +302,7 @@ class Bond:
         self.slots: int = worker["slots"]
         self._path = worker["socket"]
         self.folder = Path(self._path).parent
-        _share_stop(self.folder)
+        _share(self.folder)
         self._socket: socket.socket | None = None
         self._reported: set[int] = set()
         self._incarnation = 0

@@ -124,7 +124,7 @@ class Advancer:
     ) -> list[Taken]:
         """Record what came of an attempt, with its turn if possible; returns the work that was begun by it."""
         try:
-            loaded = self._runs.known(connection, taken.run_id)
+            loaded = self._runs.known(connection, taken.run_id, taken.position)
             made = self._attempt(connection, loaded, [outcome], done=[taken], may_begin=may_begin) if loaded else None
         except CodeMissing:
             self.leave(connection, [(taken, outcome)], owe=True)
@@ -171,7 +171,7 @@ class Advancer:
             if run_id in self._elsewhere:
                 continue
             with suppress(CodeMissing):
-                loaded = self._runs.known(connection, run_id)
+                loaded = self._runs.known(connection, run_id, max(taken.position for taken, _ in pairs))
                 outcomes, done = [outcome for _, outcome in pairs], [taken for taken, _ in pairs]
                 made = self._prepare(connection, loaded, outcomes, done=done) if loaded else None
                 if made is not None:
@@ -289,7 +289,7 @@ class Advancer:
         drivable = True
         loaded = None
         try:
-            loaded = self._runs.known(connection, taken.run_id)
+            loaded = self._runs.known(connection, taken.run_id, taken.position)
             execution, turn = self._compute(connection, loaded, [outcome]) if loaded else (None, _NO_TURN)
         except CodeMissing:
             execution, turn, drivable = None, _NO_TURN, False

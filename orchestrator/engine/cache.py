@@ -72,13 +72,14 @@ class Executions:
     def __contains__(self, run_id: str) -> bool:
         return run_id in self._kept
 
-    def known(self, connection: Connection, run_id: str) -> Loaded | None:
+    def known(self, connection: Connection, run_id: str, position: int = 0) -> Loaded | None:
         """Return what the cache knows as a snapshot without arrivals, else load it; None if there is no such run.
 
-        With many at work on the run others have moved it meanwhile: to look is cheaper than to be refused.
+        Others have moved a run whose `position` is said to be further, or which many are at work on: to look is cheaper
+        than to be refused, which costs the coroutine.
         """
         cached = self._get(run_id)
-        if cached is not None and cached.fold.in_flight < MANY:
+        if cached is not None and cached.fold.in_flight < MANY and cached.fold.position >= position:
             info = cached.info
             row = RunRow(info.id, info.saga, info.version, info.queue, info.input, info.started, info.deadline,
                          info.priority, cached.fold.position, cached.fold.state, info.parent,

@@ -34,6 +34,7 @@ _BATCH = 8
 _LARGEST_BATCH = 32
 _WAVE_S = 0.02
 _LONGEST_WAVE_S = 0.1  # a wave that turns out to take longer is committed so far
+_PERIODS = 10  # that a drain may last while nobody waits for its child: Celery may want to replace it
 _PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, *[1.0] * 30)  # between looks whether the database is back
 
 
@@ -47,8 +48,8 @@ class Drainer:
         self._session = Session(worker, scope)
         self._attempts = Attempts(self._session, worker.runner, lambda: (*self._wave, *self._begun))
         self._queues = deque(sorted(worker.scope.queues))
-        self._until = math.inf
-        self._steps = 0
+        self._until = self._at_last = math.inf
+        self._steps = self._most = 0
         self._together = False  # whether the steps of the last take shared commits, and whether it left some behind
         self._more_due = False
         self._took_at = -math.inf  # when it looked the last time
@@ -63,13 +64,14 @@ class Drainer:
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def drain(self) -> int:
-        """Work until nothing is due, or for about a second; returns how many steps were run.
+        """Work until nothing is due, or for about a second if other tasks wait; returns how many steps were run.
 
         None are run if connections are scarce and others have them all.
         Raises: StoreUnavailableError if the database cannot be reached; what was begun is reported before.
         """
-        self._until = time.monotonic() + self._settings.drain_seconds
         self._steps = 0
+        self._begin_period()
+        self._at_last = self._until + (_PERIODS - 1) * self._settings.drain_seconds
         try:
             if not self._owes and not self._session.has_room():
                 return 0
@@ -181,9 +183,26 @@ class Drainer:
         return taken
 
     def _may_begin(self) -> bool:
-        """Whether this drain goes on: other tasks of this worker get their turn, a worker that stops begins nothing."""
-        within = time.monotonic() < self._until and self._steps < self._settings.drain_steps
-        return within and not self._worker.stopping()
+        """Whether this drain goes on: other tasks of this worker get their turn, a worker that stops begins nothing.
+
+        Where no other waits, a doorbell for the same child or another one, which knows less of the runs, would be all
+        that comes of its end.
+        """
+        if self._worker.stopping():
+            return False
+        now = time.monotonic()
+        if now < self._until and self._steps < self._most:
+            return True
+        if now >= self._at_last or self._worker.waited_for():
+            return False
+        self._begin_period()
+        return True
+
+    def _begin_period(self) -> None:
+        """Begin a drain, or go on with it as if it were another: what is committed long after it was due is found."""
+        self._until = time.monotonic() + self._settings.drain_seconds
+        self._most = self._steps + self._settings.drain_steps
+        self._took_all_at = None
 
     def _ring_if_due(self) -> bool:
         """Ring for what this child leaves to others; tells whether there is something."""
@@ -199,7 +218,7 @@ class Drainer:
         scope, identity = self._worker.scope, advancer.identity
         self._queues.rotate(1)  # within a priority every queue comes first in its turn, so that none starves
         short = {task: seconds for task, seconds in self._attempts.recent_s.items() if self._attempts.is_short(task)}
-        left = max(1, self._settings.drain_steps - self._steps)
+        left = max(1, self._most - self._steps)
         batch = min(left, _batch(max(short.values(), default=0.0)))
         queues = [queue for queue in self._queues if queue not in self._session.paused.queues]
         if not queues:

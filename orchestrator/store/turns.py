@@ -47,6 +47,7 @@ class Taken:
     """A row of work that this process holds: reserved if it is a turn, begun otherwise.
 
     `lane` names the row: 0 is the turn's, another one stays while a child does step after step of the run in it.
+    `position` is that of the run when a step was taken; of one that this child began with a turn it knows more.
 
     Once its outcome is recorded, `refused` tells that the fence was lost and `again` that another attempt follows
     (None: another turn decides that).
@@ -65,6 +66,7 @@ class Taken:
     deadline: datetime | None
     now: datetime
     run: RunRow | None = None
+    position: int = 0
     refused: bool = False
     again: bool | None = None
 
@@ -139,6 +141,7 @@ def _taken(row: tuple[Any, ...]) -> Taken:
     taken = Taken(*row[:12])
     if row[12] is not None:
         taken.run = RunRow(taken.run_id, *row[12:])
+    taken.position = row[19] or 0
     return taken
 
 

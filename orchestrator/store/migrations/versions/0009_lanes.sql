@@ -110,8 +110,8 @@ BEGIN
                     RETURNING u.*, c.turn, c.n
                 )
                 SELECT t.run_id, t.lane, t.key, t.role, t.target, t.queue, t.task, t.attempt, t.call, t.fence, t.deadline_at,
-                    v_now, r.saga, r.version, r.queue, r.input, r.started_at, r.deadline_at, r.priority, r.position,
-                    r.state, CASE WHEN r.root_id <> r.id THEN r.parent_id END, r.link, r.since
+                    v_now, r.saga, r.version, r.queue, r.input, r.started_at, r.deadline_at, r.priority,
+                    coalesce(r.position, (SELECT s.position FROM orchestrator.runs s WHERE s.id = t.run_id)), r.state, CASE WHEN r.root_id <> r.id THEN r.parent_id END, r.link, r.since
                 FROM taken t LEFT JOIN orchestrator.runs r ON t.turn AND r.id = t.run_id ORDER BY t.n
             LOOP
                 v_taken := v_taken + 1;
