@@ -54,13 +54,15 @@ class Meter:
 
 
 def usage(stack: Stack, scale: Scale) -> list[Row]:
-    """Per step, of runs of three steps from one client."""
+    """Per step, of runs of three steps from one client; the log also of one run with many in a row."""
     with stack.engine() as engine, stack.raw() as raw:
         for side in (engine, raw):
             warm(side, "three", scale)
-        ours = [_used(stack, engine, "three", scale.runs) for _ in scale.each_round()]
-        bulks = [_used(stack, engine, "in_bulk", scale.runs) for _ in scale.each_round()]
-        theirs = [_used(stack, raw, "three", scale.runs) for _ in scale.each_round()]
+        steps = scale.of(1000)
+        in_a_row = [_used(stack, engine, "sequence", steps, steps=steps).wal for _ in scale.each_round()]
+        ours = [_used(stack, engine, "three", scale.runs * 3, runs=scale.runs) for _ in scale.each_round()]
+        bulks = [_used(stack, engine, "in_bulk", scale.runs * 3, runs=scale.runs) for _ in scale.each_round()]
+        theirs = [_used(stack, raw, "three", scale.runs * 3, runs=scale.runs) for _ in scale.each_round()]
     parts = [(name, [getattr(used, name) * 1000 for used in ours], [getattr(used, name) * 1000 for used in theirs])
              for name in ("client", "workers", "postgres", "valkey")]  # fmt: skip
     cpu = Row("a step's CPU", "ms", [used.cpu_ms for used in ours], "raw chain", [used.cpu_ms for used in theirs],
@@ -69,16 +71,18 @@ def usage(stack: Stack, scale: Scale) -> list[Row]:
         cpu,
         *(Row("a step's CPU", f"ms, {name}", mine, "raw chain", raws) for name, mine, raws in parts),
         Row("a step's CPU, started in bulk", "ms", [used.cpu_ms for used in bulks]),
-        Row("a step's WAL", "bytes", [used.wal for used in ours], most=700),
+        Row("a step's WAL, start and end with it", "bytes", [used.wal for used in ours], most=700),
+        Row("of 1,000 in a row", "bytes", in_a_row, most=700),
         Row("left by a step", "rows", [used.rows for used in ours]),
         Row("left by a step", "bytes", [used.size for used in ours]),
     ]
 
 
-def _used(stack: Stack, side: Side, load: str, runs: int) -> Meter:
+def _used(stack: Stack, side: Side, load: str, many: int, **options: int) -> Meter:
+    """Return what each of `many` steps of a load used."""
     before = Meter.read(stack, side)
-    side.client.ask(load, runs=runs)
-    return Meter.read(stack, side).since(before, runs * 3)
+    side.client.ask(load, **options)
+    return Meter.read(stack, side).since(before, many)
 
 
 def memory(stack: Stack, scale: Scale) -> list[Row]:

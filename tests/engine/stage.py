@@ -123,6 +123,7 @@ class Child:
         self.runner = Calls(f"child-{self.number}", dsn or database_url)
         self.rings: list[str] = []
         self.stopping = False
+        self.waited_for = True
         self.scripts: Callable[[str, int], Script | None] = script_of
         self.drainer = Drainer(
             Worker(
@@ -133,6 +134,7 @@ class Child:
                 runner=self.runner,
                 ring=lambda queue, times: self.rings.extend([queue] * times),
                 stopping=lambda: self.stopping,
+                waited_for=lambda: self.waited_for,
             )
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -674,6 +675,28 @@ def test_a_drain_ends_after_its_share_and_rings_for_the_rest(
     assert "celery" in child.rings
     drain_all(connection, child)
     assert {state(connection, f"r{n}") for n in range(20)} == {"completed"}
+
+
+def test_a_drain_goes_on_while_no_other_task_waits_for_its_child(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    child = new_child(drain_steps=3)
+    child.waited_for = False
+    start(connection, in_a_row, [f"{n}" for n in range(20)])
+    assert child.drain() == 20
+    assert (state(connection), child.rings) == ("completed", [])
+
+
+def test_a_drain_comes_to_an_end_although_no_other_task_waits(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    """Celery may want to replace its child."""
+    child = new_child(drain_seconds=0.01)
+    child.waited_for = False
+    child.runner.after = lambda taken: time.sleep(0.02)
+    start(connection, in_a_row, [f"{n}" for n in range(100)])
+    assert 1 < child.drain() < 20
+    assert state(connection) == "running" and child.rings
 
 
 def test_a_bell_that_cannot_be_rung_keeps_no_start_from_succeeding(database_url: str, connection: Connection) -> None:

@@ -39,6 +39,13 @@ async def wide(steps: int) -> None:
 
 
 @saga.define
+async def one_by_one(steps: int) -> None:
+    BEGUN.append("one by one")
+    for number in range(steps):
+        await saga.step(short, number)
+
+
+@saga.define
 async def until_an_instant(others: int) -> None:
     instant = asyncio.get_running_loop().time() + 30
     mine = saga.step(long, "mine")
@@ -177,3 +184,17 @@ def test_a_timer_that_another_process_took_back_is_set_again(
     start(connection, until_an_instant, MANY)
     one.drain()
     assert [role for key, role, *_ in work(connection) if not key] == ["turn"]
+
+
+def test_processes_that_take_turns_at_a_run_go_on_where_they_were(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    """Each reads what the other has done, instead of computing what is refused and replaying the run."""
+    BEGUN.clear()
+    children = [new_child(drain_steps=2) for _ in range(2)]
+    start(connection, one_by_one, 40)
+    for number in range(40):
+        children[number % 2].drain()
+    assert states(connection) == {"run": "completed"}
+    assert len(children[0].runner.calls) == len(children[1].runner.calls) == 20
+    assert BEGUN == ["one by one"] * 2

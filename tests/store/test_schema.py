@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
 from orchestrator import SchemaError, StoreUnavailableError, store
+from orchestrator.store import liveness
 from orchestrator.store.connection import open_connection
+from orchestrator.store.migration import _config
 from orchestrator.store.tables import SCHEMA, metadata
 
 
@@ -37,6 +40,46 @@ def test_the_tables_in_code_are_those_that_the_migrations_make(database_url: str
 
 def test_migrating_twice_changes_nothing(database_url: str) -> None:
     assert store.migrate(database_url) == []
+
+
+def at_revision(database_url: str, revision: str) -> None:
+    """Bring an empty database to the schema of an earlier release."""
+    engine = create_engine(database_url.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE SCHEMA {SCHEMA}"))
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+    engine.dispose()
+
+
+def test_lanes_take_over_what_is_outstanding(empty_database_url: str) -> None:
+    at_revision(empty_database_url, "0008")
+    with open_connection(empty_database_url, name="test") as connection:
+        connection.execute("""
+            INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at, fence, incarnation)
+            VALUES ('r', '', 'turn', 's@1', 'q', now(), NULL, NULL), ('r', 'a', 'do', 't', 'q', now(), NULL, NULL),
+                ('r', 'b', 'do', 't', 'q', now(), 7, 3), ('r2', 'b', 'undo', 't', 'q', now(), 8, 3)""")
+        assert "0009" in store.migrate(empty_database_url)
+        found = connection.execute(
+            "SELECT run_id, lane = 0, key, role, fence, begun_by FROM orchestrator.work ORDER BY run_id, key"
+        ).fetchall()
+        lanes = connection.execute("SELECT DISTINCT run_id, lane FROM orchestrator.work").fetchall()
+    assert found == [
+        ("r", True, "", "turn", None, None), ("r", False, "a", "do", None, None), ("r", False, "b", "do", 7, 3),
+        ("r2", False, "b", "undo", 8, 3),
+    ]  # fmt: skip
+    assert len(lanes) == 4
+
+
+def test_lanes_wait_until_workers_of_releases_before_are_stopped(empty_database_url: str) -> None:
+    at_revision(empty_database_url, "0008")
+    with open_connection(empty_database_url, name="test") as connection:
+        me = liveness.register(connection, node="old@here", host="h", pid=1, queues=["q"], targets=[], slots=1)
+        with pytest.raises(SchemaError, match=r"nothing was migrated: the release that old@here run .* stop them"):
+            store.migrate(empty_database_url)
+        assert liveness.declare_dead(connection, me)
+    assert store.migrate(empty_database_url) == ["0009"]
 
 
 def test_many_may_migrate_at_once(empty_database_url: str) -> None:

@@ -230,6 +230,44 @@ def test_the_next_step_is_begun_in_the_same_transaction(connection: Connection, 
     )
 
 
+def updated_in_place(connection: Connection) -> int:
+    """Return how many rows of work this transaction, and perhaps some before it, has updated within their page."""
+    row = connection.execute("SELECT pg_stat_get_xact_tuples_hot_updated('orchestrator.work'::regclass)").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_going_on_with_the_next_step_changes_no_index(connection: Connection, begun: int, together: bool) -> None:
+    goes_on = turn(1, done=[(lane("k"), begun)], next={**begins("n"), "lane": lane("k")}, next_fence=9)
+    with connection.transaction():
+        before = updated_in_place(connection)
+        if together:
+            assert turns.commit_turns(connection, [goes_on])["r"].written
+        else:
+            assert turns.commit_turn(connection, goes_on).written
+        assert updated_in_place(connection) == before + 1
+    (held,) = attempts.held(connection, 1, 1)
+    assert (held.lane, held.key, held.fence) == (lane("k"), "n", 9)
+
+
+def test_reserving_a_turn_changes_no_index(connection: Connection) -> None:
+    start(connection)
+    with connection.transaction():
+        before = updated_in_place(connection)
+        assert take(connection)
+        assert updated_in_place(connection) == before + 1
+
+
+def test_a_step_that_is_taken_says_where_its_run_stands(connection: Connection) -> None:
+    start(connection)
+    take(connection)
+    commit(connection, holds_turn=True, work=[asked("k")])
+    commit(connection, 1)
+    (taken,) = take(connection)
+    assert (taken.key, taken.run, taken.position) == ("k", None, 2)
+
+
 def test_a_shared_run_is_not_waited_for_and_one_alone_is(connect: Connect) -> None:
     one, two = connect(), connect()
     start(one)
