@@ -34,10 +34,17 @@ def test_while_a_result_is_to_be_expected_pauses_are_short(book: _Book) -> None:
     assert [book.next_pause() for _ in range(40)] == [0.0005] * 40
 
 
-def test_from_then_on_they_grow_to_a_quarter_of_a_second(book: _Book) -> None:
-    book.usual_s, book.asked_at = 0.01, NOW - 1.0
-    pauses = [book.next_pause() for _ in range(40)]
-    assert (pauses[0], pauses[1], pauses[-1]) == (0.0005, 0.000625, 0.25)
+@pytest.mark.parametrize(("waited", "pause"), [(0.021, 0.00063), (1.0, 0.03), (60.0, 0.25)])
+def test_from_then_on_they_grow_with_the_wait_to_a_quarter_of_a_second(
+    book: _Book, waited: float, pause: float
+) -> None:
+    book.usual_s, book.asked_at = 0.01, NOW - waited
+    assert book.next_pause() == pytest.approx(pause)
+
+
+def test_while_the_database_is_away_it_is_asked_for_now_and_then(book: _Book) -> None:
+    book.away = True
+    assert book.next_pause() == 0.25
 
 
 def test_how_long_callers_wait_is_learned(book: _Book) -> None:
