@@ -56,6 +56,8 @@ _invoked: ContextVar[str] = ContextVar("orchestrator_invoked", default="")  # th
 _limit: ContextVar[float] = ContextVar("orchestrator_limit", default=0.0)
 _hangs: ContextVar[Callable[[], None] | None] = ContextVar("orchestrator_hangs", default=None)
 _HANGS_AFTER_S = 1.0
+# Without the conversions from and to enumerations, which take longer than all else that an alarm does.
+_handle: Callable[[int, Any], Any] = getattr(signal.signal, "__wrapped__", signal.signal)
 
 
 class Runner:
@@ -265,7 +267,7 @@ def time_limit(seconds: float, hangs: Callable[[], None] | None = None) -> conte
     if seconds <= 0:
         return contextlib.nullcontext()
     if threading.current_thread() is threading.main_thread():
-        return _alarm(seconds, hangs)
+        return _Alarm(seconds, hangs)
     return _interruption(seconds)
 
 
@@ -273,30 +275,33 @@ def _overran(seconds: float) -> StepTimeout:
     return StepTimeout(f"the step overran its start_to_close_timeout of {seconds:g} s and was interrupted")
 
 
-@contextlib.contextmanager
-def _alarm(seconds: float, hangs: Callable[[], None] | None) -> Iterator[None]:
+class _Alarm:
     """By a signal, which reaches the main thread even while it waits."""
-    until = monotonic() + seconds
-    tell, over = hangs if seconds > _HANGS_AFTER_S else None, False
 
-    def interrupt(number: int, frame: Any) -> None:
-        nonlocal tell
-        if over:
-            return
-        if tell is None:
-            raise _overran(seconds)
-        told, tell = tell, None
-        told()
-        signal.setitimer(signal.ITIMER_REAL, max(until - monotonic(), 0.001))
+    __slots__ = ("_before", "_hangs", "_over", "_seconds", "_until")
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds if tell is None else _HANGS_AFTER_S)
-    try:
-        yield
-    finally:
-        over = True  # a signal that came just before is heard a little later
+    def __init__(self, seconds: float, hangs: Callable[[], None] | None) -> None:
+        self._seconds, self._over = seconds, False
+        self._hangs = hangs if seconds > _HANGS_AFTER_S else None
+
+    def __enter__(self) -> None:
+        self._until = monotonic() + self._seconds
+        self._before = _handle(signal.SIGALRM, self._interrupt)
+        signal.setitimer(signal.ITIMER_REAL, self._seconds if self._hangs is None else _HANGS_AFTER_S)
+
+    def __exit__(self, *_: object) -> None:
+        self._over = True  # a signal that came just before is heard a little later
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        _handle(signal.SIGALRM, self._before)
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if self._over:
+            return
+        if self._hangs is None:
+            raise _overran(self._seconds)
+        hangs, self._hangs = self._hangs, None
+        hangs()
+        signal.setitimer(signal.ITIMER_REAL, max(self._until - monotonic(), 0.001))
 
 
 @contextlib.contextmanager
