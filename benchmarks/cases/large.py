@@ -80,7 +80,9 @@ def timers(stack: Stack, scale: Scale) -> list[Row]:
             begin = time.time() + 5 + count / 200
             runs = engine.client.ask("nap", runs=count, begin=begin)["runs"]
             until(lambda: _one(connection, _SLEEPING, runs) == count, "all runs sleep", begin - time.time())
-            until(lambda: not _one(connection, _OPEN, runs), "all timers have fired", begin - time.time() + 120)
+            # Who asks takes time from those that are measured: of 10,000 runs it is a core, if asked all the time.
+            time.sleep(max(0.0, begin - time.time() + 1.0))
+            until(lambda: not _one(connection, _OPEN, runs), "all timers have fired", 120, every=0.5)
             ends: dict[str, float] = dict(connection.execute(_FINISHED, [runs]).fetchall())
     late = [ends[run] - begin - number / count for number, run in enumerate(runs)]
     cuts = quantiles(late, n=100, method="inclusive") if count > 1 else late * 99

@@ -360,3 +360,15 @@ def test_starting_is_quick() -> None:
         sagas.sequence.delay([])
         times.append(time.perf_counter() - before)
     assert sorted(times)[7] < 0.1
+
+
+def test_a_task_gets_its_turn_at_the_only_child_while_sagas_keep_it_busy(new_worker: Callable[..., Worker]) -> None:
+    """A drain goes on only as long as nobody else waits; of a run with so many steps it lasts for many seconds."""
+    worker = new_worker("-c", "1").start()
+    run = sagas.sequence.apply_async(args=[[Plan(name="a", kind="look")] * 3500], queue=worker.queue)
+    until(lambda: run.status == "running", "the child is busy")
+    for _ in range(3):
+        assert steps.add.apply_async((1, 2), queue=worker.queue).get(timeout=60) == 3
+        assert run.status == "running"
+    run.terminate(reason="that is enough")
+    until(lambda: run.status == "terminated", "the run has ended")
