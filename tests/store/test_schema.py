@@ -18,6 +18,7 @@ from orchestrator.store import liveness
 from orchestrator.store.connection import open_connection
 from orchestrator.store.migration import _config
 from orchestrator.store.tables import SCHEMA, metadata
+from tests.acceptance.running import until
 
 
 def test_the_tables_in_code_are_those_that_the_migrations_make(database_url: str) -> None:
@@ -70,6 +71,23 @@ def test_lanes_take_over_what_is_outstanding(empty_database_url: str) -> None:
         ("r2", False, "b", "undo", 8, 3),
     ]  # fmt: skip
     assert len(lanes) == 4
+
+
+def test_a_run_that_is_started_while_lanes_come_keeps_its_turn(empty_database_url: str) -> None:
+    at_revision(empty_database_url, "0008")
+    waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE relation = 'orchestrator.work'::regclass AND NOT granted)"
+    migrating = threading.Thread(target=store.migrate, args=[empty_database_url])
+    with (
+        open_connection(empty_database_url, name="client") as client,
+        open_connection(empty_database_url, name="watcher") as watcher,
+    ):
+        with client.transaction():
+            client.execute("INSERT INTO orchestrator.work (run_id, key, role, target, queue, due_at) "
+                           "VALUES ('r', '', 'turn', 's@1', 'q', now())")  # fmt: skip
+            migrating.start()
+            until(lambda: watcher.execute(waits).fetchone() == (True,), "the migration waits for the start")
+        migrating.join()
+        assert watcher.execute("SELECT run_id, lane FROM orchestrator.work").fetchall() == [("r", 0)]
 
 
 def test_lanes_wait_until_workers_of_releases_before_are_stopped(empty_database_url: str) -> None:

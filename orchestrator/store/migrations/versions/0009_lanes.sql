@@ -1,6 +1,8 @@
 -- A row of work is a lane of its run: 0 is that of the turn, each other one is driven by one child at a time.  When the
 -- child goes on with the next step, only columns that no index has change: Postgres updates the row within its page
 -- (HOT), and the log holds little more than what differs.  So the columns that differ from step to step come last.
+-- Locked before it is read: a run that is started meanwhile waits, or its turn would be lost with the old table.
+LOCK TABLE orchestrator.work IN ACCESS EXCLUSIVE MODE;
 CREATE TEMPORARY TABLE work_before ON COMMIT DROP AS SELECT * FROM orchestrator.work;
 DROP TABLE orchestrator.work;
 CREATE TABLE orchestrator.work (
