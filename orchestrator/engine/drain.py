@@ -44,7 +44,7 @@ class Drainer:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._settings = worker.settings
-        scope = replace(worker.scope, may_begin=self._may_begin, is_short=lambda task: self._attempts.is_short(task))
+        scope = replace(worker.scope, may_begin=self._may_follow, is_short=lambda task: self._attempts.is_short(task))
         self._session = Session(worker, scope)
         self._attempts = Attempts(self._session, worker.runner, lambda: (*self._wave, *self._begun))
         self._queues = deque(sorted(worker.scope.queues))
@@ -188,15 +188,20 @@ class Drainer:
         Where no other waits, a doorbell for the same child or another one, which knows less of the runs, would be all
         that comes of its end.
         """
-        if self._worker.stopping():
-            return False
-        now = time.monotonic()
-        if now < self._until and self._steps < self._most:
+        if self._may_follow():
             return True
-        if now >= self._at_last or self._worker.waited_for():
+        if self._worker.stopping() or time.monotonic() >= self._at_last or self._worker.waited_for():
             return False
         self._begin_period()
         return True
+
+    def _may_follow(self) -> bool:
+        """Whether a step may follow another one of its run at once; each second what is due is compared again.
+
+        A long run would keep out what is more urgent or longer due, and hear of no pause, for as long as the drain.
+        """
+        in_period = time.monotonic() < self._until and self._steps < self._most
+        return in_period and not self._worker.stopping()
 
     def _begin_period(self) -> None:
         """Begin a drain, or go on with it as if it were another: what is committed long after it was due is found."""

@@ -33,6 +33,12 @@ async def both(name: str) -> None:
     await asyncio.gather(saga.step(plain, name), saga.step(urgent, name))
 
 
+@saga.define(name="priorities.in_a_row")
+async def in_a_row(name: str) -> None:
+    for _ in range(10):
+        await saga.step(plain, name)
+
+
 @saga.define(name="priorities.undone")
 async def undone(name: str) -> None:
     await saga.step(plain.with_options(compensate=plain), name)
@@ -94,6 +100,22 @@ def test_an_urgent_step_goes_before_runs_that_are_longer_due(
     while child.drain():
         pass
     assert ran(child) == [("run", "plain"), ("run", "urgent"), ("later", "plain")]
+
+
+def test_a_long_run_keeps_no_urgent_one_out_of_a_drain_that_goes_on(
+    new_child: Callable[..., Child], connection: psycopg.Connection[Any]
+) -> None:
+    child = new_child(drain_steps=2)
+    child.waited_for = False
+    begin(connection, in_a_row, "long")
+
+    def begin_urgent(taken: Any) -> None:
+        child.runner.before = lambda taken: None
+        begin(connection, one, "urgent", priority=9)
+
+    child.runner.before = begin_urgent
+    assert child.drain() == 11
+    assert [run for run, _ in ran(child)].index("urgent") < 5, "of ten"
 
 
 def test_an_undo_has_the_priority_of_its_run(child: Child, connection: psycopg.Connection[Any]) -> None:

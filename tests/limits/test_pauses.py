@@ -60,6 +60,12 @@ async def across(n: int) -> int:
     return await saga.step(elsewhere, n)
 
 
+@saga.define(name="pauses.in_a_row")
+async def in_a_row(n: int) -> None:
+    for _ in range(n):
+        await saga.step(first, n)
+
+
 @pytest.fixture
 def pump() -> Pump:
     return Pump(lambda queue, times: None, lease=timedelta(seconds=60), reservation=RESERVATION)
@@ -288,6 +294,26 @@ def test_a_long_drain_hears_of_a_pause_within_a_second(
     thread.join(30)
     assert not thread.is_alive()
     assert "running" in {state(connection, f"r{number}") for number in range(40)}
+
+
+def test_a_drain_that_goes_on_with_a_long_run_hears_of_a_pause_within_a_second_or_two(
+    new_child: Callable[..., Child], client: Client, connection: Any
+) -> None:
+    child = new_child(drain_seconds=1.0)
+    child.waited_for = False
+    start(connection, in_a_row, 50)
+    never = threading.Event()
+
+    def take_long(taken: Any) -> None:
+        never.wait(0.1)
+
+    child.runner.before = take_long
+    thread = child.in_background()
+    until(lambda: child.runner.calls, "it has begun")
+    client.pause(queue=QUEUE)
+    thread.join(30)
+    assert not thread.is_alive()
+    assert state(connection) == "running" and len(child.runner.calls) < 30
 
 
 # -- the statements ----------------------------------------------------------------------------------------------------
