@@ -186,11 +186,13 @@ class Drainer:
         """Whether this drain goes on: other tasks of this worker get their turn, a worker that stops begins nothing.
 
         Where no other waits, a doorbell for the same child or another one, which knows less of the runs, would be all
-        that comes of its end.
+        that comes of its end.  Where connections are scarce, others wait for that of this child.
         """
         if self._may_follow():
             return True
         if self._worker.stopping() or time.monotonic() >= self._at_last or self._worker.waited_for():
+            return False
+        if self._worker.permits is not None:
             return False
         self._begin_period()
         return True

@@ -749,3 +749,15 @@ def test_who_answers_a_doorbell_does_not_wait_for_a_connection_that_others_need(
     taken.give_back()
     assert child.drain() == 1 and state(connection) == "completed"
     assert permits.take(0.0), "what the drain had is given back"
+
+
+def test_a_drain_does_not_keep_a_scarce_connection_for_longer_because_no_other_task_waits(
+    new_child: Callable[..., Child], connection: Connection, tmp_path: Path
+) -> None:
+    """Other children have outcomes to record with it, and heartbeats to send."""
+    child = new_child(drain_steps=3)
+    child.waited_for = False
+    child.drainer._worker.permits = Permits(tmp_path, "plain", 1)
+    start(connection, in_a_row, [f"{n}" for n in range(20)])
+    assert child.drain() == 3
+    assert child.rings
