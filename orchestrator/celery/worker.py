@@ -98,7 +98,7 @@ class CompanionStep(bootsteps.StartStopStep):
         signals.worker_before_create_process.connect(_share_memory, weak=False)
         self.exclude_forks()
         if not issubclass(worker.pool_cls, solo.TaskPool):  # which takes no message before it has done the last one
-            worker.timer.call_repeatedly(_LOOK_S, _look_who_waits)
+            worker.timer.call_repeatedly(_LOOK_S, _look_who_waits, (worker,))
         self._launch()
 
     def hear(self) -> None:
@@ -259,13 +259,25 @@ def _begin_stop(**_: Any) -> None:
     _said[0] = 1
 
 
-def _look_who_waits() -> None:
-    """Say whether a task that this worker has received waits for a child, for drains that are to make room for it."""
+def _look_who_waits(worker: Any) -> None:
+    """Say whether a task that this worker has received waits for a child, for drains that are to make room for it.
+
+    Where doorbells are all that it receives in advance, one may wait behind them at the broker.
+    """
     try:
-        waits = any(request.name != DRAIN for request in state.reserved_requests - state.active_requests)
+        waiting = state.reserved_requests - state.active_requests
+        waits = len(waiting) >= _received_in_advance(worker) or any(request.name != DRAIN for request in waiting)
     except RuntimeError:  # they change meanwhile, in another thread
         waits = True
     _said[1] = not waits
+
+
+def _received_in_advance(worker: Any) -> float:
+    """Return how many messages this worker receives before it has a child for them."""
+    consumer = getattr(worker, "consumer", None)
+    if consumer is None or worker.app.conf.worker_disable_prefetch:
+        return 0
+    return consumer.initial_prefetch_count or math.inf
 
 
 def _share_memory(**_: Any) -> None:

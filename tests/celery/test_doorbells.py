@@ -6,6 +6,7 @@ import math
 import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from kombu.connection import Connection
 from kombu.message import Message
 
 from orchestrator import Orchestrator
-from orchestrator.celery import request
+from orchestrator.celery import request, worker
 from orchestrator.celery.doorbell import DRAIN, Bell, connection_options
 from orchestrator.celery.request import DoorbellRequest
 from tests.acceptance.running import until
@@ -31,11 +32,12 @@ def app() -> Iterator[Celery]:
         DoorbellRequest._latest, DoorbellRequest._latest_at = None, -math.inf
         yield app
         state.reset_state()
+        worker._said[1] = 0
 
 
 def received(app: Celery, age: timedelta, **headers: Any) -> DoorbellRequest:
     """Return a doorbell as it is when a worker has received it."""
-    headers |= {"task": DRAIN, "id": "bell", "expires": (datetime.now(UTC) + age).isoformat()}
+    headers = {"task": DRAIN, "id": "bell", **headers, "expires": (datetime.now(UTC) + age).isoformat()}
     message = Message(body="[[], {}, {}]", content_type="application/json", content_encoding="utf-8", headers=headers)
     return DoorbellRequest(message, app=app, task=app.tasks[DRAIN])
 
@@ -104,3 +106,24 @@ def test_they_are_rung_by_the_login_method_that_celery_has() -> None:
     with Celery("external", broker="amqp://broker//", set_as_current=False) as app:
         app.conf.broker_login_method = "EXTERNAL"
         assert Connection(**connection_options(app)).login_method == "EXTERNAL"
+
+
+@pytest.mark.parametrize(
+    ("doorbells", "others", "prefetch", "disabled", "waited_for"),
+    [(0, 0, 4, False, False), (3, 0, 4, False, False), (4, 0, 4, False, True), (0, 1, 4, False, True),
+     (9, 0, 0, False, False), (0, 0, 1, True, True)],
+)  # fmt: skip
+def test_drains_make_room_for_tasks_that_wait_or_cannot_be_seen_behind_doorbells(
+    app: Celery, doorbells: int, others: int, prefetch: int, disabled: bool, waited_for: bool
+) -> None:
+    app.conf.worker_disable_prefetch = disabled
+    main = SimpleNamespace(app=app, consumer=SimpleNamespace(initial_prefetch_count=prefetch))
+    waiting = [received(app, IN_TIME, id=f"bell {n}") for n in range(doorbells)]
+    waiting += [received(app, IN_TIME, id=f"task {n}", task="theirs") for n in range(others)]
+    for each in waiting:
+        state.task_reserved(each)
+    running = received(app, IN_TIME, id="running", task="theirs")
+    state.task_reserved(running)
+    state.task_accepted(running)
+    worker._look_who_waits(main)
+    assert worker.waited_for() == waited_for
