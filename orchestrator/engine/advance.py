@@ -360,7 +360,7 @@ class Advancer:
 
     def function_of(self, connection: Connection, taken: Taken) -> Callable[[], Any] | None:
         """Return the function of a ``saga.once`` that was begun here."""
-        loaded = self._runs.known(connection, taken.run_id)
+        loaded = self._runs.known(connection, taken.run_id, taken.position)
         execution = self._runs.take(loaded) if loaded else None
         if execution is None:
             return None

@@ -16,7 +16,7 @@ from orchestrator.engine.commit import MANY
 from orchestrator.machine.journal import Signal, encode
 from orchestrator.store import arrivals
 from orchestrator.store.connection import Connection
-from tests.engine.stage import Child, start, states, work
+from tests.engine.stage import Child, entries, start, states, work
 
 BEGUN: list[str] = []  # a line for each time that a process resumes the saga from its beginning
 
@@ -43,6 +43,15 @@ async def one_by_one(steps: int) -> None:
     BEGUN.append("one by one")
     for number in range(steps):
         await saga.step(short, number)
+
+
+@saga.define
+async def with_local_steps(steps: int) -> list[int]:
+    found = []
+    for number in range(steps):
+        await saga.step(short, number)
+        found.append(await saga.once("local", lambda number=number: number))
+    return found
 
 
 @saga.define
@@ -198,3 +207,14 @@ def test_processes_that_take_turns_at_a_run_go_on_where_they_were(
     assert states(connection) == {"run": "completed"}
     assert len(children[0].runner.calls) == len(children[1].runner.calls) == 20
     assert BEGUN == ["one by one"] * 2
+
+
+def test_a_local_step_of_a_run_that_others_have_moved_is_found_in_its_code(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    children = [new_child(drain_steps=1) for _ in range(3)]
+    start(connection, with_local_steps, 6)
+    for number in range(40):
+        children[number % 3].drain()
+    assert states(connection) == {"run": "completed"}
+    assert [entry for entry in entries(connection) if entry["e"] == "attempted"] == []
