@@ -46,7 +46,8 @@ def held(connection: Connection, incarnation: int, child: int, now: datetime | N
     return [Taken(*row) for row in rows]
 
 
-# Primary key of work, in its order.
+# Primary key of work, in its order.  The row of a step that followed others in its lane was due when the first of them
+# was: who has looked through all that was due since would pass it over.
 _GIVE_BACK = """
 WITH held AS MATERIALIZED (
     SELECT w.run_id, w.lane FROM orchestrator.work w
@@ -55,7 +56,7 @@ WITH held AS MATERIALIZED (
     ORDER BY w.run_id, w.lane FOR UPDATE OF w
 )
 UPDATE orchestrator.work w SET attempt = w.attempt - 1, fence = NULL, reserved_at = NULL, incarnation = NULL,
-    child = NULL, begun_at = NULL, deadline_at = NULL, expires_at = NULL
+    child = NULL, due_at = greatest(w.due_at, w.begun_at), begun_at = NULL, deadline_at = NULL, expires_at = NULL
 FROM held h WHERE w.run_id = h.run_id AND w.lane = h.lane RETURNING w.queue
 """
 

@@ -251,6 +251,17 @@ def test_going_on_with_the_next_step_changes_no_index(connection: Connection, be
     assert (held.lane, held.key, held.fence) == (lane("k"), "n", 9)
 
 
+def test_a_step_that_is_given_back_was_due_when_it_began_however_long_its_lane_is_there(
+    connection: Connection, begun: int
+) -> None:
+    connection.execute("UPDATE orchestrator.work SET due_at = due_at - interval '1 hour'")
+    assert commit(
+        connection, 1, done=[(lane("k"), begun)], next={**begins("n"), "lane": lane("k")}, next_fence=9
+    ).written
+    assert attempts.give_back(connection, attempts.held(connection, 1, 1)) == ["q"]
+    assert [(each.key, each.attempt) for each in take(connection, back=timedelta(seconds=10))] == [("n", 1)]
+
+
 def test_reserving_a_turn_changes_no_index(connection: Connection) -> None:
     start(connection)
     with connection.transaction():
