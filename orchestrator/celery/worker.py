@@ -262,18 +262,21 @@ def _begin_stop(**_: Any) -> None:
 def _look_who_waits(worker: Any) -> None:
     """Say whether a task that this worker has received waits for a child, for drains that are to make room for it.
 
-    Where doorbells are all that it receives in advance, one may wait behind them at the broker.
+    Where it has received all that it may without acknowledging some, one may wait at the broker, behind doorbells.
     """
     try:
-        waiting = state.reserved_requests - state.active_requests
-        waits = len(waiting) >= _received_in_advance(worker) or any(request.name != DRAIN for request in waiting)
+        received = list(state.reserved_requests)
+        unacknowledged = sum(not request.acknowledged for request in received)
+        waits = unacknowledged >= _received_in_advance(worker) or any(
+            request.name != DRAIN and request not in state.active_requests for request in received
+        )
     except RuntimeError:  # they change meanwhile, in another thread
         waits = True
     _said[1] = not waits
 
 
 def _received_in_advance(worker: Any) -> float:
-    """Return how many messages this worker receives before it has a child for them."""
+    """Return how many messages this worker has at the most that are not acknowledged; 0 if that is no way to tell."""
     consumer = getattr(worker, "consumer", None)
     if consumer is None or worker.app.conf.worker_disable_prefetch:
         return 0

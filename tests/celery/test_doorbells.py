@@ -109,21 +109,23 @@ def test_they_are_rung_by_the_login_method_that_celery_has() -> None:
 
 
 @pytest.mark.parametrize(
-    ("doorbells", "others", "prefetch", "disabled", "waited_for"),
-    [(0, 0, 4, False, False), (3, 0, 4, False, False), (4, 0, 4, False, True), (0, 1, 4, False, True),
-     (9, 0, 0, False, False), (0, 0, 1, True, True)],
+    ("doorbells", "others", "late", "prefetch", "disabled", "waited_for"),
+    [(0, 0, 0, 4, False, False), (3, 0, 0, 4, False, False), (4, 0, 0, 4, False, True), (3, 0, 1, 4, False, True),
+     (0, 0, 1, 4, False, False), (0, 1, 0, 4, False, True), (9, 0, 0, 0, False, False), (0, 0, 0, 1, True, True)],
 )  # fmt: skip
 def test_drains_make_room_for_tasks_that_wait_or_cannot_be_seen_behind_doorbells(
-    app: Celery, doorbells: int, others: int, prefetch: int, disabled: bool, waited_for: bool
+    app: Celery, doorbells: int, others: int, late: int, prefetch: int, disabled: bool, waited_for: bool
 ) -> None:
     app.conf.worker_disable_prefetch = disabled
     main = SimpleNamespace(app=app, consumer=SimpleNamespace(initial_prefetch_count=prefetch))
     waiting = [received(app, IN_TIME, id=f"bell {n}") for n in range(doorbells)]
     waiting += [received(app, IN_TIME, id=f"task {n}", task="theirs") for n in range(others)]
-    for each in waiting:
+    running = [received(app, IN_TIME, id="running", task="theirs")]
+    running[0].acknowledged = True
+    running += [received(app, IN_TIME, id=f"acknowledged late {n}", task="theirs") for n in range(late)]
+    for each in (*waiting, *running):
         state.task_reserved(each)
-    running = received(app, IN_TIME, id="running", task="theirs")
-    state.task_reserved(running)
-    state.task_accepted(running)
+    for each in running:
+        state.task_accepted(each)
     worker._look_who_waits(main)
     assert worker.waited_for() == waited_for
