@@ -90,6 +90,24 @@ def test_a_run_that_is_started_while_lanes_come_keeps_its_turn(empty_database_ur
         assert watcher.execute("SELECT run_id, lane FROM orchestrator.work").fetchall() == [("r", 0)]
 
 
+def test_who_might_use_the_table_of_work_may_do_so_with_lanes(empty_database_url: str) -> None:
+    at_revision(empty_database_url, "0008")
+    role = f"app-{uuid.uuid4().hex}"
+    with open_connection(empty_database_url, name="test") as connection:
+        connection.execute(f'CREATE ROLE "{role}"')
+        try:
+            connection.execute(f'GRANT SELECT, INSERT ON orchestrator.work TO "{role}"')
+            connection.execute("GRANT SELECT ON orchestrator.work TO PUBLIC")
+            store.migrate(empty_database_url)
+            of_role = [f"has_table_privilege('{role}', 'orchestrator.work', '{what}')" for what in ("INSERT", "DELETE")]
+            assert connection.execute(f"SELECT {', '.join(of_role)}").fetchone() == (True, False)
+            of_all = "SELECT has_table_privilege('pg_monitor', 'orchestrator.work', 'SELECT')"
+            assert connection.execute(of_all).fetchone() == (True,)
+        finally:
+            connection.execute(f'DROP OWNED BY "{role}"')
+            connection.execute(f'DROP ROLE "{role}"')
+
+
 def test_lanes_wait_until_workers_of_releases_before_are_stopped(empty_database_url: str) -> None:
     at_revision(empty_database_url, "0008")
     with open_connection(empty_database_url, name="test") as connection:

@@ -4,6 +4,8 @@
 -- Locked before it is read: a run that is started meanwhile waits, or its turn would be lost with the old table.
 LOCK TABLE orchestrator.work IN ACCESS EXCLUSIVE MODE;
 CREATE TEMPORARY TABLE work_before ON COMMIT DROP AS SELECT * FROM orchestrator.work;
+CREATE TEMPORARY TABLE grants_before ON COMMIT DROP AS
+    SELECT a.* FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) AS a WHERE c.oid = 'orchestrator.work'::regclass;
 DROP TABLE orchestrator.work;
 CREATE TABLE orchestrator.work (
     run_id text NOT NULL,
@@ -40,6 +42,17 @@ SELECT run_id, CASE key WHEN '' THEN 0 ELSE row_number() OVER (PARTITION BY run_
     queue, due_at, reserved_at, gate, incarnation, child, target, task, key, call, attempt, fence, begun_at, deadline_at,
     expires_at, details, stop
 FROM work_before;
+-- Whoever might read or write the table may do so still: workers need not be of the role that migrates.
+DO $$
+DECLARE
+    v_grant record;
+BEGIN
+    FOR v_grant IN SELECT * FROM grants_before LOOP
+        EXECUTE format('GRANT %s ON orchestrator.work TO %s %s', v_grant.privilege_type,
+            CASE v_grant.grantee WHEN 0 THEN 'PUBLIC' ELSE v_grant.grantee::regrole::text END,
+            CASE WHEN v_grant.is_grantable THEN 'WITH GRANT OPTION' ELSE '' END);
+    END LOOP;
+END $$;
 
 DROP FUNCTION orchestrator.take_1, orchestrator.take_2, orchestrator.commit_turn_1, orchestrator.commit_turns_1,
     orchestrator.commit_turns_2;
