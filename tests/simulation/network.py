@@ -221,7 +221,7 @@ class Network:
             self.scheduler.die()
         if fate not in (Fate.LOST, Fate.LATE):
             answer = self._drive(line, gen)
-            line.answered = True
+            line.answered = not line.pgconn.pipeline_status  # without its end, the transaction of a pipeline is open
             if fate is Fate.ARRIVES:
                 return answer
         if fate is Fate.KILLED_AFTER:
