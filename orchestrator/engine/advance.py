@@ -9,29 +9,26 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any
 
 from orchestrator.engine.cache import Executions
 from orchestrator.engine.commit import Begun, Identity, IsShort, Scope, begin_next, commit_of, correction, gate_of
+from orchestrator.engine.compute import NO_TURN, Computer
 from orchestrator.engine.observe import tell
-from orchestrator.errors import DriftError, describe_exception
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.fold import RunInfo
 from orchestrator.machine.journal import (
-    Arrival,
     AttemptEnded,
     Late,
     LateSuccess,
     Parked,
-    decode_arrival,
     encode,
 )
-from orchestrator.machine.loop import BlockedError
-from orchestrator.machine.states import TERMINAL, RunState
-from orchestrator.machine.turn import CodeError, CodeMissing, Execution, Script, Turn
+from orchestrator.machine.states import TERMINAL
+from orchestrator.machine.turn import CodeMissing, Execution, Script, Turn
 from orchestrator.store import arrivals, gates, runs, turns
 from orchestrator.store.connection import REFUSED, UNAVAILABLE, Connection
 from orchestrator.store.turns import Loaded, Taken
@@ -92,7 +89,7 @@ class Advancer:
         self._scope = scope
         self.identity = identity
         self._ring = ring
-        self._watch_code, self._interrupted = watch_code, interrupted
+        self._computer = Computer(self._runs, watch_code, interrupted)
         self._elsewhere: dict[str, _Left] = {}  # runs that another process drives
 
     # -- what happens to a run -----------------------------------------------------------------------------------------
@@ -272,7 +269,7 @@ class Advancer:
     ) -> Prepared | None:
         """Compute a turn that is committed together with others; None if it is for itself."""
         try:
-            execution, turn = self._compute(connection, loaded, outcomes)
+            execution, turn = self._computer.turn(connection, loaded, outcomes)
         except CodeMissing:
             return None
         if execution is None or turn.was_ended or turn.corrections:
@@ -290,9 +287,9 @@ class Advancer:
         loaded = None
         try:
             loaded = self._runs.known(connection, taken.run_id, taken.position)
-            execution, turn = self._compute(connection, loaded, [outcome]) if loaded else (None, _NO_TURN)
+            execution, turn = self._computer.turn(connection, loaded, [outcome]) if loaded else (None, NO_TURN)
         except CodeMissing:
-            execution, turn, drivable = None, _NO_TURN, False
+            execution, turn, drivable = None, NO_TURN, False
         if execution is not None and loaded is not None:
             first = begin_next(self._scope, execution, turn, loaded.now)
             consumed = [id for id, _ in loaded.arrivals]
@@ -360,30 +357,7 @@ class Advancer:
 
     def function_of(self, connection: Connection, taken: Taken) -> Callable[[], Any] | None:
         """Return the function of a ``saga.once`` that was begun here."""
-        loaded = self._runs.known(connection, taken.run_id, taken.position)
-        execution = self._runs.take(loaded) if loaded else None
-        if execution is None:
-            return None
-        before = self._interrupted()
-        function: Callable[[], Any] | None = None
-        problem: BaseException | None = None
-        try:
-            with self._watch_code:
-                function = execution.function_of(taken.key)
-        except (Exception, BlockedError) as error:
-            problem = error
-        if self._interrupted() != before:  # see `_compute_again`
-            execution.discard()
-            return self.function_of(connection, taken)
-        if problem is not None:
-            execution.discard()
-            logger.warning("run %s step %s: %s", taken.run_id, taken.key, problem)
-            return None
-        if execution.is_ahead:
-            execution.discard()
-        else:
-            self._runs.remember(execution)
-        return function
+        return self._computer.function_of(connection, taken)
 
     def forget_others(self) -> None:
         """Forget which runs are driven elsewhere: a drain has ended, and everything that it left is read."""
@@ -449,7 +423,7 @@ class Advancer:
         park: Parked | None = None,
     ) -> Made:
         """Compute and commit one turn; with `park` without saga code.  Raises: CodeMissing."""
-        execution, turn = self._compute(connection, loaded, outcomes, park)
+        execution, turn = self._computer.turn(connection, loaded, outcomes, park)
         if execution is None:
             return Made([], False, written=False)
         first = begin_next(self._scope, execution, turn, loaded.now) if may_begin else None
@@ -501,66 +475,6 @@ class Advancer:
         begun = [first.taken] if first else []
         others = execution.fold.in_flight > len(begun)
         return Made(begun, committed.owed or (others and arrivals.waiting(connection, run_id)))
-
-    def _compute(
-        self,
-        connection: Connection,
-        loaded: Loaded,
-        outcomes: Sequence[AttemptEnded] = (),
-        park: Parked | None = None,
-    ) -> tuple[Execution | None, Turn]:
-        arrived: list[Arrival] = [decode_arrival(arrival) for _, arrival in loaded.arrivals]
-        arrived.extend(outcomes)
-        execution = self._runs.take(loaded)
-        if execution is None:
-            return None, _NO_TURN
-        before, turn = self._interrupted(), _NO_TURN
-        problem: BaseException | None = None
-        try:
-            with self._watch_code:
-                turn = execution.turn(arrived, loaded.now, park)
-        except CodeMissing:
-            raise
-        except (Exception, BlockedError) as error:
-            problem = error
-        interrupted = self._interrupted() != before
-        if problem is None and not interrupted:
-            return execution, turn
-        self._runs.forget(loaded.run.id)
-        execution.discard()
-        if interrupted:
-            return self._compute_again(connection, loaded, outcomes, park)
-        assert problem is not None
-        return self._park(connection, loaded.run.id, arrived, problem)
-
-    def _compute_again(
-        self, connection: Connection, loaded: Loaded, outcomes: Sequence[AttemptEnded], park: Parked | None
-    ) -> tuple[Execution | None, Turn]:
-        """A SystemExit that a signal raised in saga code was kept by its task; nothing of that is the saga's doing."""
-        again = self._runs.load(connection, loaded.run.id)
-        if again is None:
-            return None, _NO_TURN
-        return self._compute(connection, replace(again, arrivals=loaded.arrivals), outcomes, park)
-
-    def _park(
-        self, connection: Connection, run_id: str, arrived: Sequence[Arrival], error: BaseException
-    ) -> tuple[Execution | None, Turn]:
-        """A turn that cannot be computed parks the run: what arrived is recorded, saga code is left alone."""
-        if isinstance(error, DriftError):
-            park = Parked("", "drift", str(error))
-        elif isinstance(error, CodeError):
-            why = f"the saga function raised {error.error.get('type')}: {error.error.get('message')}"
-            park = Parked("", "code", why, error.error)
-        elif isinstance(error, BlockedError):
-            park = Parked("", "code", str(error), describe_exception(error))
-        else:
-            logger.exception("run %s: its turn could not be computed", run_id)
-            park = Parked("", "code", f"its turn could not be computed: {error!r:.500}", describe_exception(error))
-        again = self._runs.load(connection, run_id)
-        execution = self._runs.take(again) if again else None
-        if execution is None or again is None:
-            return None, _NO_TURN
-        return execution, execution.turn(arrived, again.now, park)
 
     def _write(
         self,
@@ -626,6 +540,3 @@ def _unless_refused() -> Iterator[None]:
         raise
     except REFUSED:
         logger.exception("turns could not be committed together; each is tried alone")
-
-
-_NO_TURN = Turn(0, datetime.min.replace(tzinfo=UTC), [], [], [], [], RunState.PENDING, None, False)
