@@ -26,8 +26,8 @@ def upgrade() -> None:
     op.execute("SET LOCAL lock_timeout = '5s'")
     if workers := op.get_bind().exec_driver_sql(_LIVING).scalar():
         raise SchemaError(
-            f"nothing was migrated: the release that {workers} run cannot work with the schema of this one; stop them "
-            "(a warm shutdown ends what they have begun), migrate, then start workers of this release"
+            f"nothing was migrated: workers of an earlier release are alive ({workers}), which cannot work with this "
+            "schema; stop them (a warm shutdown ends what they have begun), migrate, then start those of this release"
         )
     statements = Path(__file__).with_suffix(".sql").read_text(encoding="utf-8")
     op.get_bind().exec_driver_sql(statements, execution_options={"no_parameters": True})
