@@ -158,6 +158,9 @@ def visitor(empty_database_url: str) -> Iterator[str]:
     with open_connection(empty_database_url, name="test") as connection:
         connection.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'x'")
         where = urlsplit(empty_database_url)
+        database = where.path[1:]
+        connection.execute(f"REVOKE ALL ON DATABASE {database} FROM PUBLIC")
+        connection.execute(f"GRANT CONNECT ON DATABASE {database} TO {role}")
         yield where._replace(netloc=f"{role}:x@{where.netloc.rpartition('@')[2]}").geturl()
         connection.execute(f"DROP OWNED BY {role} CASCADE")
         connection.execute(f"DROP ROLE {role}")

@@ -1,12 +1,10 @@
 -- A row of work is a lane of its run: 0 is that of the turn, each other one is driven by one child at a time.  When the
 -- child goes on with the next step, only columns that no index has change: Postgres updates the row within its page
 -- (HOT), and the log holds little more than what differs.  So the columns that differ from step to step come last.
--- Locked before it is read: a run that is started meanwhile waits, or its turn would be lost with the old table.
-LOCK TABLE orchestrator.work IN ACCESS EXCLUSIVE MODE;
-CREATE TEMPORARY TABLE work_before ON COMMIT DROP AS SELECT * FROM orchestrator.work;
-CREATE TEMPORARY TABLE grants_before ON COMMIT DROP AS
-    SELECT a.* FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) AS a WHERE c.oid = 'orchestrator.work'::regclass;
-DROP TABLE orchestrator.work;
+-- Renamed before it is read, which locks it: a run that is started meanwhile waits, or its turn would be lost.
+ALTER TABLE orchestrator.work RENAME TO work_before;
+ALTER TABLE orchestrator.work_before DROP CONSTRAINT work_pkey;
+DROP INDEX orchestrator.work_due, orchestrator.work_begun, orchestrator.work_gate;
 CREATE TABLE orchestrator.work (
     run_id text NOT NULL,
     lane bigint NOT NULL DEFAULT 0,
@@ -41,18 +39,22 @@ INSERT INTO orchestrator.work (run_id, lane, priority, role, queue, due_at, rese
 SELECT run_id, CASE key WHEN '' THEN 0 ELSE row_number() OVER (PARTITION BY run_id ORDER BY key) END, priority, role,
     queue, due_at, reserved_at, gate, incarnation, child, target, task, key, call, attempt, fence, begun_at, deadline_at,
     expires_at, details, stop
-FROM work_before;
+FROM orchestrator.work_before;
 -- Whoever might read or write the table may do so still: workers need not be of the role that migrates.
 DO $$
 DECLARE
     v_grant record;
 BEGIN
-    FOR v_grant IN SELECT * FROM grants_before LOOP
+    FOR v_grant IN
+        SELECT a.* FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) AS a
+        WHERE c.oid = 'orchestrator.work_before'::regclass
+    LOOP
         EXECUTE format('GRANT %s ON orchestrator.work TO %s %s', v_grant.privilege_type,
             CASE v_grant.grantee WHEN 0 THEN 'PUBLIC' ELSE v_grant.grantee::regrole::text END,
             CASE WHEN v_grant.is_grantable THEN 'WITH GRANT OPTION' ELSE '' END);
     END LOOP;
 END $$;
+DROP TABLE orchestrator.work_before;
 
 DROP FUNCTION orchestrator.take_1, orchestrator.take_2, orchestrator.commit_turn_1, orchestrator.commit_turns_1,
     orchestrator.commit_turns_2;
