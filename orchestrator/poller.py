@@ -23,7 +23,7 @@ from orchestrator.store.pool import ClientPool
 
 _SHORTEST_PAUSE_S = 0.0005
 _LONGEST_PAUSE_S = 0.25
-_SHARE = 0.03  # of the time that the last caller has waited
+_SHARE = 0.05  # of the time that the last caller has waited
 _LONGEST_HEAD_START_S = 0.01
 _AHEAD = 100
 

@@ -38,7 +38,10 @@ def migrate(database_url: str) -> list[str]:
     Raises: StoreUnavailableError; SchemaError if the database is newer than this code, or refuses.
     """
     settings = Settings.from_environment(database_url=database_url)
-    engine = create_engine(settings.sqlalchemy_url, poolclass=NullPool, connect_args=ATTENTIVE)
+    # Read committed, whatever the role has by default: a migration sees what it has waited for.
+    engine = create_engine(
+        settings.sqlalchemy_url, poolclass=NullPool, connect_args=ATTENTIVE, isolation_level="READ COMMITTED"
+    )
     try:
         with engine.begin() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})

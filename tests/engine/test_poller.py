@@ -34,7 +34,7 @@ def test_while_a_result_is_to_be_expected_pauses_are_short(book: _Book) -> None:
     assert [book.next_pause() for _ in range(40)] == [0.0005] * 40
 
 
-@pytest.mark.parametrize(("waited", "pause"), [(0.021, 0.00063), (1.0, 0.03), (60.0, 0.25)])
+@pytest.mark.parametrize(("waited", "pause"), [(0.021, 0.00105), (1.0, 0.05), (60.0, 0.25)])
 def test_from_then_on_they_grow_with_the_wait_to_a_quarter_of_a_second(
     book: _Book, waited: float, pause: float
 ) -> None:
