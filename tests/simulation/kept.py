@@ -47,7 +47,7 @@ def a_connection_that_breaks_in_a_transaction_ends_the_drain(patch: pytest.Monke
     patch.setattr(Transactions, "_begun", unforeseen)
 
 
-@kept(66, "SELECT coalesce")
+@kept(169, "SELECT coalesce")
 def arrivals_are_read_before_the_position(patch: pytest.MonkeyPatch) -> None:
     """One that another turn takes in between is taken twice."""
     load = turns.load

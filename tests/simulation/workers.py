@@ -123,6 +123,7 @@ class Child:
                 runner=self.runner,
                 ring=world.broker.ring,
                 stopping=lambda: node.stopping,
+                waited_for=lambda: node.slots == 1,
             )
         )
         world.scheduler.spawn(self.process, self.process.name, self._answer)
