@@ -6,6 +6,7 @@ Folding the same entries gives the same state, always; the run's row in Postgres
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -233,7 +234,7 @@ class Fold:
         self.pauses: dict[str, Operated] = {}  # by cause: who holds the run, each until it is resumed for that cause
         self.waiting: dict[str, Step] = {}  # requests that wait for somebody else, oldest first
         self.signals: dict[str, deque[Signalled]] = {}  # those that no code has got yet
-        self.signal_ids: dict[tuple[str, str], None] = {}  # by name and id, in the order in which they came
+        self.signal_ids: dict[tuple[str, str], int] = {}  # by name and id: how many had come before it
         self.children: list[Step] = []
         self.locks: dict[str, str] = {}  # held or asked for: the lock's handle, by the key of its request
         self.carried_locks: dict[str, str] = {}  # held since an earlier link: the handle, by the lock's name
@@ -354,7 +355,8 @@ class Fold:
         self.unsettled -= 1
         self.waiting.pop(entry.key, None)
         if step.asked.kind == "signal" and step.forward is Forward.SUCCEEDED:
-            self.signals[step.asked.task].popleft()
+            kept = self.signals[step.asked.task]
+            kept.remove(next(signal for signal in kept if signal.id == entry.by))
         if step.asked.kind == "lock" and step.forward is not Forward.SUCCEEDED:
             self.locks.pop(step.key, None)
         step.result = entry.result
@@ -416,10 +418,14 @@ class Fold:
         step = self.steps[entry.key]
         step.abandoned = True
         if step.asked.kind == "signal" and step.forward is Forward.SUCCEEDED:
-            # It came just when nobody waited any more: the next one who waits gets it.
-            back = Signalled(step.asked.task, step.signal_id, step.result)
-            self.signals[step.asked.task].appendleft(back)
+            # It came just when nobody waited any more: the next one who waits gets it, the one that came first before.
+            self._give_back(Signalled(step.asked.task, step.signal_id, step.result))
         self._note_abandoned(step)
+
+    def _give_back(self, signal: Signalled) -> None:
+        kept, came = self.signals[signal.name], self.signal_ids
+        before = itertools.takewhile(lambda other: came[other.name, other.id] < came[signal.name, signal.id], kept)
+        kept.insert(len(list(before)), signal)
 
     def _note_abandoned(self, step: Step) -> None:
         """What nobody waits for any more is undone, but for a child in which the point of no return was passed."""
@@ -501,7 +507,7 @@ class Fold:
 
     def _signalled(self, entry: Signalled) -> None:
         self.signals.setdefault(entry.name, deque()).append(entry)
-        self.signal_ids[entry.name, entry.id] = None
+        self.signal_ids[entry.name, entry.id] = len(self.signal_ids)
 
     def _unlocked(self, entry: Unlocked) -> None:
         self.locks.pop(entry.key, None)
@@ -529,7 +535,7 @@ class Fold:
 
     def _carried(self, entry: Carried) -> None:
         self.carried_locks = dict(entry.locks)
-        self.signal_ids.update(dict.fromkeys((name, id) for name, id in entry.heard))
+        self.signal_ids.update({(name, id): number for number, (name, id) in enumerate(entry.heard)})
 
     def _restored(self, entry: Restored) -> None:
         self.restored = entry

@@ -57,6 +57,18 @@ async def two_ears(n: int) -> list[str]:
 
 
 @saga.define
+async def two_patient_ears(n: int) -> list[str]:
+    async def listen() -> str:
+        try:
+            return await saga.wait_signal("news", str, timeout=10)
+        except TimeoutError:
+            return "nothing"
+
+    heard = await asyncio.gather(listen(), listen())
+    return [*heard, await saga.wait_signal("news", str), await saga.wait_signal("news", str)]
+
+
+@saga.define
 async def first_come(n: int) -> list[str]:
     heard: list[str] = []
 
@@ -125,6 +137,15 @@ def test_a_signal_that_comes_with_the_timeout_is_left_for_the_next_wait() -> Non
     stage.turn()
     stage.turn(Signal("news", "s1", "just late"), at_s=10)
     assert output(stage) == ["nothing", "just late"]
+    again = stage.loaded()
+    assert again.fold.state == "completed"
+
+
+def test_two_that_come_with_the_timeouts_are_left_for_the_next_waits_in_the_order_in_which_they_came() -> None:
+    stage = Stage(two_patient_ears, 1)
+    stage.turn()
+    stage.turn(Signal("news", "s1", "first"), Signal("news", "s2", "second"), at_s=10)
+    assert output(stage) == ["nothing", "nothing", "first", "second"]
     again = stage.loaded()
     assert again.fold.state == "completed"
 
