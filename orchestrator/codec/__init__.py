@@ -24,7 +24,7 @@ from orchestrator.codec.text import (
     read_stored,
     set_limit,
 )
-from orchestrator.codec.values import ValueCodec, encode_any
+from orchestrator.codec.values import ValueCodec, copied, encode_any
 from orchestrator.errors import describe_exception
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "ValueCodec",
     "canonical_text",
     "check",
+    "copied",
     "describe_exception",
     "dumps",
     "dumps_rows",

@@ -106,10 +106,19 @@ class ValueCodec:
             ) from error
 
     def decode(self, value: Json) -> Any:
-        """Return the value of its JSON; raises whatever pydantic raises."""
+        """Return the value of its JSON, which shares nothing with it; raises whatever pydantic raises."""
         if self._is_any or type(value) is self._exact:
-            return value
+            return copied(value)
         return self._validate_json(to_json(value), by_alias=True, by_name=True)
+
+
+def copied(value: Json) -> Json:
+    """Return a JSON value that can be changed, while what is recorded stays as it is."""
+    if type(value) is dict:
+        return {name: copied(item) for name, item in value.items()}
+    if type(value) is list:
+        return [copied(item) for item in value]
+    return value
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any]:

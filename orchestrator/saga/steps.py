@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
-from orchestrator.codec import Json, check, encode_any, is_name
+from orchestrator.codec import Json, check, copied, encode_any, is_name
 from orchestrator.errors import DefinitionError, PayloadError, StepFailed, UsageError
 from orchestrator.machine.code import Request, SagaCode
 from orchestrator.machine.fold import Step as StepRecord
@@ -190,7 +190,7 @@ def once(name: str, function: Callable[[], T | Awaitable[T]]) -> asyncio.Future[
             name=f"once:{name}",
             asked=lambda key: record(key),
             same=lambda asked: asked.kind == "once",
-            decode=lambda result: result,
+            decode=copied,
             failure=functools.partial(failure_of, code.fold.info.id),
             run=lambda: encode_any(_run(function), f"the result of saga.once({name!r})"),
         )

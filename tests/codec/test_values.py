@@ -152,6 +152,15 @@ def test_plain_data_needs_no_annotation(value: Any) -> None:
     assert ValueCodec(Any).decode(loads(dumps(encode_any(value)))) == value
 
 
+@pytest.mark.parametrize("annotation", [Any, dict[str, Any]], ids=str)
+def test_whoever_changes_what_was_decoded_does_not_change_what_is_stored(annotation: Any) -> None:
+    stored: Json = {"lines": [{"n": 1}]}
+    value = ValueCodec(annotation).decode(stored)
+    value["lines"][0]["n"] = 2
+    value["lines"].append(3)
+    assert stored == {"lines": [{"n": 1}]}
+
+
 @pytest.mark.parametrize(
     ("value", "encoded"),
     [

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator import Effect, RetryPolicy, saga, step
 from orchestrator.errors import DriftError
-from orchestrator.machine.journal import AttemptEnded
+from orchestrator.machine.journal import AttemptEnded, Signal
 from tests.machine.stage import Stage
 from tests.machine.steps import charge, look, mail, reserve
 
@@ -162,6 +162,41 @@ def test_the_same_arguments_in_another_form_are_not_drift() -> None:
         await saga.step(look, n=n)
 
     assert _goes_on(_at_the_look(), by_keyword).state == "completed"
+
+
+@step
+def unhold(order: Any, result: Any) -> None: ...
+
+
+@step(compensate=unhold)
+def hold(order: Any) -> Any: ...
+
+
+@pytest.mark.parametrize("reload", [False, True])
+def test_saga_code_may_change_what_it_was_given_and_the_journal_stays_as_it_is(reload: bool) -> None:
+    async def changing(order: Any) -> None:
+        order["lines"].append("gift")
+        held = await saga.step(hold, order)
+        held["ids"].pop()
+        fetched = await saga.once("fetch", dict)
+        fetched["seen"] = True
+        note = await saga.wait_signal("note")
+        note["seen"] = True
+        await saga.step(look, len(held["ids"]))
+
+    stage = Stage(_declared(changing), {"lines": []})
+    stage.turn()
+    stage.succeed("hold", {"ids": ["a", "b"]})
+    stage.succeed("fetch", {})
+    stage.turn(Signal("note", "s1", {}))
+    told = {key: each.result for key, each in stage.execution.fold.steps.items()}
+    assert list(told.values()) == [{"ids": ["a", "b"]}, {}, {}, None]
+    if reload:
+        stage.reload()
+    stage.reject("look")
+    undo = stage.work[stage.key("unhold")].call["a"]
+    assert undo == {"order": {"lines": ["gift"]}, "result": {"ids": ["a", "b"]}}
+    assert stage.info.input == {"order": {"lines": []}}
 
 
 def test_a_key_cannot_be_used_twice() -> None:
