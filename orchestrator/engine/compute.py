@@ -67,19 +67,19 @@ class Computer:
         if interrupted:
             return self._again(connection, loaded, outcomes, park)
         assert problem is not None
-        return self._park(connection, loaded.run.id, arrived, problem)
+        return self._park(connection, loaded, arrived, problem)
 
     def _again(
         self, connection: Connection, loaded: Loaded, outcomes: Sequence[AttemptEnded], park: Parked | None
     ) -> tuple[Execution | None, Turn]:
         """A SystemExit that a signal raised in saga code was kept by its task; nothing of that is the saga's doing."""
         again = self._runs.load(connection, loaded.run.id)
-        if again is None:
+        if again is None or _has_moved(again, loaded):
             return None, NO_TURN
         return self.turn(connection, replace(again, arrivals=loaded.arrivals), outcomes, park)
 
     def _park(
-        self, connection: Connection, run_id: str, arrived: Sequence[Arrival], error: BaseException
+        self, connection: Connection, loaded: Loaded, arrived: Sequence[Arrival], error: BaseException
     ) -> tuple[Execution | None, Turn]:
         """A turn that cannot be computed parks the run: what arrived is recorded, saga code is left alone."""
         if isinstance(error, DriftError):
@@ -90,11 +90,13 @@ class Computer:
         elif isinstance(error, BlockedError):
             park = Parked("", "code", str(error), describe_exception(error))
         else:
-            logger.exception("run %s: its turn could not be computed", run_id)
+            logger.exception("run %s: its turn could not be computed", loaded.run.id)
             park = Parked("", "code", f"its turn could not be computed: {error!r:.500}", describe_exception(error))
-        again = self._runs.load(connection, run_id)
-        execution = self._runs.take(again) if again else None
-        if execution is None or again is None:
+        again = self._runs.load(connection, loaded.run.id)
+        if again is None or _has_moved(again, loaded):
+            return None, NO_TURN
+        execution = self._runs.take(again)
+        if execution is None:
             return None, NO_TURN
         return execution, execution.turn(arrived, again.now, park)
 
@@ -124,3 +126,8 @@ class Computer:
         else:
             self._runs.remember(execution)
         return function
+
+
+def _has_moved(again: Loaded, loaded: Loaded) -> bool:
+    """Tell whether somebody else has committed a turn since: it may have taken in what was loaded before it."""
+    return again.run.position != loaded.run.position

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from orchestrator import Effect, saga, step
+from orchestrator import Effect, RetryPolicy, saga, step
 from orchestrator.engine import drain
 from orchestrator.engine.advance import _Left
 from orchestrator.engine.commit import MANY
-from orchestrator.machine.journal import Signal, encode
-from orchestrator.store import arrivals
+from orchestrator.machine.journal import Arrival, Signal, encode
+from orchestrator.machine.turn import Execution, Turn
+from orchestrator.store import arrivals, liveness
 from orchestrator.store.connection import Connection
 from tests.engine.stage import Child, entries, start, states, work
 
@@ -52,6 +54,16 @@ async def with_local_steps(steps: int) -> list[int]:
         await saga.step(short, number)
         found.append(await saga.once("local", lambda number=number: number))
     return found
+
+
+@step(effect=Effect.NONE, retry=RetryPolicy(timedelta(hours=1), 1.0, timedelta(hours=1), 5))
+def rarely(thing: str) -> str:
+    return thing
+
+
+@saga.define
+async def with_rare_attempts(thing: str) -> None:
+    await saga.step(rarely, thing)
 
 
 @saga.define
@@ -218,3 +230,38 @@ def test_a_local_step_of_a_run_that_others_have_moved_is_found_in_its_code(
         children[number % 3].drain()
     assert states(connection) == {"run": "completed"}
     assert [entry for entry in entries(connection) if entry["e"] == "attempted"] == []
+
+
+@pytest.mark.parametrize("what", ["it fails", "it is interrupted"])
+def test_what_others_take_in_while_a_turn_cannot_be_computed_is_not_taken_in_again(
+    new_child: Callable[..., Child], connection: Connection, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """It would be another failed attempt, and two rows of work for the next one."""
+    child, other = new_child(), new_child(reservation=timedelta(microseconds=1))
+
+    def die(taken: Any) -> None:
+        raise KeyboardInterrupt
+
+    child.runner.before = die
+    start(connection, with_rare_attempts, "x")
+    with pytest.raises(KeyboardInterrupt):
+        child.drain()
+    liveness.declare_dead(connection, child.incarnation)
+    liveness.give_back_dead(connection)
+    child.reborn()
+    really, disturbed, signals = Execution.turn, list[str](), list[str]()
+
+    def disturb(self: Execution, given: list[Arrival], *rest: Any) -> Turn:
+        if not disturbed:
+            disturbed.append(what)
+            other.drain()
+            if what == "it fails":
+                raise ValueError("cannot be computed")
+            signals.append("TERM")
+        return really(self, given, *rest)
+
+    monkeypatch.setattr(Execution, "turn", disturb)
+    child.drainer._worker.interrupted = lambda: bool(signals)
+    child.drain()
+    assert disturbed and [entry["e"] for entry in entries(connection)].count("attempted") == 1
+    assert [attempt for _, _, attempt, _ in work(connection)] == [1]
