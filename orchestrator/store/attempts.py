@@ -10,6 +10,7 @@ from datetime import datetime
 
 from orchestrator.codec import Json, dumps
 from orchestrator.failpoints import failpoint
+from orchestrator.store.arrivals import owe_turn
 from orchestrator.store.connection import CLOCK, Connection
 from orchestrator.store.turns import Taken
 
@@ -47,33 +48,46 @@ def held(connection: Connection, incarnation: int, child: int, now: datetime | N
 
 
 # Primary key of work, in its order.  The row of a step that followed others in its lane was due when the first of them
-# was: who has looked through all that was due since would pass it over.
+# was: who has looked through all that was due since would pass it over.  What its run has given up meanwhile is
+# withdrawn, as if it had not been begun by then.
 _GIVE_BACK = """
 WITH held AS MATERIALIZED (
-    SELECT w.run_id, w.lane FROM orchestrator.work w
+    SELECT w.run_id, w.lane, w.stop FROM orchestrator.work w
     JOIN unnest(%(runs)s::text[], %(lanes)s::bigint[], %(fences)s::bigint[]) AS g (run_id, lane, fence)
         ON w.run_id = g.run_id AND w.lane = g.lane AND w.fence = g.fence
     ORDER BY w.run_id, w.lane FOR UPDATE OF w
+), given AS (
+    UPDATE orchestrator.work w SET attempt = w.attempt - 1, fence = NULL, reserved_at = NULL, incarnation = NULL,
+        child = NULL, due_at = greatest(w.due_at, w.begun_at), begun_at = NULL, deadline_at = NULL, expires_at = NULL
+    FROM held h WHERE w.run_id = h.run_id AND w.lane = h.lane AND NOT h.stop RETURNING w.queue
+), gone AS (
+    DELETE FROM orchestrator.work w USING held h WHERE w.run_id = h.run_id AND w.lane = h.lane AND h.stop
+    RETURNING w.run_id, w.key
+), withdrawn AS (
+    INSERT INTO orchestrator.arrivals (run_id, arrival)
+    SELECT run_id, json_build_object('e', 'withdrawn', 'key', key) FROM gone
 )
-UPDATE orchestrator.work w SET attempt = w.attempt - 1, fence = NULL, reserved_at = NULL, incarnation = NULL,
-    child = NULL, due_at = greatest(w.due_at, w.begun_at), begun_at = NULL, deadline_at = NULL, expires_at = NULL
-FROM held h WHERE w.run_id = h.run_id AND w.lane = h.lane RETURNING w.queue
+SELECT queue, NULL FROM given UNION ALL SELECT NULL, run_id FROM gone
 """
 
 
-def give_back(connection: Connection, items: Sequence[Taken]) -> list[str]:
+def give_back(connection: Connection, items: Sequence[Taken], now: datetime | None = None) -> list[str]:
     """Give back attempts that were begun and whose code has not run, as if they had never been begun.
 
-    Returns the queues to ring, one per attempt; one that has lost its fence is passed over.
+    Returns the queues to ring, one per attempt, or per run that gave up some of them; one that has lost its fence is
+    passed over.
     """
     values = {
         "runs": [item.run_id for item in items], "lanes": [item.lane for item in items],
         "fences": [item.fence for item in items],
     }  # fmt: skip
     failpoint("give_back_attempts.before", connection)
-    queues = [row[0] for row in connection.execute(_GIVE_BACK, values).fetchall()]
+    with connection.transaction():
+        rows = connection.execute(_GIVE_BACK, values).fetchall()
+        owing = sorted({run_id for _, run_id in rows if run_id})
+        owed = [owe_turn(connection, run_id, now) for run_id in owing]
     failpoint("give_back_attempts.after", connection)
-    return queues
+    return [queue for queue in (*(queue for queue, _ in rows), *owed) if queue]
 
 
 _REFENCE = """

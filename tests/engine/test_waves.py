@@ -11,7 +11,8 @@ import pytest
 
 from orchestrator import Effect, RetryPolicy, saga, step
 from orchestrator.engine import drain
-from orchestrator.store import attempts, liveness
+from orchestrator.machine.journal import Cancel, encode
+from orchestrator.store import arrivals, attempts, liveness
 from orchestrator.store.connection import Connection
 from tests.engine.proxy import Proxy
 from tests.engine.stage import QUEUE, Child, start, state, states, work
@@ -219,6 +220,31 @@ def test_where_a_step_hangs_others_get_what_waits_with_it(
     ran = [*child.runner.calls, *other.runner.calls]
     assert len(ran) == 6 and {attempt for _, _, attempt in ran} == {1}, "each step once, as its first attempt"
     assert set(child.rings) == {QUEUE}
+
+
+def test_what_its_run_has_given_up_meanwhile_is_withdrawn_where_it_is_left_to_others(
+    child: Child, new_child: Callable[..., Child], connection: Connection
+) -> None:
+    other = new_child()
+
+    def before(taken: Any) -> None:
+        if taken.run_id == "a":
+            child.runner.before = lambda taken: None
+            arrivals.leave(connection, "b", encode(Cancel("ann")), anyone=True)
+            other.drain()
+            assert states(connection)["b"] == "compensating"
+            hangs = child.runner.contexts[-1].hangs
+            assert hangs is not None
+            hangs()
+            other.drain()
+
+    child.drainer._attempts.recent_s[short.name] = 0.001
+    child.runner.before = before
+    for name in ("a", "b", "c"):
+        start(connection, quick, name, run_id=name)
+    child.drain()
+    assert states(connection) == {"a": "completed", "b": "cancelled", "c": "completed"}
+    assert len([*child.runner.calls, *other.runner.calls]) == 4, "no step of the run that was cancelled"
 
 
 @pytest.mark.parametrize("happened", [True, False])
