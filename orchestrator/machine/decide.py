@@ -114,7 +114,7 @@ class Decisions:
 
     def _take_attempt(self, ended: AttemptEnded) -> None:
         step = self.fold.steps.get(ended.key)
-        if step is None:
+        if step is None or ended.child not in ("", self.fold.info.child(ended.key)):
             return
         if ended.role == "undo":
             if step.backward is Backward.ASKED:

@@ -227,7 +227,8 @@ def _failure(decisions: Decisions, state: RunState) -> Error:
 
 def _report(decisions: Decisions, role: str, verdict: str, result: Any = None, error: Error | None = None) -> None:
     info = decisions.fold.info
-    decisions.posts.append(Post(info.parent, AttemptEnded(info.key_in_parent, role, 1, verdict, result, error)))
+    told = AttemptEnded(info.key_in_parent, role, 1, verdict, result, error, child=info.id)
+    decisions.posts.append(Post(info.parent, told))
 
 
 def _tell(decisions: Decisions, step: Step, order: Arrival) -> None:

@@ -335,7 +335,8 @@ class AttemptEnded:
 
     `verdict` is succeeded, rejected, failed (it may be tried again and certainly had no effect) or doubt; `quiet` is
     the instant (ISO 8601, UTC) until which an effect may still land because the attempt's process is not known dead;
-    `pause` overrides the policy's pause, in seconds.
+    `pause` overrides the policy's pause, in seconds; `child` is the id of a child that reports for itself: a later link
+    of its parent may have another one of the same key.
     """
 
     tag: ClassVar[str] = "outcome"
@@ -350,6 +351,7 @@ class AttemptEnded:
     quiet: str = ""
     pause: float | None = None
     details: Json = None
+    child: str = ""
 
 
 @dataclass(frozen=True, slots=True)
