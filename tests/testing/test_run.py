@@ -169,6 +169,15 @@ def test_a_declared_non_retryable_error_is_certain_too() -> None:
     assert (run.state, _names(run)) == ("failed", [("charge", "do")])
 
 
+def test_a_call_with_a_retry_policy_of_its_own_takes_nothing_back_of_what_is_declared_as_certain() -> None:
+    @saga.define(name="patient checkout")
+    async def patient(order: Order) -> None:
+        await saga.step(charge.with_options(retry=RetryPolicy(maximum_attempts=7)), order)
+
+    run = testing.run(patient, ORDER, stubs={charge: InsufficientFundsError()})
+    assert (run.state, _names(run)) == ("failed", [("charge", "do")])
+
+
 def test_an_ordinary_exception_is_in_doubt_and_tried_again_until_given_up() -> None:
     run = testing.run(checkout, ORDER, stubs={charge: TimeoutError("no answer")})
     assert _names(run) == [("charge", "do")] * 5 + [("find_charge", "probe")]
