@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import math
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any, cast
@@ -50,6 +51,16 @@ def test_what_a_step_with_a_long_key_starts_has_an_id_that_is_the_same_at_each_a
     assert len({*first}) == 2 and all(len(run_id) <= 500 for run_id in first)
     inside.starts, inside.idempotency_key = 0, f"{'r' * 500}:shop.charge#1"
     assert _start() not in first, "another step of the run starts others"
+
+
+def test_what_a_thread_of_a_step_starts_has_an_id_of_the_step_where_its_context_was_handed_on(
+    inside: StepContext,
+) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        handed_on = threads.submit(contextvars.copy_context().run, _start).result()
+    assert inside.starts == 1
+    inside.starts = 0
+    assert asyncio.run(asyncio.to_thread(_start)) == handed_on
 
 
 def test_an_id_of_the_callers_own_is_as_long_as_it_may_be(inside: StepContext) -> None:
