@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from threading import Thread
 from typing import Any
 
@@ -307,6 +308,28 @@ def test_withdrawal_takes_back_what_was_not_begun_and_tells_the_rest(connection:
     assert [arrival for *_, arrival in rows(connection, "arrivals")] == [{"e": "withdrawn", "key": "l"}]
     assert attempts.heartbeat(connection, "r", lane("k"), begun, None) is True, "it is told to stop"
     assert attempts.heartbeat(connection, "r", lane("k"), 5, None) is None, "it has lost its fence"
+
+
+@pytest.mark.parametrize("first", ["is told to stop", "is given back"])
+def test_what_is_given_back_and_withdrawn_at_the_same_time_is_not_begun_again(connect: Connect, first: str) -> None:
+    giver, driver, watcher = connect(), connect(), connect()
+    start(giver)
+    take(giver)
+    commit(giver, holds_turn=True, work=[asked("k")])
+    take(giver)
+    held = attempts.held(giver, 1, 1)
+    waits = "SELECT count(*) FROM pg_locks WHERE pid = %s AND NOT granted"
+    give_back, withdraw = partial(attempts.give_back, giver, held), partial(commit, driver, 1, withdraw=["k"])
+    one, two = (driver, giver) if first == "is told to stop" else (giver, driver)
+    now, then = (withdraw, give_back) if first == "is told to stop" else (give_back, withdraw)
+    other = Thread(target=then)
+    with one.transaction():
+        now()
+        other.start()
+        until(lambda: watcher.execute(waits, [two.info.backend_pid]).fetchone() == (1,), "the second one waits")
+    other.join(30.0)
+    assert [arrival for *_, arrival in rows(watcher, "arrivals")] == [{"e": "withdrawn", "key": "k"}]
+    assert [taken.role for taken in take(watcher)] in ([], ["turn"])
 
 
 def test_an_end_clears_the_work_and_waits_for_what_was_left_meanwhile(connection: Connection, begun: int) -> None:

@@ -199,7 +199,9 @@ BEGIN
     END IF;
     IF p_more -> 'withdraw' IS NOT NULL THEN
         v_withdraw := ARRAY(SELECT json_array_elements_text(p_more -> 'withdraw'));
-        -- Only what no committed begin names may be withdrawn; whoever began it is told to stop.
+        -- Only what no committed begin names may be withdrawn; whoever began it is told to stop.  Who is just giving it
+        -- back is waited for: it would be neither.
+        PERFORM FROM orchestrator.work WHERE run_id = p_run AND key = ANY (v_withdraw) ORDER BY lane FOR UPDATE;
         WITH gone AS (
             DELETE FROM orchestrator.work WHERE run_id = p_run AND key = ANY (v_withdraw) AND fence IS NULL
             RETURNING key
