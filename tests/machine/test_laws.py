@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.machine.fold import Fold
-from orchestrator.machine.journal import decode_entry, encode
+from orchestrator.machine.journal import Abandoned, Operated, RollbackBegan, decode_entry, encode
 from orchestrator.machine.states import Backward, Forward
 from orchestrator.testing import replay
 from tests.machine.chaos import UNDOABLE, Program, World, cancel_at, chaos, programs
@@ -68,6 +68,20 @@ def test_what_certainly_had_no_effect_is_never_undone_unless_it_lands_late(
     late = {entry.key for entry in world.entries if entry.tag == "late"}
     for key in world.undone:
         assert world.fold.steps[key].forward in (Forward.SUCCEEDED, Forward.UNKNOWN) or key in late
+
+
+@runs
+@given(programs, seeds, moments, moments)
+def test_what_was_given_up_is_not_tried_again_unless_a_person_says_so(
+    program: Program, seed: int, cancel: int | None, deadline: int | None
+) -> None:
+    given_up: set[str] = set()
+    goes_back = False
+    for turn in _played(program, seed, cancel, deadline).turns:
+        given_up |= {entry.key for entry in turn.entries if isinstance(entry, Abandoned)}
+        goes_back = goes_back or any(isinstance(entry, RollbackBegan) for entry in turn.entries)
+        again = {work.key for work in turn.work if work.role in ("do", "once") and (goes_back or work.key in given_up)}
+        assert again <= {entry.key for entry in turn.entries if isinstance(entry, Operated)}
 
 
 @runs
