@@ -56,7 +56,8 @@ def _fill(side: Side, finished: int, sleeping: int) -> None:
 def _copy(connection: psycopg.Connection[Any], table: str, column: str, run: str, first: int, count: int) -> None:
     """Copies have ids of the same shape, older than all that come."""
     names = [row[0] for row in connection.execute(
-        "SELECT column_name FROM information_schema.columns WHERE table_schema = 'orchestrator' AND table_name = %s",
+        "SELECT column_name FROM information_schema.columns "
+        "WHERE table_schema = 'orchestrator' AND table_name = %s AND is_generated = 'NEVER'",
         [table],
     )]  # fmt: skip
     new_id = sql.SQL("lpad(to_hex(number), 8, '0') || substr({}, 9)").format(sql.Identifier(column))

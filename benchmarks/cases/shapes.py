@@ -49,7 +49,7 @@ def sequence(stack: Stack, scale: Scale) -> list[Row]:
             raws.append(raw.client.ask("sequence", steps=steps)["seconds"])
     case = f"1 run of {steps:,} steps"
     return [
-        Row(case, "s", ours, "raw chain", raws, most=1.0 * scale.runs / 1000, of_value=True),
+        Row(case, "s", ours, "raw chain", raws, most=0.116),  # 1 s where the raw chain needs 8.6
         Row(case, "last tenth by first", growth, most=1.2),
     ]
 

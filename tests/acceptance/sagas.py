@@ -232,6 +232,10 @@ async def celery_tasks(which: str) -> Any:
             return await saga.step(steps.autoretry.s(3))
         case "too often":
             return await saga.step(steps.again.s(99))
+        case "pauses":
+            for _ in range(2000):
+                await saga.step(steps.pause, 0.02)
+            return None
         case "ignore":
             return await saga.step(steps.ignore)
         case _:

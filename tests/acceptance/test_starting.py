@@ -363,9 +363,9 @@ def test_starting_is_quick() -> None:
 
 
 def test_a_task_gets_its_turn_at_the_only_child_while_sagas_keep_it_busy(new_worker: Callable[..., Worker]) -> None:
-    """A drain goes on only as long as nobody else waits; of a run with so many steps it lasts for many seconds."""
+    """A drain goes on only as long as nobody else waits; this run could keep it going for most of a minute."""
     worker = new_worker("-c", "1").start()
-    run = sagas.sequence.apply_async(args=[[Plan(name="a", kind="look")] * 3500], queue=worker.queue)
+    run = sagas.celery_tasks.apply_async(args=["pauses"], queue=worker.queue)
     until(lambda: run.status == "running", "the child is busy")
     for _ in range(3):
         assert steps.add.apply_async((1, 2), queue=worker.queue).get(timeout=60) == 3
