@@ -66,6 +66,15 @@ def work_is_ahead_of_the_journal(world: World) -> Found:
                 yield run.id, f"{row['key']}: work for attempt {row['attempt']} to {role}, {least - 1} have ended"
 
 
+@rule("two rows of work have one key")
+def work_is_outstanding_once(world: World) -> Found:
+    """The table itself tells lanes apart, not what is done in them."""
+    for run in world.readable:
+        for key, rows in Counter(row["key"] for row in run.work).items():
+            if rows > 1:
+                yield run.id, f"{key}: {rows} rows of work"
+
+
 @rule("a step was begun after its undo")
 def nothing_is_done_after_its_undo(world: World) -> Found:
     for run in world.readable:

@@ -196,6 +196,15 @@ def begin_an_attempt_again(place: Place) -> None:
     )
 
 
+@plant("two rows of work have one key")
+def ask_for_an_attempt_twice(place: Place) -> None:
+    place.execute(
+        "INSERT INTO orchestrator.work (run_id, lane, key, role, target, queue, due_at, attempt) "
+        "SELECT 'parked', lane, %s, 'undo', 't', 'celery', now(), 99 FROM generate_series(1, 2) AS lane",
+        [TAKE.format(0)],
+    )
+
+
 @plant("a step was begun after its undo")
 def fail_after_the_undo(place: Place) -> None:
     with place.journal("undone") as rows:
