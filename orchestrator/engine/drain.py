@@ -216,7 +216,7 @@ class Drainer:
         self._unheard = False
         connection, _ = self._session.ready()
         due = liveness.due(connection, self._settings.reservation)
-        for queue in due.keys() & set(self._worker.scope.queues):
+        for queue in sorted(due.keys() & set(self._worker.scope.queues)):
             self._session.ring(connection, queue, due[queue])
         return bool(due)
 

@@ -64,6 +64,8 @@ def hunt(seeds: range, url: str, folder: Path, sessions: Sessions, arguments: ar
         tell = print if arguments.verbose else None
         simulation = Simulation(seed, url, folder / "effects", sessions, tell, arguments.focus)
         verdict = simulation.play()
+        if len(seeds) == 1:
+            print(f"schedule {verdict.schedule}")
         happened += verdict.happened
         states += verdict.states
         if len(seeds) > 1 and (seed - seeds.start) % 100 == 99:

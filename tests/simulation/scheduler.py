@@ -155,7 +155,7 @@ class Scheduler:
 
     def end(self) -> None:
         """Nobody moves any more."""
-        for process in {actor.process for actor in self.actors}:
+        for process in dict.fromkeys(actor.process for actor in self.actors):
             self.doom(process)
 
     # -- the loop ------------------------------------------------------------------------------------------------------

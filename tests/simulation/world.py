@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import traceback
 from collections import Counter
 from datetime import timedelta
@@ -30,6 +31,7 @@ from tests.simulation.surroundings import surrounded
 from tests.simulation.verdict import Verdict, left_at_the_provider
 from tests.simulation.workers import Node
 
+_OBJECT = re.compile(r"<psycopg[^>]*>")  # which says its address, and the server's port
 _MOST_MOVES = 60_000
 _QUIET_S = 400.0  # of time that creeps, after the last fault
 _UNSETTLED = """
@@ -121,6 +123,7 @@ class Simulation:
         return nodes
 
     def _note(self, line: str) -> None:
+        line = _OBJECT.sub("<psycopg>", line)
         self._schedule.update(line.encode())
         if self._tell is not None:
             self._tell(f"{self.scheduler.monotonic - 1000:9.4f} {line}")
