@@ -26,7 +26,7 @@ from orchestrator.errors import OrchestratorError, SchemaError, StoreUnavailable
 from orchestrator.failpoints import failpoint
 from orchestrator.store import check
 from orchestrator.store import schedules as store
-from orchestrator.store.connection import REFUSED, UNAVAILABLE, Connection, open_connection, unavailable
+from orchestrator.store.connection import REFUSED, UNAVAILABLE, Connection, is_at_rest, open_connection, unavailable
 
 logger = logging.getLogger("celery.beat")
 
@@ -95,6 +95,9 @@ class Scheduler(celery.beat.Scheduler):
         connection, self._connection = self._connection, None
         if connection is not None:
             with contextlib.suppress(Exception):
+                if not is_at_rest(connection):
+                    connection.close()  # the signal came in the middle of a statement, which may have broken it
+                    connection = self._opened()
                 store.resign(connection, self._schedules.app, self._holder)
             connection.close()
         self._post.close()
@@ -124,18 +127,21 @@ class Scheduler(celery.beat.Scheduler):
 
     def _connected(self) -> Connection:
         if self._connection is None or self._connection.closed:
-            settings = self._orchestrator.settings
-            connection = open_connection(settings.dsn, name="beat", prepare=settings.prepared_statements)
-            try:
-                check(connection)
-            except BaseException:
-                connection.close()
-                raise
-            self._connection = connection
+            self._connection = self._opened()
             if self._said:
                 logger.warning("beat: the database is there; it goes on")
                 self._said.clear()
         return self._connection
+
+    def _opened(self) -> Connection:
+        settings = self._orchestrator.settings
+        connection = open_connection(settings.dsn, name="beat", prepare=settings.prepared_statements)
+        try:
+            check(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _lose(self, error: Exception) -> None:
         """Say once that the database is away or not migrated, and let go of it."""

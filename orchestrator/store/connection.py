@@ -113,6 +113,11 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
     return connection
 
 
+def is_at_rest(connection: Connection) -> bool:
+    """Tell whether a connection is open, and neither in a statement nor in a transaction."""
+    return connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
+
+
 def unavailable(error: Exception, *, in_doubt: bool = False) -> StoreUnavailableError:
     """Return the error that tells a person what to do; the connection string never shows in it.
 

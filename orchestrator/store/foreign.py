@@ -20,6 +20,7 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session, scoped_session
 
 from orchestrator.errors import SchemaError, UsageError
+from orchestrator.store.connection import is_at_rest
 from orchestrator.store.forks import refuse_inherited
 
 _NAMED = re.compile(r"%\((\w+)\)s")
@@ -147,7 +148,7 @@ def _refuse_unjoinable(pooled: Any) -> None:
 
 
 def _refuse_autocommit(connection: Any) -> None:
-    if connection.autocommit and connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+    if connection.autocommit and is_at_rest(connection):
         raise _autocommits()
 
 

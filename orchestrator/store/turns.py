@@ -17,7 +17,7 @@ import psycopg
 from orchestrator.codec import Json, dumps, dumps_rows
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.states import TERMINAL, RunState
-from orchestrator.store.connection import CLOCK, Connection
+from orchestrator.store.connection import CLOCK, Connection, is_at_rest
 
 ANYONE = "*"  # a target that everybody is
 _TURN = 0  # the lane of turns
@@ -180,7 +180,7 @@ def load(connection: Connection, known: Mapping[str, int], now: datetime | None 
     values = {"ids": list(known), "positions": list(known.values()), "now": now}
     # In a transaction one after the other: to Postgres who stands still within a pipeline is not idle, so that it would
     # never end the transaction, and others would wait for its rows.
-    with connection.pipeline() if _is_idle(connection) else contextlib.nullcontext():
+    with connection.pipeline() if is_at_rest(connection) else contextlib.nullcontext():
         runs = connection.execute(_LOAD_RUNS, values)
         arrivals = connection.execute(_LOAD_ARRIVALS, values)
         rows = connection.execute(_LOAD_ROWS, values)
@@ -296,7 +296,7 @@ def commit_turn(connection: Connection, commit: Commit, now: datetime | None = N
 
     Does not commit by itself: with autocommit the statement is the transaction, inside the caller's it is a savepoint.
     """
-    alone = _is_idle(connection)
+    alone = is_at_rest(connection)
     for tries in range(1, _DEADLOCKS + 1):
         try:
             failpoint("commit.before", connection)
@@ -314,10 +314,6 @@ def commit_turn(connection: Connection, commit: Commit, now: datetime | None = N
                 raise
             break
     return Committed(False, False, None)
-
-
-def _is_idle(connection: Connection) -> bool:
-    return connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 
 # The body is the function commit_turns_3 of 0009_lanes.sql: one statement for all.  Lock order: the runs'
