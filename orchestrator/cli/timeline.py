@@ -42,6 +42,7 @@ from orchestrator.machine.journal import (
     Unlocked,
     Versioned,
     decode_entry,
+    with_begin,
 )
 from orchestrator.machine.policy import Effect
 
@@ -90,12 +91,14 @@ class _Tale:
 def events(history: History, room: int = 0) -> list[Event]:
     """Return the events of a journal in their order; values are cut to `room` characters (0: whole)."""
     tale, found = _Tale(room), []
+    before: datetime | None = None
     for seq, at, entries in history:
         for form in entries:
-            entry = decode_entry(form)
+            entry = with_begin(decode_entry(form), before)
             mark, style, text, *details = _TELL[type(entry)](tale, entry, at) if type(entry) in _TELL else _other(entry)
             error = getattr(entry, "error", None)
             found.append(Event(seq, at, entry, mark, style, text, tuple(filter(None, details)), error))
+        before = at
     return found
 
 

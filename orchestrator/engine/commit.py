@@ -23,6 +23,7 @@ from orchestrator.machine.journal import (
     Settled,
     Work,
     encode,
+    encode_row,
 )
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.machine.turn import Execution, Turn
@@ -77,7 +78,7 @@ def commit_of(
         run_id=info.id,
         position=turn.position,
         at=turn.at,
-        entries=[encode(entry) for entry in turn.entries],
+        entries=[*encode_row(turn.entries, turn.before)],
         incarnation=identity.incarnation,
         child=identity.child,
         state=RunState.RUNNING if continued else turn.state,

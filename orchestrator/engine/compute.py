@@ -22,7 +22,8 @@ from orchestrator.store.connection import Connection
 from orchestrator.store.turns import Loaded, Taken
 
 logger = logging.getLogger(__name__)
-NO_TURN = Turn(0, datetime.min.replace(tzinfo=UTC), [], [], [], [], RunState.PENDING, None, False)
+_NEVER = datetime.min.replace(tzinfo=UTC)
+NO_TURN = Turn(0, _NEVER, _NEVER, [], [], [], [], RunState.PENDING, None, False)
 
 
 class Computer:

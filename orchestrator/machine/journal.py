@@ -2,13 +2,14 @@
 
 Owns their shape and their JSON form.  Must never decide anything; see `turn`.
 Values inside are JSON already: encoding and decoding of arguments and results is the codec's.
-An entry is stored without the fields that have their default, and a request without the name that its key has, so that
-a journal row stays short.
+An entry is stored without the fields that have their default, a request without the name that its key has, an outcome
+without its begin if that was the instant of the row before, so that a journal row stays short.
 """
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any, ClassVar, Final
 
@@ -519,6 +520,25 @@ def encode(value: Entry | Arrival) -> dict[str, Json]:
     if type(value) is Asked and value.task == _name_in(value.key):
         del form["task"]
     return form
+
+
+def encode_row(entries: Iterable[Entry], before: datetime) -> list[dict[str, Json]]:
+    """Return the JSON forms of a row that follows one of the instant `before`.
+
+    The attempt of a step in a row began with the row before: then that is left out, see `with_begin`.
+    """
+    forms, then = [encode(entry) for entry in entries], before.isoformat()
+    for form in forms:
+        if form.get("began") == then:
+            del form["began"]
+    return forms
+
+
+def with_begin(entry: Entry, before: datetime | None) -> Entry:
+    """Return an entry of a row that follows one of the instant `before` with the begin of its attempt."""
+    if before and isinstance(entry, (Attempted, Settled, Undone)) and entry.worker and not entry.began:
+        return replace(entry, began=before.isoformat())
+    return entry
 
 
 def _name_in(key: str) -> str:

@@ -66,11 +66,13 @@ class CodeError(Exception):
 class Turn:
     """What one turn wants committed, all together or not at all.
 
-    `at` is the instant of the journal row, `wake` when the run needs its next turn by itself (None: never).
+    `at` is the instant of the journal row, `before` that of the row before it, `wake` when the run needs its next turn
+    by itself (None: never).
     """
 
     position: int
     at: datetime
+    before: datetime
     entries: list[Entry]
     work: list[Work]
     withdraw: list[str]
@@ -160,12 +162,13 @@ class Execution:
         if rest := settled_keys(decisions.entries[told:]):
             self._undelivered.append((None, rest))
         decisions.unlock_failed_blocks()
-        position = fold.position
+        position, before = fold.position, fold.at
         fold.close_row(at)
         self.wake = self._next_wake(early)
         return Turn(
             position,
             at,
+            before,
             decisions.entries,
             decisions.work,
             decisions.withdraw,

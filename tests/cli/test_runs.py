@@ -111,6 +111,14 @@ def test_show_tells_all_about_a_run_that_ended(worked: Terminal) -> None:
     assert "explain" not in said
 
 
+def test_history_tells_of_every_step_how_long_it_took(worked: Terminal) -> None:
+    run_id = worked.start("checkout", "ok")
+    worked.until(run_id, "completed")
+    settled = [event for event in worked.json("history", run_id) if event["kind"] == "settled"]
+    assert len(settled) > 1
+    assert all(event["began"] < event["at"] for event in settled)
+
+
 def test_show_tells_what_a_run_shows_of_itself_and_its_tags(terminal: Terminal) -> None:
     client = terminal.shop.orchestrator.client
     client.start(terminal.shop.nap, ({"id": "x"},), {}, {"task_id": "shown", "tags": {"tenant": "acme", "size": 7}})
