@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
-from orchestrator.codec import Json, check, encode_any
+from orchestrator.codec import Json, check, copied, encode_any
 from orchestrator.engine.advance import Advancer, AfterCommit
 from orchestrator.engine.commit import new_fence
 from orchestrator.engine.session import OrphanedError, Session
@@ -140,7 +140,7 @@ class Attempts:
             attempt=taken.attempt,
             idempotency_key=key if taken.role == "probe" else key + suffix,
             deadline=deadline,
-            heartbeat_details=call.get("d"),
+            heartbeat_details=copied(call.get("d")),
             undoes=call.get("u", key) if taken.role == "undo" else "",
             beat=lambda details: self._beat(taken, details),
         )

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
-from orchestrator.codec import Json, check
+from orchestrator.codec import Json, check, copied
 from orchestrator.errors import ChildFailed, UsageError
 from orchestrator.machine import code as machine
 from orchestrator.machine.code import ContinueAsNew, Request, SagaCode
@@ -70,7 +70,7 @@ def _same(saga: Saga[Any, Any], encoded: dict[str, Json], asked: Asked) -> bool:
 
 
 def _failure(run_id: str, record: StepRecord) -> Exception:
-    error = record.error or {"type": "Cancelled", "message": "given up"}
+    error: Any = copied(record.error) or {"type": "Cancelled", "message": "given up"}
     text = f"child {error.get('run', record.key)} of run {run_id} ended {error.get('state', 'in an error')}: "
     return ChildFailed(
         f"{text}{error.get('type')}: {error.get('message')}", run_id=str(error.get("run", "")), key=record.key,

@@ -112,7 +112,7 @@ def decode_result(task: Any, result: Json) -> Any:
 
 def failure_of(run_id: str, record: StepRecord) -> Exception:
     """Return what the code that awaits a step gets when it did not succeed."""
-    error = record.error or {}
+    error: Any = copied(record.error) or {}
     outcome = {"rejected": "rejected", "failed": "failed"}.get(record.forward, "unknown")
     said = f"{error.get('type')}: {error.get('message')}" if error else "given up before it began"
     text = f"step {record.key} of run {run_id} ended {outcome} after {record.attempts or 1} attempt(s): {said}"

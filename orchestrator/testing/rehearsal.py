@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from orchestrator.codec import Json, describe_exception, dumps, loads
+from orchestrator.codec import Json, copied, describe_exception, dumps, loads
 from orchestrator.errors import DriftError, UsageError
 from orchestrator.machine.fold import Fold, RunInfo
 from orchestrator.machine.journal import (
@@ -124,7 +124,7 @@ class Rehearsal:
             attempt=work.attempt + 1,
             idempotency_key=_idempotency_key(self.info.id, work),
             deadline=self.now + timedelta(seconds=work.call.get("t", 0)),
-            heartbeat_details=work.call.get("d"),
+            heartbeat_details=copied(work.call.get("d")),
             undoes=_key_of_step(self.info.id, work) if work.role == "undo" else "",
             beat=lambda told: None if told is None else details.append(told),
         )

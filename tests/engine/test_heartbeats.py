@@ -48,3 +48,24 @@ def test_the_next_attempt_gets_the_last_details_that_could_be_stored(
     TOLD.clear()
     run(client, child, training, how)
     assert (state(connection), TOLD) == ("completed", [None, {"epoch": 1}])
+
+
+@step(effect=Effect.NONE, retry=THRICE)
+def consume(n: int) -> list[int]:
+    current = step.current()
+    if current.attempt == 1:
+        current.heartbeat([1, 2])
+    elif current.attempt == 3:
+        return current.heartbeat_details or []
+    else:
+        current.heartbeat_details.pop()
+    raise RuntimeError("out of memory")
+
+
+@saga.define
+async def consuming(n: int) -> list[int]:
+    return await saga.step(consume, n)
+
+
+def test_what_an_attempt_changes_of_the_details_that_it_was_given_is_no_heartbeat(child: Child, client: Client) -> None:
+    assert run(client, child, consuming, 1).get(timeout=5) == [1, 2]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from orchestrator import Effect, RetryPolicy, saga, step
-from orchestrator.errors import DriftError
+from orchestrator.errors import ChildFailed, DriftError, StepFailed
 from orchestrator.machine.journal import AttemptEnded, Signal
 from tests.machine.stage import Stage
 from tests.machine.steps import charge, look, mail, reserve
@@ -197,6 +198,35 @@ def test_saga_code_may_change_what_it_was_given_and_the_journal_stays_as_it_is(r
     undo = stage.work[stage.key("unhold")].call["a"]
     assert undo == {"order": {"lines": ["gift"]}, "result": {"ids": ["a", "b"]}}
     assert stage.info.input == {"order": {"lines": []}}
+
+
+@pytest.mark.parametrize("reload", [False, True])
+def test_saga_code_may_change_the_error_that_it_caught_and_the_journal_stays_as_it_is(reload: bool) -> None:
+    async def forgiving(n: int) -> None:
+        try:
+            await saga.step(look, n)
+        except StepFailed as error:
+            error.error["mro"].pop()
+        try:
+            await saga.child(booking, n)
+        except ChildFailed as error:
+            error.left[0].pop("key")
+        await saga.step(mail, n)
+
+    booking = _declared(recorded)
+    stage = Stage(_declared(forgiving), 1)
+    stage.turn()
+    trouble = {"type": "Trouble", "message": "no", "mro": ["Trouble", "Exception"]}
+    stage.turn(replace(stage.end("look", "rejected"), error=trouble))
+    (child,) = (step.key for step in stage.execution.fold.children)
+    left = [{"key": "book#0", "task": "book", "outcome": "succeeded"}]
+    stage.turn(AttemptEnded(child, "do", 1, "rejected", error={"type": "Trouble", "left": left}))
+    if reload:
+        stage.reload()
+    stage.succeed("mail", "m")
+    steps = [step.error for step in stage.execution.fold.steps.values()]
+    assert steps == [trouble, {"type": "Trouble", "left": left}, None]
+    assert stage.state == "completed"
 
 
 def test_a_key_cannot_be_used_twice() -> None:
