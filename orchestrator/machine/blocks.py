@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.machine.fold import Fold, Step
 from orchestrator.machine.journal import Parked, Settled, Unlocked
-from orchestrator.machine.states import Backward, Forward
+from orchestrator.machine.states import Backward
 
 if TYPE_CHECKING:
     from orchestrator.machine.decide import Decisions
@@ -27,7 +27,7 @@ def undo_scope(decisions: Decisions, scope: Step) -> None:
             decisions.record(Parked("", "pivot", why, fold.raised))
         return
     for step in inside:
-        if step.forward is Forward.ASKED and not step.abandoned:
+        if not (step.settled or step.abandoned):
             decisions.give_up(step)
     if any(not step.settled or step.in_flight or step.backward is Backward.PARKED for step in inside):
         return

@@ -12,7 +12,7 @@ from orchestrator.errors import StepFailed
 from orchestrator.machine.journal import AttemptEnded, Operate, Parked
 from orchestrator.machine.turn import CodeError
 from tests.machine.stage import Stage
-from tests.machine.steps import charge, look, mail, reserve, settle
+from tests.machine.steps import careful, charge, look, mail, reserve, settle
 
 
 # -- locks -------------------------------------------------------------------------------------------------------------
@@ -179,6 +179,35 @@ def test_an_effect_in_a_scope_whose_undo_a_person_skips_is_left() -> None:
     stage.turn(Operate("skip", key, "ann", "written off"))
     stage.succeed("release")
     assert (stage.state, _output(stage), stage.left) == ("completed", "failed", [("charge#0", "succeeded")])
+
+
+@saga.define
+async def careful_in_a_scope(n: int) -> str:
+    try:
+        async with saga.scope():
+            await asyncio.gather(saga.step(careful, n), saga.step(look, n))
+    except StepFailed:
+        return "failed"
+    return "done"
+
+
+@pytest.mark.parametrize("first", ["careful", "look"])
+def test_a_step_that_parked_in_a_scope_that_is_being_undone_is_tried_again_when_a_person_says_so(first: str) -> None:
+    stage = Stage(careful_in_a_scope, 1)
+    stage.turn()
+    key = stage.begin("careful").key
+    if first == "careful":
+        stage.doubt_until_given_up("careful")
+        stage.reject("look")
+    else:
+        stage.reject("look")
+        stage.doubt("careful")
+    assert (stage.state, stage.due) == ("parked", [])
+    stage.turn(Operate("retry", key, "ann"))
+    assert (stage.state, stage.due) == ("running", [("careful", "do")])
+    stage.succeed("careful", "x")
+    stage.succeed("release")
+    assert (stage.state, _output(stage)) == ("completed", "failed")
 
 
 def test_a_scope_in_which_the_pivot_has_passed_does_not_keep_its_run_from_being_resolved() -> None:
