@@ -47,10 +47,15 @@ def _inside(fold: Fold, scope: Step) -> list[Step]:
     return [step for step in fold.steps.values() if _is_inside(step, scope.asked.task)]
 
 
-def is_being_undone(fold: Fold, key: str) -> bool:
-    """Tell whether a request was made inside a scope that an exception has left and that is not undone yet."""
+def is_needed(fold: Fold, key: str) -> bool:
+    """Tell whether what was done under a lock may still be under way, or be undone, although its block was left.
+
+    That is inside a scope which is being undone, and as long as something that was asked for since is given up only.
+    """
+    lock = fold.steps[key]
     scopes = (step for step in fold.waiting.values() if step.asked.kind == "scope")
-    return any(_is_inside(fold.steps[key], scope.asked.task) for scope in scopes)
+    being_undone = any(_is_inside(lock, scope.asked.task) for scope in scopes)
+    return being_undone or any(step.order > lock.order for step in fold.given_up.values())
 
 
 def _is_inside(step: Step, path: str) -> bool:

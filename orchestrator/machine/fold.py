@@ -220,6 +220,7 @@ class Fold:
         self.unsettled = 0
         self.parked_keys: dict[str, Parked] = {}
         self.abandoned_effects: dict[str, Step] = {}
+        self.given_up: dict[str, Step] = {}  # abandoned, and still under way, to be undone or being undone
         self.late_effects: list[Late] = []
         self.pivots_passed: set[str] = set()  # keys of pivots that succeeded, and of children with one that did
         self.pivots_in_flight = 0
@@ -403,6 +404,7 @@ class Fold:
         step.left, step.partly = entry.left, entry.how == "partly"
         self._unpark(step)
         self._count(step, was)
+        self._note_abandoned(step)
 
     def _late(self, entry: Late) -> None:
         step = self.steps[entry.key]
@@ -429,8 +431,15 @@ class Fold:
 
     def _note_abandoned(self, step: Step) -> None:
         """What nobody waits for any more is undone, but for a child in which the point of no return was passed."""
-        if step.abandoned and step.owes_undo and step.key not in self.pivots_passed:
+        if not step.abandoned:
+            return
+        owes_undo = step.owes_undo and step.key not in self.pivots_passed
+        if owes_undo:
             self.abandoned_effects[step.key] = step
+        if owes_undo or not step.settled or step.backward in (Backward.ASKED, Backward.PARKED):
+            self.given_up[step.key] = step
+        else:
+            self.given_up.pop(step.key, None)
 
     def _versioned(self, entry: Versioned) -> None:
         self.versions[entry.key] = entry.number

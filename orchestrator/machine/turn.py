@@ -115,7 +115,7 @@ class Execution:
         self.tags: dict[str, Json] = {}
         self._delivered: list[tuple[datetime | None, list[str]]] = []
         self._undelivered: list[tuple[datetime | None, list[str]]] = []
-        self._failed_blocks: list[str] = []  # locks whose block an exception has left, and that are still held
+        self._left_blocks: list[str] = []  # locks whose block was left, and that may have to be kept
         self.is_ahead = False  # whether its code has asked for something that no turn has recorded
 
     def catch_up(self, rows: Iterable[tuple[datetime, list[Entry]]]) -> None:
@@ -133,7 +133,7 @@ class Execution:
         fold = self.fold
         was_ended = fold.state in TERMINAL
         at = max(now, fold.at)
-        decisions = _Recorder(fold, at, self._failed_blocks)
+        decisions = _Recorder(fold, at, self._left_blocks)
         for arrival in sorted(arrivals, key=_comes_last):
             decisions.take(arrival)
         if park is not None and fold.wants_code:
@@ -161,7 +161,7 @@ class Execution:
             decisions.settle_down()
         if rest := settled_keys(decisions.entries[told:]):
             self._undelivered.append((None, rest))
-        decisions.unlock_failed_blocks()
+        decisions.unlock_left_blocks()
         position, before = fold.position, fold.at
         fold.close_row(at)
         self.wake = self._next_wake(early)
@@ -190,7 +190,7 @@ class Execution:
         is to be thrown away.  Raises: DriftError; then as well.
         """
         if self.code is None or self._undelivered:
-            decisions = _Recorder(self.fold, self.fold.at, self._failed_blocks)
+            decisions = _Recorder(self.fold, self.fold.at, self._left_blocks)
             self._resume(decisions)
             self.is_ahead = bool(decisions.entries)
         return self.code.function_of(key) if self.code else None
@@ -200,7 +200,7 @@ class Execution:
 
         No time passes: what it waits for, be it a timer that is due, is left to wait.  Raises: as `turn`.
         """
-        decisions = _Recorder(self.fold, self.fold.at, self._failed_blocks)
+        decisions = _Recorder(self.fold, self.fold.at, self._left_blocks)
         self._run_code(decisions)
         return decisions.entries
 
@@ -211,7 +211,7 @@ class Execution:
                 self._lost.detach()
             self.code.discard()
             self.code = None
-            self._failed_blocks.clear()  # a replay leaves them again
+            self._left_blocks.clear()  # a replay leaves them again
 
     def _resume(self, decisions: _Recorder) -> SagaCode:
         script = self.script
@@ -289,9 +289,9 @@ def _seed(fold: Fold) -> list[Entry]:
 class _Recorder(Decisions):
     """Decisions that saga code adds to."""
 
-    def __init__(self, fold: Fold, now: datetime, failed_blocks: list[str]) -> None:
+    def __init__(self, fold: Fold, now: datetime, left_blocks: list[str]) -> None:
         super().__init__(fold, now)
-        self._failed_blocks = failed_blocks
+        self._left_blocks = left_blocks
 
     def record(self, entry: Entry) -> None:
         super().record(entry)
@@ -313,21 +313,18 @@ class _Recorder(Decisions):
         self.give_up(self.fold.steps[key])
 
     def unlock(self, key: str, failed: bool) -> None:
-        """Give a lock back; if an exception left its block, only at the end of the turn."""
-        if failed:
-            self._failed_blocks.append(key)
+        """Give a lock back; if an exception left its block, or it is still needed, not before the end of the turn."""
+        if failed or blocks.is_needed(self.fold, key):
+            self._left_blocks.append(key)
         else:
             blocks.unlock(self, key)
 
-    def unlock_failed_blocks(self) -> None:
-        """Free locks whose block failed, unless the run goes back because of it: then not before it has ended.
-
-        Inside a scope that is being undone because of it they are kept until that has been.
-        """
+    def unlock_left_blocks(self) -> None:
+        """Free locks whose block was left, unless the run goes back because of it: then not before it has ended."""
         if not (self.fold.rollback or self.fold.raised or self.fold.ended):
-            free = [key for key in self._failed_blocks if not blocks.is_being_undone(self.fold, key)]
+            free = [key for key in self._left_blocks if not blocks.is_needed(self.fold, key)]
             for key in free:
-                self._failed_blocks.remove(key)
+                self._left_blocks.remove(key)
                 blocks.unlock(self, key)
 
     def settle_down(self) -> None:

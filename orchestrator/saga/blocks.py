@@ -79,6 +79,7 @@ class lock:  # noqa: N801 - a context manager reads like a function
     First come, first served, over all runs; a run and its children do not keep each other out.  `timeout` (timedelta or
     seconds) bounds the waiting; with 0 the lock is had if it is free.  A block that an exception leaves keeps the
     lock until the run has ended, if the run goes back because of it: what was done under the lock is undone under it.
+    So is what was given up under it: a step that a timeout left running keeps the lock until it has settled.
     Raises: TimeoutError; DeadlockError if the runs ahead wait for this one.
     """
 

@@ -54,6 +54,54 @@ def test_a_lock_that_comes_with_the_timeout_is_had_on_replay_too(replayed: bool)
     assert (stage.state, _output(stage)) == ("completed", "got it")
 
 
+@saga.define
+async def late_inside(n: int) -> str:
+    async with saga.lock("account", n):
+        try:
+            async with asyncio.timeout(10):
+                await saga.step(charge, n)
+        except TimeoutError:
+            pass
+    await saga.step(look, n)
+    return "late"
+
+
+@saga.define
+async def late_outside(n: int) -> str:
+    try:
+        async with asyncio.timeout(10), saga.lock("account", n):
+            await saga.step(charge, n)
+    except TimeoutError:
+        await saga.step(look, n)
+    return "late"
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("definition", [late_inside, late_outside])
+def test_a_lock_is_kept_until_what_was_given_up_under_it_is_undone(
+    definition: saga.Saga[[int], str], replayed: bool
+) -> None:
+    stage = Stage(definition, 7)
+    (lock,) = stage.turn().locks
+    stage.turn(AttemptEnded(lock.key, "do", 1, "succeeded"), at_s=1)
+    stage.begin("charge")
+    turns = [stage.turn(at_s=12)]
+    for step, result in (("charge", "c"), ("refund", None), ("look", 1)):
+        if replayed:
+            stage.reload()
+        turns.append(stage.succeed(step, result))
+    assert [turn.unlocks for turn in turns] == [[], [], [lock.key], []]
+    assert (stage.state, _output(stage)) == ("completed", "late")
+
+
+def test_a_lock_is_kept_until_a_step_that_had_not_begun_is_withdrawn() -> None:
+    stage = Stage(late_outside, 7)
+    (lock,) = stage.turn().locks
+    stage.turn(AttemptEnded(lock.key, "do", 1, "succeeded"), at_s=1)
+    assert stage.turn(at_s=12).unlocks == [lock.key]
+    assert stage.due == [("look", "do")]
+
+
 # -- scopes ------------------------------------------------------------------------------------------------------------
 @saga.define
 async def in_a_hurry(n: int) -> str:
