@@ -336,7 +336,7 @@ class Decisions:
         if step.asked.kind in WAITS:
             self.record(Settled(step.key, "withdrawn"))
         elif step.asked.kind == "child":
-            family.revoke(self, step)
+            family.give_up(self, step)
         elif not family.waits_for_grant(self.fold, step):
             self.withdraw.append(step.key)
 

@@ -50,6 +50,16 @@ def born(decisions: Decisions, step: Step) -> None:
         _tell(decisions, step, Restore(decisions.fold.restored.by))
 
 
+def give_up(decisions: Decisions, step: Step) -> None:
+    """Revoke a child that nobody waits for any more; what this very turn has asked for is not started."""
+    born_before = [child for child in decisions.children if child.key != step.key]
+    if len(born_before) == len(decisions.children):
+        revoke(decisions, step)
+        return
+    decisions.children[:] = born_before
+    decisions.record(Settled(step.key, "withdrawn"))
+
+
 def revoke(decisions: Decisions, step: Step) -> None:
     """Order a child to undo what it did, whatever has become of it."""
     _tell(decisions, step, Revoke())
@@ -92,6 +102,8 @@ def ended(decisions: Decisions, state: RunState) -> None:
     """Tell the children, and the parent of a child that did not end well, that this run has ended."""
     fold = decisions.fold
     for step in fold.children:
+        if step.settled and not step.took_effect:
+            continue  # it has ended, or its id was another run's
         if state in (RunState.COMPLETED, RunState.CONTINUED) and step.forward is Forward.SUCCEEDED:
             if step.backward is Backward.NONE:
                 _tell(decisions, step, Conclude())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from datetime import timedelta
 from typing import Any
 
@@ -291,6 +292,31 @@ def test_a_child_whose_id_is_taken_fails(child: Child, client: Client, connectio
     run(client, child, small, "other", run_id=f"run/{failing.name}#0")
     result = run(client, child, forgiving, "thing")
     assert "ConflictError" in result.get(timeout=10)
+
+
+@saga.define
+async def forgives_and_waits(what: str) -> None:
+    with contextlib.suppress(ChildFailed):
+        await saga.child(waits, what)
+    await saga.wait_signal("never")
+
+
+@saga.define
+async def gives_up_at_once(what: str) -> None:
+    saga.child(waits, what).cancel()
+    await saga.wait_signal("never")
+
+
+@pytest.mark.parametrize("definition", [forgives_and_waits, gives_up_at_once])
+def test_a_run_that_has_the_id_of_a_child_hears_nothing_of_its_parent(
+    child: Child, client: Client, connection: Connection, definition: saga.Saga[[str], None]
+) -> None:
+    other = f"run/{waits.name}#0"
+    run(client, child, waits, "other", run_id=other)
+    result = run(client, child, definition, "thing")
+    result.terminate("stop")
+    child.drain()
+    assert (states(connection)[other], DONE) == ("running", ["other"])
 
 
 def test_a_pivot_of_a_child_is_one_for_its_root(child: Child, client: Client, connection: Connection) -> None:
