@@ -129,7 +129,7 @@ class Decisions:
         if ended.verdict == "succeeded":
             self._settle(step, "succeeded", ended)
         elif ended.verdict == "rejected" and not step.doubt:
-            if step.asked.effect == Effect.RETRIABLE and self.fold.past_pivot:
+            if step.asked.effect == Effect.RETRIABLE and self.fold.past_pivot and not step.abandoned:
                 self._attempt_failed(step, ended)
                 self.park(step, "do", "it was rejected after the point of no return")
             else:
@@ -170,7 +170,9 @@ class Decisions:
     def settle_unknown(self, step: Step) -> None:
         """A step ended in doubt: settle it as its author declared, or ask a person; never guess."""
         asked = step.asked
-        if not step.doubt and not (self.fold.past_pivot or asked.effect == Effect.RETRIABLE):
+        goes_back = bool(self.fold.rollback or step.abandoned)
+        only_forward = not goes_back and (self.fold.past_pivot or asked.effect == Effect.RETRIABLE)
+        if not (step.doubt or only_forward):
             self._settle_by(step, "rejected")  # every attempt of it is known to have had no effect
         elif asked.effect == Effect.NONE or asked.kind == "once":
             self._settle_by(step, "failed")
@@ -180,9 +182,9 @@ class Decisions:
             self.ask_provider(step)
         elif asked.on_unknown == "park":
             self.park(step, "do", "its outcome is unknown, and it is declared on_unknown='park'")
-        elif self.fold.rollback or step.abandoned:
+        elif goes_back:
             self._settle_by(step, "unknown")  # the rollback undoes it when its turn comes
-        elif self.fold.past_pivot or asked.effect == Effect.RETRIABLE:
+        elif only_forward:
             self.park(step, "do", "it keeps failing after the point of no return, so that the run can only go forward")
         elif asked.undo is not None:
             self.begin_undo(step)

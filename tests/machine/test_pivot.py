@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from dataclasses import replace
 
+import pytest
+
 from orchestrator import saga
 from orchestrator.errors import StepFailed
 from orchestrator.machine.journal import Arrival, AttemptEnded, Cancel, LateSuccess, Operate, PivotNews, Revoke
@@ -103,6 +105,31 @@ def test_a_failing_sibling_waits_for_the_pivot() -> None:
     assert (stage.state, stage.due) == ("running", [("settle", "do")])
     stage.reject("settle")
     assert stage.state == "failed"
+
+
+@saga.define
+async def hurrying_after_the_pivot(n: int) -> None:
+    await saga.step(settle, n)
+    for step in (charge, tell):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(saga.step(step, n), 5)
+
+
+@pytest.mark.parametrize(("verdict", "in_time"), [("failed", False), ("failed", True), ("rejected", False)])
+def test_a_step_after_the_pivot_that_had_no_effect_and_nobody_waits_for_is_neither_undone_nor_parked(
+    verdict: str, in_time: bool
+) -> None:
+    stage = Stage(hurrying_after_the_pivot, 1)
+    stage.turn()
+    stage.succeed("settle", "s")
+    for step, at_s in (("charge", 6), ("tell", 12)):
+        stage.begin(step)
+        if in_time:
+            stage.turn(stage.end(step, verdict))  # and is to be tried again
+        stage.turn(at_s=at_s)
+        if not in_time:
+            stage.turn(stage.end(step, verdict))
+    assert (stage.state, stage.due, stage.left) == ("completed", [], [])
 
 
 def test_raising_after_the_pivot_parks_instead_of_undoing() -> None:
