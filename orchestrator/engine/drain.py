@@ -44,7 +44,7 @@ class Drainer:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._settings = worker.settings
-        scope = replace(worker.scope, may_begin=self._may_follow, is_short=lambda task: self._attempts.is_short(task))
+        scope = replace(worker.scope, may_begin=self._may_go_on, is_short=lambda task: self._attempts.is_short(task))
         self._session = Session(worker, scope)
         self._attempts = Attempts(self._session, worker.runner, lambda: (*self._wave, *self._begun))
         self._queues = deque(sorted(worker.scope.queues))
@@ -60,6 +60,7 @@ class Drainer:
         self._others_look = False  # whether another child of this worker lingers as well
         self._owes = False  # whether something may be begun for this child that nobody else will do
         self._wave: list[Taken] = []  # the attempts that this child is about, and what they have begun so far
+        self._waiting: deque[Taken] = deque()  # those of the wave that have not been run yet
         self._begun: list[Taken] = []
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -205,6 +206,11 @@ class Drainer:
         in_period = time.monotonic() < self._until and self._steps < self._most
         return in_period and not self._worker.stopping()
 
+    def _may_go_on(self) -> bool:
+        """Whether a step may be begun here: not if it would wait behind one that can take long."""
+        ahead = (*self._waiting, *self._begun)
+        return self._may_follow() and all(self._attempts.is_short(item.task) for item in ahead)
+
     def _begin_period(self) -> None:
         """Begin a drain, or go on with it as if it were another: what is committed long after it was due is found."""
         self._until = time.monotonic() + self._settings.drain_seconds
@@ -266,6 +272,7 @@ class Drainer:
         In waves: first turns share a commit, and so do the outcomes of steps that are known to be short.
         """
         self._begun = taken
+        self._waiting.clear()
         self._together = False
         while self._begun:
             wave, self._begun = self._begun, []
@@ -274,21 +281,23 @@ class Drainer:
                 self._give_back(firsts)
                 firsts = []
             attempts = self._wave = [item for item in wave if item.role != "turn"]
+            self._waiting = deque(attempts)
             self._steps += len(attempts)
             self._begun.extend(self._start_turns(firsts))
             short = [item for item in attempts if self._attempts.is_short(item.task) and item.role in ("do", "undo")]
             if len(short) > 1:
                 self._together = True
-                self._begun.extend(self._run_together(short))
                 attempts = [item for item in attempts if item not in short]
+                self._waiting = deque(attempts)
+                self._begun.extend(self._run_together(short))
             long = not all(self._attempts.is_short(item.task) for item in attempts)
             if self._session.advancer is not None and self._session.advancer.has_left:
                 connection, advancer = self._session.ready()
                 self._begun.extend(advancer.look_after(connection, 0.0 if long else _LEFT_S))
             if self._unheard and long:
                 self._ring_if_due()
-            for item in attempts:
-                self._begun.extend(self._attempts.run(item))
+            while self._waiting:
+                self._begun.extend(self._attempts.run(self._waiting.popleft()))
 
     def _put_aside(self, items: list[Taken]) -> list[Taken]:
         """Leave runs alone whose saga is paused; orders for one that has not begun are heard all the same."""

@@ -175,6 +175,34 @@ def test_nothing_that_is_begun_waits_behind_a_long_step(child: Child, connection
     assert states == [("completed",)]
 
 
+@saga.define
+async def short_then_long(thing: str, many: int) -> None:
+    await asyncio.gather(*(saga.step(short, f"{thing}{n}") for n in range(many)))
+    await saga.step(long, thing)
+
+
+@pytest.mark.parametrize("many", [1, 2])
+def test_nothing_that_is_begun_after_other_work_waits_behind_a_long_step(
+    new_child: Callable[..., Child],
+    child: Child,
+    connection: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    many: int,
+) -> None:
+    """Runs whose next step is long, and new ones whose first one is, in one wave."""
+    other = new_child()
+    other.targets.remove(short.name)
+    for name in ("a", "b"):
+        start(connection, short_then_long, name, many, run_id=name)
+    other.drain()
+    start(connection, slow, "c", run_id="c")
+    start(connection, slow, "d", run_id="d")
+    monkeypatch.setattr(child.drainer._attempts, "is_short", lambda task: task == short.name)
+    seen = begun_beside(child, connection, long.name)
+    child.drain()
+    assert (seen, set(states(connection).values())) == ([1] * 4, {"completed"})
+
+
 def test_a_wave_that_takes_long_all_the_same_is_committed_so_far(
     child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
