@@ -445,7 +445,8 @@ class Decisions:
             self.end(RunState.CANCELLED if self.fold.revoked else RunState.FAILED)
 
     def end(self, state: RunState) -> None:
-        """End the run and list what is left of it."""
+        """End the run and list what is left of it; what this very turn wanted done is not begun any more."""
+        self.work.clear()
         self.record(Ended(state.value, tuple(self._left(state))))
         family.ended(self, state)
         if state is RunState.CONTINUED:

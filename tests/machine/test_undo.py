@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from datetime import timedelta
 
+import pytest
+
 from orchestrator import saga
 from orchestrator.errors import StepFailed
 from orchestrator.machine.journal import Cancel, LateSuccess, Operate, Terminate
@@ -491,6 +493,18 @@ def test_terminating_undoes_nothing_and_lists_what_is_left() -> None:
     stage.turn(Terminate("ann", "now"))
     assert stage.state == "terminated"
     assert stage.left == [("reserve#0", "succeeded"), ("charge#0", "unknown")]
+
+
+@pytest.mark.parametrize("undoing", [False, True])
+def test_what_failed_just_when_the_run_is_terminated_is_not_tried_again(undoing: bool) -> None:
+    stage = Stage(three_in_a_row, 1)
+    stage.turn()
+    if undoing:
+        stage.succeed("reserve", "h")
+        stage.reject("charge")
+    ((step, _),) = stage.due
+    stage.turn(stage.end(step, "doubt"), Terminate("ann", "now"))
+    assert (stage.state, stage.due) == ("terminated", [])
 
 
 def test_what_came_in_with_the_order_to_terminate_is_known() -> None:
