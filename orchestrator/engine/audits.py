@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator
 
 from orchestrator.engine.commit import columns_of
+from orchestrator.machine import family
 from orchestrator.machine.fold import Fold, RunInfo
 from orchestrator.machine.journal import Late, decode_entry
 from orchestrator.machine.states import TERMINAL, IllegalTransition, RunState
@@ -102,10 +103,11 @@ def _stuck(connection: Connection, run: Audited, fold: Fold) -> str | None:
     if run["state"] in TERMINAL or run["unread"]:
         return None
     in_flight = [step for step in fold.steps.values() if step.in_flight]
-    lost = [step.key for step in in_flight if step.asked.kind != "child" and step.key not in run["work"]]
+    granted = [step for step in in_flight if not family.waits_for_grant(fold, step)]
+    lost = [step.key for step in granted if step.asked.kind != "child" and step.key not in run["work"]]
     if lost:
         return f"{', '.join(lost)} was asked for, and nobody will ever do it"
-    if run["work"] or run["state"] in (RunState.PARKED, RunState.PAUSED):
+    if run["work"] or len(granted) < len(in_flight) or run["state"] in (RunState.PARKED, RunState.PAUSED):
         return None
     if fold.reported and run["root_state"] and run["root_state"] not in TERMINAL:
         return None  # a child that is done waits for its root to keep it or to revoke it

@@ -6,9 +6,9 @@ from datetime import timedelta
 
 import pytest
 
-from orchestrator import saga, step
+from orchestrator import Effect, saga, step
 from orchestrator.engine.reconcile import reconcile
-from orchestrator.machine.journal import LateSuccess, encode
+from orchestrator.machine.journal import LateSuccess, Signal, encode
 from orchestrator.store import arrivals
 from orchestrator.store.connection import Connection
 from tests.engine.stage import Child, start
@@ -65,6 +65,21 @@ async def linked(left: int) -> None:
         saga.continue_as_new(left - 1)
 
 
+@step(effect=Effect.PIVOT)
+def pay() -> None: ...
+
+
+@saga.define(name="audits.paying")
+async def paying() -> None:
+    await saga.wait_signal("go")
+    await saga.step(pay)
+
+
+@saga.define(name="audits.asking")
+async def asking() -> None:
+    await saga.child(paying)
+
+
 @pytest.fixture(autouse=True)
 def world(connection: Connection, child: Child) -> None:
     """Runs in every situation in which a run may rightly be."""
@@ -103,6 +118,18 @@ def test_a_clean_database_has_none(connection: Connection) -> None:
     report = reconcile(connection)
     assert report.checks[2].name == "engine: locks" and report.checks[2].looked_at == 2
     assert report.exit_code == 0 and report.earlier[0].breaks == 0
+
+
+def test_a_pivot_that_waits_for_the_root_to_grant_it_is_no_break(connection: Connection, child: Child) -> None:
+    start(connection, asking, run_id="root")
+    child.drain()
+    connection.execute("UPDATE orchestrator.runs SET queue = 'elsewhere' WHERE id = 'root'")  # its turn is to come
+    with connection.transaction():
+        arrivals.leave(connection, f"root/{paying.name}#0", encode(Signal("go", "1")))
+    child.drain()
+    asked = connection.execute("SELECT arrival FROM orchestrator.arrivals WHERE run_id = 'root'").fetchall()
+    assert [arrival["phase"] for (arrival,) in asked] == ["asked"]
+    assert breaks(connection) == []
 
 
 CORRECTION = f"late/late/{do.name}#0/1"
