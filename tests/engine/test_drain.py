@@ -54,6 +54,16 @@ def look(n: int) -> int:
     return n
 
 
+@step(compensate=take_back, retry=RetryPolicy(maximum_attempts=1))
+def order(name: str) -> str:
+    raise ConnectionError("no answer")
+
+
+@order.probe
+def find_order(name: str) -> str | None:
+    return f"{name} found"
+
+
 @step(transactional=True, retry=AT_ONCE)
 def write(conn: SqlConnection, name: str) -> str:
     conn.execute(text("INSERT INTO written VALUES (:name)"), {"name": name})
@@ -63,6 +73,11 @@ def write(conn: SqlConnection, name: str) -> str:
 @saga.define
 async def in_a_row(names: list[str]) -> list[str]:
     return [await saga.step(act, name) for name in names]
+
+
+@saga.define
+async def ordered_and_acted(name: str) -> list[str]:
+    return [await saga.step(order, name), await saga.step(act, name)]
 
 
 @saga.define
@@ -427,6 +442,24 @@ def test_an_outcome_whose_commit_was_not_answered_is_not_recorded_twice(
     assert proxy.swallowed == 1
     assert (state(connection), DONE) == ("completed", ["do a", "do b", "do c"])
     assert kinds(connection).count("settled") == 3
+
+
+def test_what_was_begun_with_the_answer_of_a_probe_is_run_though_the_commit_was_not_answered(
+    new_child: Callable[..., Child], connection: Connection, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    child = new_child(dsn=proxy.url)
+    start(connection, ordered_and_acted, "warm", run_id="warm")
+    drain_all(connection, child)
+    DONE.clear()
+    child.runner.after = lambda taken: (
+        proxy.swallow(lambda data: True) if taken.role == "probe" and not proxy.swallowed else None
+    )
+    start(connection, ordered_and_acted, "a")
+    drain_all(connection, child)
+    assert proxy.swallowed == 1
+    assert (state(connection), DONE) == ("completed", ["do a"])
+    assert [entry["key"] for entry in entries(connection) if entry["e"] == "attempted"] == [f"{order.name}#0"]
+    assert "is refused" not in caplog.text
 
 
 def test_a_connection_that_breaks_before_the_commit_is_recorded_on_the_next(
