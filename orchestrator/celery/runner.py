@@ -237,10 +237,13 @@ class StepTaskMixin:
 
     def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
         """Send the step as a plain Celery task, its arguments encoded from the annotations."""
-        if not options.pop("encoded", False):
-            encoded = self.step.codec.encode_call(tuple(args or ()), dict(kwargs or {}))
-            args, kwargs = self.step.codec.message_call(encoded)
+        codec, from_json = self.step.codec, options.pop("from_json", False)
+        args, kwargs = codec.message_call(codec.encode_call(tuple(args or ()), dict(kwargs or {}), from_json=from_json))
         return super().apply_async(args, kwargs, *more, **options)  # type: ignore[misc]
+
+    def signature_from_request(self, *given: Any, **options: Any) -> Any:
+        """Return what Celery's `retry` sends: the arguments of a message, as they came."""
+        return super().signature_from_request(*given, **options).set(from_json=True)  # type: ignore[misc]
 
 
 def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 import pytest
 from celery import Celery, chain, chord, group
-from celery.exceptions import Reject
+from celery.exceptions import Reject, Retry
 from celery.utils.time import rate
+from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator import Orchestrator, PayloadError, UsageError, saga, step, testing
 from orchestrator.celery.doorbell import DRAIN
@@ -97,6 +99,33 @@ def test_a_step_sent_as_a_plain_task_gets_each_argument_where_it_belongs() -> No
         assert call.delay(1).get() == [1, 2, [], False, {}]
         assert call.delay(1, second=3).get() == [1, 3, [], False, {}]
         assert call.delay(1, 2, 3, flag=True, other=4).get() == [1, 2, [3], True, {"other": 4}]
+
+
+class Order(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    at: datetime
+    cents: int = Field(alias="amount")
+
+
+def test_a_step_sent_as_a_plain_task_and_tried_again_by_celery_keeps_its_arguments() -> None:
+    """They are JSON by then; to be encoded as what a caller passes they would have to be lax."""
+    with Celery("again", broker="memory://", set_as_current=False) as app, app.connection_for_write() as connection:
+        Orchestrator(app, database_url="postgresql://host/db")
+
+        @step(name="again.charge")
+        def charge(order: Order, data: bytes, share: Decimal = Decimal(1)) -> None: ...
+
+        sent = connection.SimpleQueue("celery")
+        charge.delay(Order(at=datetime(2026, 11, 30, tzinfo=UTC), amount=1), b"\xff")
+        args, kwargs, _ = sent.get(timeout=10.0).payload
+        task = app.tasks["again.charge"]
+        task.push_request(id="m-1", args=args, kwargs=kwargs, called_directly=False)
+        for changed, expected in (None, args), ({"share": Decimal("0.50")}, [*args, "0.50"]):
+            with pytest.raises(Retry):
+                task.retry(kwargs=changed, countdown=0)
+            assert sent.get(timeout=10.0).payload[:2] == [expected, {}]
+        task.pop_request()
 
 
 @pytest.mark.parametrize("accepted", ["all", "doorbells"])
