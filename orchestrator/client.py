@@ -24,7 +24,6 @@ from orchestrator.codec.values import explain
 from orchestrator.engine.reconcile import Report, reconcile
 from orchestrator.errors import (
     ConflictError,
-    OrchestratorError,
     PayloadError,
     SchemaError,
     StoreUnavailableError,
@@ -444,11 +443,14 @@ class Client:
             )
 
     def _ring_quietly(self, queue: str) -> None:
+        """Ring after the caller's own commit, which must not seem to have failed because of it."""
         try:
             with self.pool.connection() as connection:
                 self.ring_for(connection, queue, 1)
-        except OrchestratorError:
-            logger.info("the doorbell of queue %s could not be rung; the pump rings it", queue)
+        except Exception as error:
+            logger.info(
+                "the doorbell of queue %s could not be rung (%s); the pump rings it", queue, type(error).__name__
+            )
 
     def _again_if_broken(self, call: Callable[[], T]) -> T:
         """A pooled connection may have died unnoticed: try once more on a new one.  Calls are idempotent by run id."""

@@ -109,12 +109,12 @@ def test_the_same_start_is_known_again_in_a_transaction_of_django(
         _starts_once(client, "default")
 
 
-def _autocommit(database_url: str, driver: str) -> str:
+def _with_driver(database_url: str, driver: str) -> str:
     return database_url.replace("postgresql://", f"postgresql+{driver}://")
 
 
 def test_an_engine_that_commits_each_statement_has_no_transaction_to_join(client: Client, database_url: str) -> None:
-    engine = create_engine(_autocommit(database_url, "psycopg"), isolation_level="AUTOCOMMIT")
+    engine = create_engine(_with_driver(database_url, "psycopg"), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection, pytest.raises(UsageError, match="autocommit"):
         _start(client, connection, 1.5)
     with Session(engine) as session, pytest.raises(UsageError, match="autocommit"):
@@ -129,7 +129,7 @@ def test_an_async_engine_that_commits_each_statement_has_none_either(
     client: Client, database_url: str, driver: str
 ) -> None:
     async def start() -> None:
-        engine = create_async_engine(_autocommit(database_url, driver), isolation_level="AUTOCOMMIT")
+        engine = create_async_engine(_with_driver(database_url, driver), isolation_level="AUTOCOMMIT")
         async with engine.connect() as connection:
             with pytest.raises(UsageError, match="autocommit"):
                 await client.astart(joined, (1.5,), {}, {"task_id": "same", "transaction": connection})
@@ -166,3 +166,17 @@ def test_the_doorbell_after_an_async_transaction_does_not_hold_up_the_event_loop
 
     asyncio.run(start())
     assert rung.wait(10.0)
+
+
+def test_a_commit_of_the_callers_succeeds_though_the_clients_own_database_refuses_to_say_whom_to_ring(
+    client: Client, database_url: str, empty_database_url: str
+) -> None:
+    settings = Settings.from_environment({}, database_url=empty_database_url)
+    elsewhere = Client(settings, lambda *_: None, lambda: "celery")
+    engine = create_engine(_with_driver(database_url, "psycopg"), pool_size=1, max_overflow=0)
+    with engine.begin() as connection:
+        _start(elsewhere, connection, 1.5)
+    with engine.connect():
+        assert client.handle(joined, "same").status == "pending"
+    engine.dispose()
+    elsewhere.pool.close()
