@@ -222,9 +222,9 @@ class Scheduler(celery.beat.Scheduler):
         if monotonic() < self._send_at:
             return
         for _ in range(_PAGE):
-            resting = [name for name, until in self._resting.items() if until > monotonic()]
+            rested = [name for name in self._book.entries if self._resting.get(name, 0.0) <= monotonic()]
             try:
-                if self._schedules.send_one(connection, self._post.deliver, resting) is None:
+                if self._schedules.send_one(connection, self._post.deliver, rested) is None:
                     return
                 self._broker_said = False
             except BROKER_AWAY as error:

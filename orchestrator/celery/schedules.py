@@ -122,11 +122,9 @@ class Post:
 
     def deliver(self, name: str, slot: datetime, message_id: str) -> None:
         """Send the message of a slot.  Raises: Undeliverable; what the broker's client raises if it is away."""
-        entry = self._book.entries.get(name)
+        entry = self._book.entries[name]
+        logger.info("Scheduler: Sending due task %s (%s)", name, entry.task)
         try:
-            if entry is None:
-                raise UsageError("it is in the beat_schedule no more, and a slot of it is still to be sent")
-            logger.info("Scheduler: Sending due task %s (%s)", name, entry.task)
             args, kwargs = entry.call(slot)
         except Exception as error:  # an argument that is computed may fail as the broker does, with an OSError
             raise Undeliverable(name, error) from error
@@ -259,7 +257,7 @@ class Desk:
         """Send what has been decided; what cannot be sent now is left to beat."""
         post = Post(self._orchestrator.app, self._book)
         with contextlib.suppress(Undeliverable, *BROKER_AWAY):
-            while self._engine.send_one(connection, post.deliver):
+            while self._engine.send_one(connection, post.deliver, self._book.entries):
                 pass
         post.close()
 

@@ -330,8 +330,8 @@ def _of_runs(stuck: Stuck) -> Iterator[Finding]:
             "unsent",
             Level.WARNING,
             f"{stuck.unsent} messages of schedules are not sent for more than a minute",
-            "no beat leads, or the broker is away from it",
-            "start a beat, or see its log",
+            "no beat leads, the broker is away from it, or its code has these entries no more",
+            "start a beat, see its log, or `saga schedules`",
         )
 
 

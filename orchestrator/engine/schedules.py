@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -141,15 +141,15 @@ class Schedules:
         return self._told(connection, deciding)
 
     def send_one(
-        self, connection: Connection, send: Callable[[str, datetime, str], None], but: Sequence[str] = ()
+        self, connection: Connection, send: Callable[[str, datetime, str], None], names: Iterable[str]
     ) -> str | None:
-        """Send one message that is not known to be sent; returns its schedule, None if there is none.  Commits.
+        """Send a message of these schedules not known to be sent; returns its schedule, None if none is.  Commits.
 
         Its row stays locked meanwhile, so that two senders do not send it at once.  If the sender dies before it has
         noted that it sent, it is sent again, with the same id.
         """
         with connection.transaction():
-            found = store.unsent(connection, self.app, but)
+            found = store.unsent(connection, self.app, names)
             if found is None:
                 return None
             name, slot, message_id = found

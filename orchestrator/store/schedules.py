@@ -6,7 +6,7 @@ slots, then runs and work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -267,22 +267,27 @@ def open_slots(connection: Connection, app: str, name: str) -> list[Open]:
 _UNSENT = """
 SELECT schedule, slot, run_id, set_config('idle_in_transaction_session_timeout', '10000', true)
 FROM orchestrator.slots
-WHERE app = %s AND state = 'sending' AND NOT schedule = ANY (%s)
+WHERE app = %s AND state = 'sending' AND schedule = ANY (%s)
 ORDER BY schedule, slot LIMIT 1 FOR UPDATE SKIP LOCKED
 """
 
 
-def unsent(connection: Connection, app: str, but: Sequence[str] = ()) -> tuple[str, datetime, str] | None:
-    """Lock a slot whose message is not known to be sent; returns schedule, slot and message id (index slots_open)."""
-    row = connection.execute(_UNSENT, (app, list(but))).fetchone()
+def unsent(connection: Connection, app: str, names: Iterable[str]) -> tuple[str, datetime, str] | None:
+    """Lock a slot of these schedules whose message is not known to be sent (index slots_open).
+
+    Returns schedule, slot and message id.
+    """
+    row = connection.execute(_UNSENT, (app, list(names))).fetchone()
     return tuple(row[:3]) if row else None
 
 
+# What is left of a schedule that is gone nobody knows how to start or send; it is kept as long, should that come back.
 _FORGET = f"""
 DELETE FROM orchestrator.slots WHERE ctid = ANY (ARRAY(
     SELECT o.ctid FROM orchestrator.slots o JOIN orchestrator.schedules s ON s.app = o.app AND s.name = o.schedule
     WHERE o.app = %(app)s AND o.slot < least(s.settled_until, {CLOCK} - %(keep)s::interval)
-      AND o.state IN ('started', 'sent', 'skipped') LIMIT %(limit)s))
+      AND (o.state IN ('started', 'sent', 'skipped')
+           OR o.state IN ('sending', 'waiting') AND s.gone_at < {CLOCK} - %(keep)s::interval) LIMIT %(limit)s))
 """
 
 

@@ -350,12 +350,12 @@ def test_a_message_is_sent_again_with_the_same_id_until_it_is_noted(connection: 
     def send(name: str, slot: datetime, message_id: str) -> None:
         sent.append(message_id)
         with open_connection(database_url, name="other") as other:
-            assert App.send_one(other, die) is None, "nobody else sends it meanwhile"
+            assert App.send_one(other, die, ["it"]) is None, "nobody else sends it meanwhile"
 
     with pytest.raises(ConnectionError):
-        App.send_one(connection, die)
-    assert App.send_one(connection, send) == "it"
-    assert App.send_one(connection, send) is None
+        App.send_one(connection, die, ["it"])
+    assert App.send_one(connection, send, ["it"]) == "it"
+    assert App.send_one(connection, send, ["it"]) is None
     assert sent == [decision.run_id] * 2
 
 
