@@ -238,7 +238,8 @@ class Orchestrator:
         self._register(base, attributes)
 
     def _register_drain(self) -> None:
-        base = type("DrainTask", (_DrainTask, self.app.Task), {"__module__": __name__})
+        # Not of the app's own Task: what that has around a task, such as a transaction, belongs around a step.
+        base = type("DrainTask", (_DrainTask, Task), {"__module__": __name__})
         self._register(base, {"name": DRAIN, "orchestrator": self})
         for task in nightly.TASKS:
             base = type(task.__name__, (task, self.app.Task), {"__module__": __name__})

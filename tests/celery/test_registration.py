@@ -8,7 +8,8 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from celery import Celery, chain, chord, group
+from celery import Celery, Task, chain, chord, group
+from celery.app.trace import build_tracer
 from celery.exceptions import Reject, Retry
 from celery.utils.time import rate
 from pydantic import BaseModel, ConfigDict, Field
@@ -39,6 +40,30 @@ def test_doorbells_do_not_wait_for_the_rate_that_an_app_has_for_its_tasks() -> N
         Orchestrator(app, database_url="postgresql://host/db")
         doorbell = app.tasks[DRAIN]
         assert (rate(doorbell.rate_limit), doorbell.acks_late) == (0, False)
+
+
+def test_what_an_app_has_around_its_tasks_is_not_around_all_that_a_doorbell_brings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A transaction there would keep the effects of steps back that are on record, and lose them with the process."""
+    begun: list[str] = []
+
+    class Atomic(Task):  # type: ignore[type-arg]
+        time_limit = 1
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            begun.append(self.name)
+            return super().__call__(*args, **kwargs)
+
+        def before_start(self, *_: Any) -> None:
+            begun.append("before_start")
+
+    with Celery("around", broker="memory://", task_cls=Atomic, set_as_current=False) as app:
+        orchestrator = Orchestrator(app, database_url="postgresql://host/db")
+        monkeypatch.setattr(orchestrator, "drain", lambda: begun.append("drains"))
+        doorbell = app.tasks[DRAIN]
+        assert build_tracer(DRAIN, doorbell, app=app)("m-1", [], {}).info is None
+        assert (begun, doorbell.time_limit) == (["drains"], None)
 
 
 def test_a_message_that_comes_before_the_schema_stays_in_the_broker(empty_database_url: str) -> None:
