@@ -298,6 +298,7 @@ class Orchestrator:
                 ring=self._ring,
                 stopping=_stopping,
                 waited_for=worker.waited_for,
+                rung=worker.rung,
                 interrupted=terminate_handler_fired,
                 permits=permits,
                 watch_code=watch_for(self.settings.saga_code_timeout),

@@ -41,8 +41,9 @@ _START_S = 20.0
 _STUCK_GRACE_S = 10.0
 _COLD_S = 45.0  # a pool child that is told to end may take half a minute of it, until main has read what it has sent
 _LOOK_S = 0.25  # between looks whether tasks wait for a child
-# Two bytes that a worker shares with its children: that it stops; that no task but drains waits for one of them.
-_said = mmap.mmap(-1, 2)
+# Three bytes that a worker shares with its children: that it stops; that no task but drains waits for one of them; that
+# a drain does.
+_said = mmap.mmap(-1, 3)
 
 
 def stopping() -> bool:
@@ -55,12 +56,17 @@ def waited_for() -> bool:
     return _said[1] == 0
 
 
+def rung() -> bool:
+    """Tell whether a doorbell waits for a child of this worker."""
+    return _said[2] != 0
+
+
 def _share(folder: Path) -> None:
     """Share what main says with whoever knows this folder, spawned children too."""
     global _said
     with (folder / "said").open("a+b") as file:
-        file.truncate(2)
-        _said = mmap.mmap(file.fileno(), 2)
+        file.truncate(3)
+        _said = mmap.mmap(file.fileno(), 3)
 
 
 class CompanionStep(bootsteps.StartStopStep):
@@ -263,16 +269,16 @@ def _look_who_waits(worker: Any) -> None:
     """Say whether a task that this worker has received waits for a child, for drains that are to make room for it.
 
     Where it has received all that it may without acknowledging some, one may wait at the broker, behind doorbells.
+    Say as well whether a doorbell waits, so that a drain which ends sends none after it.
     """
     try:
         received = list(state.reserved_requests)
         unacknowledged = sum(not request.acknowledged for request in received)
-        waits = unacknowledged >= _received_in_advance(worker) or any(
-            request.name != DRAIN and request not in state.active_requests for request in received
-        )
+        idle = {request.name == DRAIN for request in received if request not in state.active_requests}
+        waits = unacknowledged >= _received_in_advance(worker) or False in idle
     except RuntimeError:  # they change meanwhile, in another thread
-        waits = True
-    _said[1] = not waits
+        idle, waits = set(), True
+    _said[1], _said[2] = not waits, True in idle
 
 
 def _received_in_advance(worker: Any) -> float:

@@ -114,7 +114,10 @@ class Drainer:
                 if self._session.advancer is not None:
                     self._session.advancer.forget_others()
                 if full or self._worker.stopping():
-                    if not (self._ring_if_due() or self._in_vain or self._worker.stopping()):
+                    # One that waits is for this child.  Were it rung for as well, those that came while another task
+                    # had it would never get fewer, and tasks that come after them wait for a drain of each.
+                    rung = self._worker.rung() and not self._worker.stopping()
+                    if not (self._ring_if_due(rung) or rung or self._in_vain or self._worker.stopping()):
                         # More is about to come: some child is to be there for it, after other tasks had their turn.
                         self._worker.ring(self._queues[0], 1)
                     return
@@ -217,13 +220,13 @@ class Drainer:
         self._most = self._steps + self._settings.drain_steps
         self._took_all_at = None
 
-    def _ring_if_due(self) -> bool:
-        """Ring for what this child leaves to others; tells whether there is something."""
+    def _ring_if_due(self, rung: bool = False) -> bool:
+        """Ring for what this child leaves to others, or to itself but if it was `rung`; tells whether there is any."""
         self._unheard = False
         connection, _ = self._session.ready()
         due = liveness.due(connection, self._settings.reservation)
         for queue in sorted(due.keys() & set(self._worker.scope.queues)):
-            self._session.ring(connection, queue, due[queue])
+            self._session.ring(connection, queue, due[queue], rung)
         return bool(due)
 
     def _take(self) -> list[Taken]:

@@ -144,11 +144,11 @@ class Session:
         self._scope.queues = [queue for queue in queues if queue not in paused.queues]
         return True
 
-    def ring(self, connection: Connection, queue: str, rows: int) -> None:
-        """Ring for rows that were committed, as often as slots are free for them."""
+    def ring(self, connection: Connection, queue: str, rows: int, rung: int = 0) -> None:
+        """Ring for rows that were committed, as often as slots are free for them; for so many it has rung already."""
         failpoint("ring.before", connection)
-        times = runs.rings_needed(connection, queue, rows)
-        if times:
+        times = runs.rings_needed(connection, queue, rows) - rung
+        if times > 0:
             self._worker.ring(queue, times)
         failpoint("ring.after", connection)
 

@@ -70,6 +70,7 @@ class Worker:
     ring: Callable[[str, int], None]
     stopping: Callable[[], bool]
     waited_for: Callable[[], bool] = lambda: True  # whether other tasks wait, or may, for one of its children
+    rung: Callable[[], bool] = lambda: False  # whether a doorbell waits for one of its children
     interrupted: Callable[[], bool] = lambda: False  # whether a signal has raised SystemExit here, whoever kept it
     permits: Permits | None = None  # none: this worker has fewer children than it may have connections
     linger: Sequence[float] = LINGER_S

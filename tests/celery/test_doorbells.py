@@ -32,7 +32,7 @@ def app() -> Iterator[Celery]:
         DoorbellRequest._latest, DoorbellRequest._latest_at = None, -math.inf
         yield app
         state.reset_state()
-        worker._said[1] = 0
+        worker._said[1] = worker._said[2] = 0
 
 
 def received(app: Celery, age: timedelta, **headers: Any) -> DoorbellRequest:
@@ -128,4 +128,4 @@ def test_drains_make_room_for_tasks_that_wait_or_cannot_be_seen_behind_doorbells
     for each in running:
         state.task_accepted(each)
     worker._look_who_waits(main)
-    assert worker.waited_for() == waited_for
+    assert (worker.waited_for(), worker.rung()) == (waited_for, doorbells > 0)

@@ -124,6 +124,7 @@ class Child:
         self.rings: list[str] = []
         self.stopping = False
         self.waited_for = True
+        self.rung = False
         self.scripts: Callable[[str, int], Script | None] = script_of
         self.drainer = Drainer(
             Worker(
@@ -135,6 +136,7 @@ class Child:
                 ring=lambda queue, times: self.rings.extend([queue] * times),
                 stopping=lambda: self.stopping,
                 waited_for=lambda: self.waited_for,
+                rung=lambda: self.rung,
             )
         )
 

@@ -710,6 +710,19 @@ def test_a_drain_ends_after_its_share_and_rings_for_the_rest(
     assert {state(connection, f"r{n}") for n in range(20)} == {"completed"}
 
 
+def test_a_drain_that_ends_rings_for_others_and_not_for_its_own_child_where_a_doorbell_waits_for_that(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    """Those that came while it was busy with another task would never get fewer, and tasks wait behind each of them."""
+    child = new_child(drain_steps=3)
+    child.rung = True
+    start(connection, in_a_row, [f"{n}" for n in range(9)])
+    start(connection, in_a_row, ["other"], run_id="other")
+    assert (child.drain(), child.rings) == (3, [])
+    new_child()
+    assert (child.drain(), child.rings) == (3, ["celery"])
+
+
 def test_a_drain_goes_on_while_no_other_task_waits_for_its_child(
     new_child: Callable[..., Child], connection: Connection
 ) -> None:
