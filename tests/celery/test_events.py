@@ -29,6 +29,7 @@ from orchestrator.celery import events
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.store.turns import Taken
 from tests.celery import events_app
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 NODE = "teller@bank"
@@ -218,7 +219,7 @@ def test_a_call_with_fewer_attempts_than_declared_fails_at_once(bank: Bank) -> N
     with bank.listening(), bank.worker("-E"):
         with pytest.raises(SagaFailed):
             bank.sagas.once.delay("hello").get(timeout=60)
-        until(bank.settled(1), "the events of the step", 5.0)
+        until(bank.settled(1), "the events of the step")
     assert bank.sent("bank.broken") == ["task-received", "task-started", "task-failed"]
 
 
@@ -278,7 +279,7 @@ def test_a_warm_shutdown_loses_no_event(bank: Bank) -> None:
     with bank.listening():
         with bank.worker("-E"):
             assert bank.sagas.chat.delay(20).get(timeout=60) == 20
-        until(bank.settled(20), "the events of twenty steps", 5.0)
+        until(bank.settled(20), "the events of twenty steps")
 
 
 def test_events_go_on_after_the_broker_dropped_every_connection(bank: Bank) -> None:
@@ -313,9 +314,7 @@ def test_a_broker_that_does_not_answer_costs_a_step_nothing(monkeypatch: pytest.
 
 
 def test_flower_lists_the_steps_by_name(bank: Bank) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}/api/tasks"
 
     def listed() -> dict[str, Any]:
@@ -346,9 +345,7 @@ def test_flower_lists_the_steps_by_name(bank: Bank) -> None:
 
 def test_flower_starts_a_saga_and_answers_with_its_run(bank: Bank) -> None:
     """Who gets an error for an answer asks again, and starts another run."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def post(how: str) -> dict[str, Any]:
         url = f"http://127.0.0.1:{port}/api/task/{how}/{bank.sagas.visit.name}"

@@ -46,7 +46,7 @@ def test_doorbells_that_came_too_late_are_not_remembered(new_worker: Callable[..
     with app.connection_for_read() as connection:
         queue = connection.default_channel
         until(lambda: not queue.queue_declare("celery").message_count, "all of them are looked at")
-    revoked = app.control.inspect(timeout=5.0, limit=1).revoked() or {}
+    revoked = app.control.inspect(timeout=60.0, limit=1).revoked() or {}
     assert list(revoked.values()) == [[]]
     for each in (late, app):
         each.close()

@@ -19,6 +19,8 @@ from collections import deque
 from collections.abc import Callable
 from urllib.parse import urlsplit, urlunsplit
 
+from tests.ports import free_port
+
 _RST = struct.pack("ii", 1, 0)  # closing with this tells the peer at once, and rudely
 _SO_ATTACH_FILTER = 26  # Linux; Python has no name for it
 
@@ -41,7 +43,7 @@ class Proxy:
         self._swallow: Callable[[bytes], bool] | None = None
         self._swallow_times = 0
         self.swallowed = 0
-        self._port = 0
+        self._port = free_port()
         self._listener: socket.socket | None = None
         self._closed = False
         self.restore()
@@ -118,7 +120,6 @@ class Proxy:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind(("127.0.0.1", self._port))
                 listener.listen(64)
-                self._port = listener.getsockname()[1]
                 self._selector.register(listener, selectors.EVENT_READ)
                 self._listener = listener
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from tests.acceptance.running import until
 from tests.faults.rabbitmq import require
-from tests.faults.servers import free_port
+from tests.ports import free_port
 
 _CONF = """\
 [databases]

@@ -23,7 +23,8 @@ from urllib.parse import urlsplit
 import kombu
 import psutil
 
-from tests.faults.servers import free_port, kill_all
+from tests.faults.servers import kill_all
+from tests.ports import free_port
 
 _SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 _USER, _PASSWORD = "faults", "faults"

@@ -9,7 +9,6 @@ import contextlib
 import os
 import pwd
 import signal
-import socket
 import subprocess
 import threading
 import uuid
@@ -159,13 +158,6 @@ class Standby:
 
     def stop(self) -> None:
         self._processes.stop()
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def kill_all(process: psutil.Process) -> None:
