@@ -79,7 +79,9 @@ def _lengths(rows: int) -> Iterator[int]:
 def _replay_prefix(saga: Saga[Any, Any], info: RunInfo, rows: Rows) -> None:
     execution = Execution(info, saga.script())
     execution.catch_up(rows)
-    if not execution.fold.wants_code:
+    fold = execution.fold
+    waits_for_its_start = fold.at == info.started and not fold.steps  # rows of before its start bear that instant
+    if waits_for_its_start or not fold.wants_code:
         return
     try:
         beyond = execution.beyond()

@@ -129,3 +129,13 @@ def test_a_run_that_did_not_wait_at_all_fits_as_well() -> None:
     run = testing.run(at_once, "o1", stubs={mail: None}, signals=[("news", "good")])
     assert run.output == ["good", "nothing"]
     testing.replay(json.loads(json.dumps(run.history)))
+
+
+def test_a_run_that_was_told_something_before_its_start_fits_as_well(saga_environment: testing.Environment) -> None:
+    """Until its start its code has not run, so that there is nothing that it could have asked for."""
+    run = saga_environment.start(checkout, "o1", countdown=60)
+    run.pause()
+    run.resume()
+    testing.replay(run.history)
+    assert run.finish().state == "completed"
+    testing.replay(run.history)
