@@ -79,7 +79,7 @@ def _ended(case: Case) -> Iterator[Reason]:
     text = f"It ended {run['state']} at {case.clock(run['finished_at'])}, after {length}: nothing of it is outstanding."
     yield Reason("ended", text)
     if run["error"]:
-        yield Reason("error", f"What ended it: {words.error(run['error'])}.")
+        yield Reason("error", _sentence(f"What ended it: {words.error(run['error'])}"))
     for item in run["left_effects"]:
         yield Reason("left", f"{item['key']} was not undone (its outcome: {item['outcome']}).", item["key"])
 
@@ -145,7 +145,7 @@ def _parked_run(entry: Parked) -> str:
         "code": "Mend the code, deploy, and retry; or cancel the run, which undoes what it did.",
         "pivot": "It is past its point of no return and cannot be undone: mend the code and retry, or resolve it.",
     }.get(entry.role, "It waits for a person to decide.")
-    return f"Parked as a whole: {entry.why}{detail}. {then}"
+    return f"{_sentence(f'Parked as a whole: {entry.why}{detail}')} {then}"
 
 
 def _run_hints(entry: Parked, run_id: str) -> tuple[str, ...]:
@@ -175,13 +175,8 @@ def _of_turn(case: Case, item: Outstanding) -> Iterator[Reason]:
     if item.due_at > case.now:
         yield from _sleeping(case, item)
         return
-    taker = _taker_problem(case, item, "its next turn")
-    if taker is not None:
-        yield taker
-    elif case.now - item.due_at > _MOMENT:
-        yield _waiting_its_turn(case, item, "Its next turn")
-    else:
-        yield Reason("turn", "Its next turn is due right now and about to be taken.")
+    soon = Reason("turn", "Its next turn is due right now and about to be taken.")
+    yield from _due(case, item, "its next turn", soon)
 
 
 def _sleeping(case: Case, item: Outstanding) -> Iterator[Reason]:
@@ -211,12 +206,17 @@ def _of_work(case: Case, item: Outstanding) -> Iterator[Reason]:
     elif item.due_at > case.now:
         yield _later(case, item, step)
     else:
-        name = _name(item)
-        yield _taker_problem(case, item, name) or (
-            _waiting_its_turn(case, item, _capital(name))
-            if case.now - item.due_at > _MOMENT
-            else Reason("due", f"{_capital(name)} is due right now and about to begin.", item.key)
-        )
+        soon = Reason("due", f"{_capital(_name(item))} is due right now and about to begin.", item.key)
+        yield from _due(case, item, _name(item), soon)
+
+
+def _due(case: Case, item: Outstanding, what: str, soon: Reason) -> Iterator[Reason]:
+    if problem := _taker_problem(case, item, what):
+        yield problem
+    elif any(pause.kind == "queue" and pause.name == item.queue for pause in case.pauses):
+        return  # that has been told
+    else:
+        yield soon if case.now - item.due_at <= _MOMENT else _waiting_its_turn(case, item, _capital(what))
 
 
 def _running(case: Case, item: Outstanding, step: Step | None) -> Reason:
@@ -290,6 +290,10 @@ def _name(item: Outstanding) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 # -- who could take it -------------------------------------------------------------------------------------------------

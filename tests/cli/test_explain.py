@@ -12,8 +12,9 @@ import pytest
 
 from orchestrator.cli.reasons import Case, Reason, reasons
 from orchestrator.machine.fold import Fold, RunInfo
-from orchestrator.machine.journal import Asked, Attempted, Undo
+from orchestrator.machine.journal import Asked, Attempted, Parked, Undo
 from orchestrator.store import liveness
+from orchestrator.store.pauses import Pause
 from orchestrator.store.runs import Inbox, Outstanding, Serving
 from tests.cli.conftest import Terminal
 
@@ -219,6 +220,20 @@ def test_workers_that_are_busy() -> None:
 
 def test_workers_that_are_free_and_take_nothing() -> None:
     assert _only(_case(_work(due_at=_ago(30)))).code == "not taken"
+
+
+def test_of_a_queue_that_is_paused_nothing_else_is_said() -> None:
+    paused = [Pause("queue", "celery", "ann", "", NOW, False)]
+    assert _only(_case(_work(due_at=_ago(30)), pauses=paused)).code == "paused"
+    assert _only(_case(_work(), pauses=paused)).code == "paused"
+    codes = [reason.code for reason in reasons(_case(_work(), pauses=paused, workers=[]))]
+    assert codes == ["paused", "no worker"]
+
+
+def test_what_ends_with_a_full_stop_gets_no_second_one() -> None:
+    case = _case(_work(**RUNNING))
+    case.fold.apply_row(NOW, [Parked("", "drift", "it has drifted. Deploy, and retry.")])
+    assert reasons(case)[0].text.startswith("Parked as a whole: it has drifted. Deploy, and retry. Its saga code")
 
 
 def test_work_that_is_due_right_now() -> None:
