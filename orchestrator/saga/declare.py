@@ -9,7 +9,19 @@ import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, get_args, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    NoReturn,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    Unpack,
+    get_args,
+    overload,
+)
 
 from orchestrator.codec import FunctionCodec, Json, check, is_name
 from orchestrator.errors import DefinitionError, PayloadError, UnknownSagaError, UsageError
@@ -106,7 +118,10 @@ class Saga(Generic[P, R]):
         return self._starter().start(self, args, kwargs, {})
 
     def apply_async(
-        self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Unpack[StartOptions]
+        self,
+        args: list[Any] | tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        **options: Unpack[StartOptions],
     ) -> SagaResult:
         """Start a run with options: `task_id` (the run id), `countdown` (seconds), `eta` (aware), `priority` (higher
         first), `transaction` (the caller's own: the run starts if and only if it commits), `deadline` (timedelta).
@@ -128,10 +143,23 @@ class Saga(Generic[P, R]):
         return await self._starter().astart(self, args, kwargs, {})
 
     async def aapply_async(
-        self, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Unpack[StartOptions]
+        self,
+        args: list[Any] | tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        **options: Unpack[StartOptions],
     ) -> SagaResult:
         """Start a run without blocking the event loop; see `apply_async`."""
         return await self._starter().astart(self, positional(args), kwargs or {}, {**options})
+
+    def s(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: a saga is no link of a canvas.  Raises: UsageError."""
+        name = self.__name__
+        raise UsageError(
+            f"saga {self.name} has no signature, because Celery's canvas would not wait for its run: start it with "
+            f"{name}.delay(...), many with {name}.start_many(...), and in a saga with `await saga.child({name}, ...)`"
+        )
+
+    si = signature = subtask = s
 
     def AsyncResult(self, task_id: str) -> SagaResult:  # noqa: N802 - Celery's name
         """Return a handle to a run by its id; asks nothing of the database yet."""
@@ -152,9 +180,9 @@ class Saga(Generic[P, R]):
         return output
 
 
-def positional(args: Iterable[Any] | None) -> tuple[Any, ...]:
-    """Return the positional arguments of a start.  Raises: UsageError for a text, which is what ``("42")`` is."""
-    if isinstance(args, (str, bytes, Mapping)):
+def positional(args: Any) -> tuple[Any, ...]:
+    """Return the positional arguments of a start.  Raises: UsageError for a lone one, which ``("42")`` is as well."""
+    if args is not None and not isinstance(args, (list, tuple)):  # others can be iterated, too: a model by its fields
         kind = type(args).__name__
         raise UsageError(f"a saga is started with a list or tuple of arguments, such as (order,), not with a {kind}")
     return tuple(args or ())

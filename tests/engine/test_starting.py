@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import psycopg
 import pytest
+from pydantic import BaseModel
 
 from orchestrator import ConflictError, StoreUnavailableError, UnknownRunError, UsageError, poller, saga, starting
 from orchestrator.client import Client
@@ -96,9 +97,13 @@ def client(database_url: str) -> Iterator[Client]:
     made.pool.close()
 
 
-@pytest.mark.parametrize("args", ["42", b"42", {"amount": 42}])
-def test_a_text_in_the_place_of_arguments_is_not_taken_letter_by_letter(client: Client, args: Any) -> None:
-    """It is what ``("42")`` is."""
+class Amount(BaseModel):
+    cents: int
+
+
+@pytest.mark.parametrize("args", ["42", b"42", {"amount": 42}, Amount(cents=42)], ids=lambda args: type(args).__name__)
+def test_a_lone_argument_in_the_place_of_all_is_not_taken_apart(client: Client, args: Any) -> None:
+    """It is what ``("42")`` is: a text has letters, a model has fields, and neither is a list of arguments."""
     mine = copy.copy(both)
     mine.starter = cast(Any, client)
     with pytest.raises(UsageError, match="a list or tuple of arguments"):
@@ -107,6 +112,12 @@ def test_a_text_in_the_place_of_arguments_is_not_taken_letter_by_letter(client: 
         asyncio.run(mine.aapply_async(args))
     with pytest.raises(UsageError, match="a list or tuple of arguments"):
         mine.start_many([args])
+
+
+@pytest.mark.parametrize("name", ["s", "si", "signature", "subtask"])
+def test_a_saga_is_no_link_of_a_canvas_and_says_what_to_call_instead(name: str) -> None:
+    with pytest.raises(UsageError, match=r"has no signature.*start it with both\.delay"):
+        getattr(both, name)(42)
 
 
 @saga.define
