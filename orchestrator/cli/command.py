@@ -163,7 +163,10 @@ class JsonType(click.ParamType[Any]):
         try:
             parsed = json.loads(value)
         except (ValueError, RecursionError) as error:
-            self.fail(f"{value!r:.80} is not JSON ({error}); write for example '{self._example}'", param, ctx)
+            example = self._example
+            if self._kind is not dict and value.strip() and not set(value) & set("[]{}'\""):
+                example = json.dumps([value] if self._kind is list else value, ensure_ascii=False)  # a plain text
+            self.fail(f"{value!r:.80} is not JSON ({error}); write for example '{example:.80}'", param, ctx)
         if not isinstance(parsed, self._kind):
             self.fail(f"{value!r:.80} is JSON, but not of the form '{self._example}'", param, ctx)
         return parsed

@@ -30,7 +30,8 @@ def test_the_same_id_with_other_input_is_refused_in_one_sentence(terminal: Termi
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["checkout", "{"], "is not JSON"),
+        (["checkout", "{"], """write for example '["order-42", 3]'"""),
+        (["checkout", "order-7"], """write for example '["order-7"]'"""),
         (["checkout", '{"id": 1}'], "not of the form"),
         (["checkout"], "missing a required argument: 'order'"),
         (["checkout", '[{"amount": 3}]'], "parameter 'order'"),
@@ -40,6 +41,12 @@ def test_arguments_that_do_not_fit_are_wrong_usage(terminal: Terminal, arguments
     refused = terminal.run("start", *arguments)
     assert refused.exit_code == 2
     assert said in refused.stderr
+
+
+def test_a_text_without_its_quotes_is_shown_with_them(terminal: Terminal) -> None:
+    refused = terminal.run("signal", "order-7", "approved", "ann")
+    assert refused.exit_code == 2
+    assert """'ann' is not JSON""" in refused.stderr and """write for example '"ann"'""" in refused.stderr
 
 
 def test_arguments_that_do_not_fit_come_with_an_example_that_does(terminal: Terminal) -> None:
