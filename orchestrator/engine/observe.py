@@ -1,10 +1,12 @@
-"""What a committed turn means to observers: journal entries as telemetry events.
+"""What a committed turn means to observers: journal entries as telemetry events, and a line in the log when it parks.
 
-Owns the translation.  Must never be called before the commit, and costs nothing while nobody has subscribed.
+Owns the translation.  Must never be called before the commit, nor log why a run is parked: that may quote a payload.
+Events cost nothing while nobody has subscribed.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any, cast
@@ -14,9 +16,16 @@ from orchestrator.machine.fold import Fold
 from orchestrator.machine.journal import Attempted, Ended, Entry, Parked, Settled, Undone
 from orchestrator.machine.turn import Turn
 
+logger = logging.getLogger(__name__)
+
 
 def tell(fold: Fold, turn: Turn) -> None:
-    """Emit the events of a turn that was committed."""
+    """Emit the events of a turn that was committed, and log what of it waits for a person."""
+    for entry in turn.entries:
+        if type(entry) is Parked:
+            what = f"the {entry.role} of {entry.key}" if entry.key else f"as a whole, {entry.role}"
+            told = "run %s of %s is parked (%s) and waits for a person; `saga explain %s` says why, and what helps"
+            logger.warning(told, fold.info.id, fold.info.saga, what, fold.info.id)
     if not telemetry.observed():
         return
     if turn.position == 0:
