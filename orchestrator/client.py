@@ -356,9 +356,10 @@ class Client:
 
         for option in ("started_after", "started_before"):
             chosen[option] = starting.aware(option, chosen.get(option))
-        saga = chosen.get("saga", "")
+        for option in ("saga", "step"):
+            chosen[option] = getattr(named := chosen.get(option, ""), "name", named)
         try:
-            wanted = Filter(**{**chosen, "saga": getattr(saga, "name", saga)})
+            wanted = Filter(**chosen)
         except TypeError as error:
             raise UsageError(f"bulk: {error}") from None
         order = Order(cast(Any, action), by or whoami(), reason, wanted.step)

@@ -42,7 +42,7 @@ class BulkOptions(TypedDict, total=False):
 
     saga: Any  # a saga, or the name of one
     states: Sequence[str]
-    step: str
+    step: Any  # a step, the name of one or the last part of it, or a key
     started_after: datetime | str | None
     started_before: datetime | str | None
     tags: dict[str, Any]

@@ -87,6 +87,11 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(many: None, client: 
     assert connection.execute("SELECT count(*) FROM orchestrator.arrivals").fetchone() == (0,)
 
 
+def test_a_step_is_found_by_itself_by_its_name_and_by_the_last_part_of_it(many: None, client: Client) -> None:
+    told = [client.bulk("retry", step=meant, dry_run=True).told for meant in (charge, charge.name, "charge")]
+    assert told == [3, 3, 3]
+
+
 def test_all_parked_undos_of_a_step_are_tried_again(many: None, child: Child, client: Client, connection: Any) -> None:
     global broken
     broken = False
