@@ -22,7 +22,15 @@ from orchestrator.codec import FunctionCodec, Json, PlainCodec, canonical_text, 
 from orchestrator.errors import DefinitionError, UsageError
 from orchestrator.machine.journal import Undo
 from orchestrator.machine.loop import inside_saga
-from orchestrator.machine.policy import LONGEST_TIMEOUT, START_TO_CLOSE, Effect, Limit, RetryPolicy, is_priority
+from orchestrator.machine.policy import (
+    LONGEST_TIMEOUT,
+    START_TO_CLOSE,
+    Effect,
+    Limit,
+    RetryPolicy,
+    is_priority,
+    must_be_timedelta,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -322,13 +330,18 @@ def _check_options(step: Step[Any, Any]) -> None:
 
 def _check_choices(name: str, options: StepOptions) -> None:
     """What is none of the choices there are would be taken for another one, or make work that nobody ever takes."""
+    must_be_timedelta(f"step {name}: start_to_close_timeout", options.start_to_close_timeout)
     if not timedelta(0) < options.start_to_close_timeout <= LONGEST_TIMEOUT:
         years = LONGEST_TIMEOUT.days // 365
         raise DefinitionError(
             f"step {name}: start_to_close_timeout must be positive and at most {years} years; it is never unlimited"
         )
-    if options.heartbeat_timeout is not None and options.heartbeat_timeout <= timedelta(0):
-        raise DefinitionError(f"step {name}: heartbeat_timeout must be positive, or None")
+    if options.heartbeat_timeout is not None:
+        must_be_timedelta(f"step {name}: heartbeat_timeout", options.heartbeat_timeout)
+        if options.heartbeat_timeout <= timedelta(0):
+            raise DefinitionError(f"step {name}: heartbeat_timeout must be positive, or None")
+    if options.retry is not None and not isinstance(options.retry, RetryPolicy):
+        raise DefinitionError(f"step {name}: retry= takes a RetryPolicy(...), not {options.retry!r:.80}")
     if not is_priority(options.priority):
         raise DefinitionError(f"step {name}: priority must be a whole number from 0 to 9 (higher first)")
     if options.effect is not None and not isinstance(options.effect, Effect):

@@ -31,6 +31,12 @@ class Effect(StrEnum):
     """Succeeds if tried often enough; for steps after the pivot."""
 
 
+def must_be_timedelta(option: str, value: Any) -> None:
+    """Refuse a bare number, which does not say what it counts.  Raises: DefinitionError."""
+    if not isinstance(value, timedelta):
+        raise DefinitionError(f"{option} takes a timedelta, such as timedelta(seconds=30), not {value!r:.80}")
+
+
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """Say how often and when a step is tried again; the five fields are Temporal's.
@@ -52,6 +58,8 @@ class RetryPolicy:
         many: Any = self.maximum_attempts
         if type(many) is not int or not 1 <= many < 2**31:
             raise DefinitionError("RetryPolicy: maximum_attempts is a whole number, 1 or more: attempts are bounded")
+        must_be_timedelta("RetryPolicy: initial_interval", self.initial_interval)
+        must_be_timedelta("RetryPolicy: maximum_interval", self.maximum_interval)
         if self.initial_interval < timedelta(0) or self.maximum_interval < self.initial_interval:
             raise DefinitionError("RetryPolicy: intervals must satisfy 0 <= initial_interval <= maximum_interval")
         if not 1 <= self.backoff_coefficient < math.inf:

@@ -26,7 +26,7 @@ from typing import (
 from orchestrator.codec import FunctionCodec, Json, check, is_name
 from orchestrator.errors import DefinitionError, PayloadError, UnknownSagaError, UsageError
 from orchestrator.machine.loop import inside_saga
-from orchestrator.machine.policy import is_priority
+from orchestrator.machine.policy import is_priority, must_be_timedelta
 from orchestrator.machine.turn import Script
 from orchestrator.step import name_of
 
@@ -257,14 +257,18 @@ def define(function: Any = None, /, *, name: str = "", **options: Any) -> Any:
 
 
 def _check_options(name: str, options: SagaOptions) -> None:
-    if options.version < 1:
-        raise DefinitionError(f"saga {name}: version must be 1 or more")
+    if type(options.version) is not int or options.version < 1:
+        raise DefinitionError(f"saga {name}: version must be a whole number, 1 or more")
     if not is_priority(options.priority):
         raise DefinitionError(f"saga {name}: priority must be a whole number from 0 to 9 (higher first)")
     if options.queue and not is_name(options.queue):
         raise DefinitionError(f"saga {name}: queue= must be text of at most 500 printable bytes")
-    if options.deadline is not None and not timedelta(0) < options.deadline <= _LONGEST_DEADLINE:
-        raise DefinitionError(f"saga {name}: deadline= must be positive, and at most a thousand years")
+    if options.deadline is not None:
+        must_be_timedelta(f"saga {name}: deadline=", options.deadline)
+        if not timedelta(0) < options.deadline <= _LONGEST_DEADLINE:
+            raise DefinitionError(f"saga {name}: deadline= must be positive, and at most a thousand years")
+    if not isinstance(options.signals or {}, Mapping):
+        raise DefinitionError(f"saga {name}: signals= gives each name its type, such as {{'approved': str}}")
     if options.on_code_error not in get_args(CodeErrors):
         raise DefinitionError(f"saga {name}: on_code_error= is one of {', '.join(get_args(CodeErrors))}")
 

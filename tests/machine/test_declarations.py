@@ -42,6 +42,9 @@ def found(n: int) -> bool | None: ...
         ("start_to_close_timeout", timedelta.max),
         ("heartbeat_timeout", timedelta(0)),
         ("heartbeat_timeout", timedelta(seconds=-1)),
+        ("start_to_close_timeout", 30),
+        ("heartbeat_timeout", 5),
+        ("retry", 3),
     ],
 )
 def test_an_option_of_a_step_that_makes_no_sense_is_refused(option: str, value: Any) -> None:
@@ -63,8 +66,11 @@ sound = step(name="declared.sound")(pay)
         ("on_code_error", "Park"),
         ("deadline", timedelta(0)),
         ("deadline", timedelta.max),
+        ("deadline", 3600),
+        ("signals", ["approved"]),
         ("queue", "two\nlines"),
         ("version", 0),
+        ("version", "2"),
     ],
 )
 def test_an_option_of_a_saga_that_makes_no_sense_is_refused(option: str, value: Any) -> None:
@@ -85,6 +91,8 @@ def test_an_option_of_a_saga_that_makes_no_sense_is_refused(option: str, value: 
         {"backoff_coefficient": float("nan")},
         {"initial_interval": timedelta(seconds=-1)},
         {"initial_interval": timedelta(minutes=2)},
+        {"initial_interval": 1},
+        {"maximum_interval": 60},
     ],
 )
 def test_a_retry_policy_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
