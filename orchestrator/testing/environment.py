@@ -168,9 +168,12 @@ class Environment:
         self.skip(max(timedelta(0), until - self.now))
         self.drain()
 
-    def finish(self) -> None:
-        """Skip time until every run has ended, is parked, or waits for something that nobody sends."""
-        self._drive(FOREVER)
+    def finish(self, before_time_passes: Callable[[], bool] = lambda: False) -> None:
+        """Skip time until every run has ended, is parked, or waits for something that nobody sends.
+
+        `before_time_passes` may give orders, and says whether it did: no time is skipped then.
+        """
+        self._drive(FOREVER, before_time_passes)
 
     def skip(self, length: timedelta) -> None:
         """Move the clock ahead and do nothing else."""
@@ -178,7 +181,7 @@ class Environment:
         self._skipped += length
 
     # -- driving -------------------------------------------------------------------------------------------------------
-    def _drive(self, limit: timedelta) -> None:
+    def _drive(self, limit: timedelta, before_time_passes: Callable[[], bool] = lambda: False) -> None:
         """Do what is due and, as far as `limit` allows, move on to what falls due next."""
         if self._driving == len(self._children):
             self._children.append(
@@ -187,11 +190,11 @@ class Environment:
         child = self._children[self._driving]
         self._driving += 1  # a drive inside of a step, say of another run, takes another child
         try:
-            self._drive_with(child, limit)
+            self._drive_with(child, limit, before_time_passes)
         finally:
             self._driving -= 1
 
-    def _drive_with(self, child: Child, limit: timedelta) -> None:
+    def _drive_with(self, child: Child, limit: timedelta, before_time_passes: Callable[[], bool]) -> None:
         patience = iter(_PATIENCE)
         limit += self._skipped  # what steps take, and what is waited for after a crash, is part of the time that passes
         for _ in range(_MOVES):
@@ -205,7 +208,8 @@ class Environment:
             pause = next(patience, None) if looked.next is None and held_back else looked.next
             if pause is None or self._skipped + pause > limit:
                 return
-            self.skip(pause)
+            if not before_time_passes():
+                self.skip(pause)
         raise UsageError(f"after {_MOVES:,} moves of the clock there is still something to do; does a saga loop?")
 
     def _do_what_is_due(self, child: Child) -> tuple[testbed.Look, bool]:

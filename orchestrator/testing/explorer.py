@@ -61,13 +61,13 @@ def explore(
     of faults, drawn by `seed`.  There are at most `max_schedules` in all.  A run that parks is retried by an operator
     once nothing fails any more.
 
-    `invariant` is called when the run has ended; False or an exception is a violation.
-    So is a run that neither ends nor parks, one that parks as a whole because its code is wrong, and an effect that is
-    left without undo, unless it is one of a step that `may_leave`.  `waiting` is called with the run when it waits for
-    something that nobody sends, to send it.  `meanwhile` is called with the environment right before a step, once for
-    each of them: whatever it does, say another run on the same account, happens at the worst moment.  With `late` each
-    step that has an undo is also given up and undone first, and takes effect after that: whoever keeps the effect is to
-    refuse it.
+    `invariant` is called when the run has ended; False or an exception is a violation. So is a run that neither ends
+    nor parks, one that parks as a whole because its code is wrong, and an effect that is left without undo, unless it
+    is one of a step that `may_leave`. `waiting` is called with the run when it waits for a signal, before time passes,
+    or for anything else that nobody sends, to send it; without it timeouts go by. `meanwhile` is called with the
+    environment right before a step, once for each of them: whatever it does, say another run on the same account,
+    happens at the worst moment. With `late` each step that has an undo is also given up and undone first, and takes
+    effect after that: whoever keeps the effect is to refuse it.
 
     These functions may take what they need of ``run`` and ``environment`` by these names, or one argument of any name.
     Without an `environment` one is made, on
@@ -115,15 +115,27 @@ class _Stage:
         call(self.setup, environment=environment)
         environment.order(schedule.faults, lambda: call(self.meanwhile, environment=environment))
         before = len(environment.script.seen)
-        run = environment.run(self.saga, *self.args, kwargs=self.kwargs, task_id=RUN_ID)
+        run = environment.start(self.saga, *self.args, kwargs=self.kwargs, task_id=RUN_ID)
+        environment.finish(self._in_time(run))
         for _ in range(_ROUNDS):
             if self._send(run) or self._mend():
-                environment.finish()
+                environment.finish(self._in_time(run))
             else:
                 break
         for effect in environment.script.late[:1]:
             effect()
         return run, environment.script.seen[before:]
+
+    def _in_time(self, run: EnvironmentRun) -> Callable[[], bool]:
+        """Return what sends a signal before a timeout or a deadline goes by: once for each time that one is awaited."""
+        known: set[str] = set()
+
+        def send() -> bool:
+            awaited = set(run.awaited) - known if self.waiting else set()
+            known.update(awaited)
+            return bool(awaited) and self._send(run)
+
+        return send
 
     def _send(self, run: EnvironmentRun) -> bool:
         """Send what the run waits for."""

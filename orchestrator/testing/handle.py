@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.codec import Json
+from orchestrator.engine.folding import fold_of
 from orchestrator.errors import SagaFailed
 from orchestrator.machine.journal import Entry, decode_entry
 from orchestrator.machine.states import TERMINAL, RunState
@@ -72,6 +73,15 @@ class EnvironmentRun:
         """What waits for a person: ``key``, ``role`` and ``why`` of each."""
         parked: list[Any] = self.outcome.parked
         return parked
+
+    @property
+    def awaited(self) -> list[str]:
+        """The keys of the signals that it waits for, the oldest first."""
+        with self.environment.client.pool.connection() as connection:
+            row = runs.run(connection, self.id)
+            assert row is not None
+            waiting = fold_of(row, runs.history(connection, self.id)).waiting
+        return [key for key, step in waiting.items() if step.asked.kind == "signal"]
 
     @property
     def calls(self) -> list[Call]:

@@ -82,6 +82,9 @@ def test_no_more_schedules_are_tried_than_are_asked_for(saga_environment: Enviro
 def test_a_saga_that_waits_is_sent_what_it_waits_for(saga_environment: Environment) -> None:
     found = explore(saga_environment, approval, pairs=0, waiting=lambda run: run.signal("approved", "ann"))
     assert found.ok, str(found)
+    assert found.ends["completed"], "the signal came before its timeout"
+    late = explore(saga_environment, approval, pairs=0)
+    assert late.ok and not late.ends["completed"], str(late)
 
 
 def test_an_undo_that_remembers_itself_refuses_what_comes_late(saga_environment: Environment) -> None:
