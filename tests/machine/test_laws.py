@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.machine.fold import Fold
-from orchestrator.machine.journal import Abandoned, Operated, RollbackBegan, decode_entry, encode
+from orchestrator.machine.journal import Abandoned, Attempted, Operated, RollbackBegan, Unlocked, decode_entry, encode
 from orchestrator.machine.states import Backward, Forward
 from orchestrator.testing import replay
 from tests.machine.chaos import UNDOABLE, Program, World, cancel_at, chaos, programs
@@ -61,13 +61,16 @@ def test_what_the_saga_counts_as_done_is_really_there(
 
 @runs
 @given(programs, seeds, moments, moments)
+@example(["sequence", [["step", "settle", 0], ["wait_for", 1, ["step", "charge", 0]], ["sleep", 12]]], 5, None, None)
 def test_what_certainly_had_no_effect_is_never_undone_unless_it_lands_late(
     program: Program, seed: int, cancel: int | None, deadline: int | None
 ) -> None:
     world = _played(program, seed, cancel, deadline)
     late = {entry.key for entry in world.entries if entry.tag == "late"}
+    in_doubt = {entry.key for entry in world.entries if isinstance(entry, Attempted) and entry.doubt}
     for key in world.undone:
-        assert world.fold.steps[key].forward in (Forward.SUCCEEDED, Forward.UNKNOWN) or key in late
+        forward = world.fold.steps[key].forward
+        assert forward is Forward.SUCCEEDED or (forward is Forward.UNKNOWN and key in in_doubt) or key in late
 
 
 @runs
@@ -119,6 +122,21 @@ def test_rolling_back_undoes_the_youngest_first(
 def _before_settled(entries: list[Any], undo: Any) -> bool:
     position = next(i for i, entry in enumerate(entries) if entry is undo)
     return not any(e.tag == "settled" and e.key == undo.key for e in entries[:position])
+
+
+@runs
+@given(programs, seeds, moments, moments)
+def test_no_lock_is_given_back_while_something_that_was_given_up_under_it_is_under_way(
+    program: Program, seed: int, cancel: int | None, deadline: int | None
+) -> None:
+    world = _played(program, seed, cancel, deadline)
+    fold = Fold(world.info)
+    for entry in world.entries:
+        fold.apply(entry)
+        lock = fold.steps[entry.key] if isinstance(entry, Unlocked) else None
+        if lock is not None and lock.forward is Forward.SUCCEEDED and not lock.abandoned:
+            since = (step for step in fold.steps.values() if step.abandoned and step.order > lock.order)
+            assert not any(step.in_flight or step.owes_undo for step in since)
 
 
 @runs
