@@ -237,6 +237,8 @@ class Execution:
         if not (code.raised and (self.fold.past_pivot or self.fold.pivots_in_flight)):
             code.cancel_branches()  # else what they have asked for is still wanted: mended code may go on from there
         output, error = code.outcome()
+        if isinstance(error, ContinueAsNew):
+            decisions.unlock_left_blocks()  # only the locks of blocks that it is still in go along
         self._drop_code()
         if isinstance(error, ContinueAsNew):
             if decisions.outstanding:

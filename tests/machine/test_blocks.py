@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from datetime import timedelta
 
 import pytest
@@ -100,6 +101,23 @@ def test_a_lock_is_kept_until_a_step_that_had_not_begun_is_withdrawn() -> None:
     stage.turn(AttemptEnded(lock.key, "do", 1, "succeeded"), at_s=1)
     assert stage.turn(at_s=12).unlocks == [lock.key]
     assert stage.due == [("look", "do")]
+
+
+@saga.define
+async def one_account_after_the_other(n: int) -> None:
+    with contextlib.suppress(StepFailed):
+        async with saga.lock("account", n):
+            await saga.step(look, n)
+    saga.continue_as_new(n + 1)
+
+
+@pytest.mark.parametrize("verdict", ["succeeded", "rejected"])
+def test_a_lock_whose_block_was_left_does_not_go_along_with_a_run_that_is_continued_as_new(verdict: str) -> None:
+    stage = Stage(one_account_after_the_other, 7)
+    (lock,) = stage.turn().locks
+    stage.turn(AttemptEnded(lock.key, "do", 1, "succeeded"))
+    turn = stage.turn(stage.end("look", verdict, 7))
+    assert (stage.state, turn.unlocks, turn.seed) == ("continued", [lock.key], [])
 
 
 # -- scopes ------------------------------------------------------------------------------------------------------------
