@@ -111,10 +111,9 @@ class Session:
         return False
 
     def refresh(self) -> None:
-        """Hear again what is paused, if that is a while ago."""
+        """Hear again what is paused and whether this incarnation lives, if that is a while ago; nothing is in hand."""
         if time.monotonic() > self._known_until:
-            connection, advancer = self.ready()
-            self._mark(connection, advancer.identity)
+            self.enter()
 
     def leave(self) -> None:
         """Take the mark back; what is added from now on is rung for."""

@@ -785,6 +785,30 @@ def test_a_child_that_was_declared_dead_has_nothing_to_wait_for(
     assert paused == [0.05], "one pause to look whether the database is back"
 
 
+def test_a_drain_that_goes_on_begins_nothing_under_an_incarnation_that_was_declared_dead(
+    new_child: Callable[..., Child], connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be given to others at once, by every pump, and be done here all the same."""
+    monkeypatch.setattr("orchestrator.engine.session._KNOWN_S", 0.0)
+    child = new_child(drain_steps=1)
+    child.waited_for = False
+    begun: list[bool] = []
+
+    def look(taken: Any) -> None:
+        row = connection.execute("SELECT incarnation FROM orchestrator.work WHERE fence IS NOT NULL").fetchone()
+        begun.append(row == (child.incarnation,))
+
+    def die(taken: Any) -> None:
+        child.runner.after = lambda taken: None
+        liveness.declare_dead(connection, child.incarnation)
+        child.reborn()
+
+    child.runner.before, child.runner.after = look, die
+    start(connection, in_a_row, ["a", "b", "c"])
+    child.drain()
+    assert (begun, state(connection)) == ([True] * 3, "completed")
+
+
 def test_who_answers_a_doorbell_does_not_wait_for_a_connection_that_others_need(
     child: Child, connection: Connection, tmp_path: Path
 ) -> None:
