@@ -7,6 +7,7 @@ by who has ended already, too, so that no order of arrival leaves anybody waitin
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.machine import blocks
@@ -82,7 +83,9 @@ def take_conclude(decisions: Decisions) -> None:
 
 
 def pass_on(decisions: Decisions, order: Operate) -> None:
-    """Hold the children that are under way with their parent, or let them go."""
+    """Hold the children that are under way with their parent, or let them go; their own saga may be paused as well."""
+    if order.cause:
+        order = replace(order, cause=f"{order.cause} {decisions.fold.info.saga}")
     for step in decisions.fold.children:
         if not step.settled:
             _tell(decisions, step, order)

@@ -220,7 +220,7 @@ class Operated:
     key: str = ""
     by: str = ""
     reason: str = ""
-    cause: str = ""  # of a pause or its end: "saga" if all runs of the saga are told so, else this run alone
+    cause: str = ""  # of a pause or its end: "saga" if all its runs are told so, "saga NAME" if a parent's are
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,24 @@ def test_a_child_that_is_done_is_not_held_up_by_a_pause_that_crosses_its_report(
     assert stage.state == "completed"
 
 
+@saga.define
+async def parent_of_a_sleeper(n: int) -> str:
+    return await saga.child(sleepy, n)
+
+
+def test_a_child_whose_own_saga_is_paused_is_not_let_go_with_its_parent() -> None:
+    parent = Stage(parent_of_a_sleeper, 1)
+    (new,) = parent.turn().children
+    child = Stage(sleepy, 1, run_id=new.id)
+    child.turn()
+    child.turn(*(post.arrival for post in parent.turn(WITH_THE_SAGA).posts))
+    child.turn(WITH_THE_SAGA)
+    child.turn(*(post.arrival for post in parent.turn(replace(WITH_THE_SAGA, action="resume")).posts))
+    assert (parent.state, child.state) == ("running", "paused")
+    child.turn(replace(WITH_THE_SAGA, action="resume"))
+    assert child.state == "running"
+
+
 def test_a_run_that_has_returned_completes_when_it_is_resumed() -> None:
     stage = Stage(not_awaited, 1)
     stage.turn()
