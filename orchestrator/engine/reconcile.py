@@ -203,7 +203,12 @@ def _rows(connection: Connection, sql: str, after: str) -> list[Looked]:
     names = [column.name for column in cursor.description or ()]
     if not {"key"} <= set(names) <= {"key", "problem", "amount", "currency"}:
         raise UsageError(f"its SQL returns {', '.join(names)}; a check returns key, problem, amount, currency")
-    return [Looked(**dict(zip(names, row, strict=True))) for row in cursor.fetchmany(PAGE + 1)]
+    return [_looked(dict(zip(names, row, strict=True))) for row in cursor.fetchmany(PAGE + 1)]
+
+
+def _looked(row: dict[str, Any]) -> Looked:
+    amount = row.get("amount")
+    return Looked(**{**row, "amount": Decimal(amount) if type(amount) is int else amount})  # a column of cents
 
 
 def _checked(found: Iterable[Any], after: str) -> list[Looked]:

@@ -206,6 +206,14 @@ def test_a_check_that_there_is_not_is_named(connection: Connection) -> None:
         run(connection, ["thing"])
 
 
+@pytest.mark.parametrize("kind", ["integer", "bigint", "numeric"])
+def test_an_amount_of_sql_may_be_a_whole_number_such_as_cents(connection: Connection, kind: str) -> None:
+    reconcile.check("cents", sql=NUMBERS.replace("amount,", f"(amount * 100)::{kind} AS amount,"))
+    (check,) = run(connection, ["cents"]).checks
+    assert (check.error, check.looked_at) == (None, 1000)
+    assert {currency: Decimal(total) for currency, total in check.sums.items()} == {"EUR": 25000, "USD": 25000}
+
+
 # -- against a file ----------------------------------------------------------------------------------------------------
 OURS = "SELECT id AS key, amount, currency FROM things WHERE id > %(after)s ORDER BY id LIMIT %(limit)s"
 
