@@ -15,7 +15,9 @@ from orchestrator.saga.inside import code_of
 
 
 async def sleep(duration: timedelta) -> None:
-    """Sleep durably; no worker is held meanwhile."""
+    """Sleep durably; no worker is held meanwhile.  Raises: UsageError for a bare number."""
+    if not isinstance(duration, timedelta):
+        raise UsageError("saga.sleep() takes a timedelta, such as timedelta(seconds=5); seconds are asyncio.sleep's")
     await asyncio.sleep(duration.total_seconds())
 
 

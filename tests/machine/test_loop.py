@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -169,6 +169,14 @@ def test_sleep_until_refuses_an_instant_without_a_time_zone() -> None:
         await saga.sleep_until(saga.now().replace(tzinfo=None))
 
     with pytest.raises(CodeError, match="aware"):
+        _stage(body).turn()
+
+
+def test_sleep_refuses_a_number_that_does_not_say_what_it_counts() -> None:
+    async def body() -> None:
+        await saga.sleep(cast(Any, 5))
+
+    with pytest.raises(CodeError, match=r"takes a timedelta.*asyncio\.sleep"):
         _stage(body).turn()
 
 
