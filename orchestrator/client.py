@@ -266,8 +266,8 @@ class Client:
             self._check_pause(outcome, action, key)
         else:
             self._check_parked(outcome, action, key)
-        if action == "resolve" and not no_effect:
-            self._check_result(outcome, key, value)
+        if action == "resolve":
+            self._check_result(outcome, key, value, no_effect)
         self._order(run_id, Operate(action, key, by or whoami(), reason, value, no_effect))
 
     def _check_pause(self, outcome: runs.Outcome, action: str, key: str) -> None:
@@ -296,12 +296,19 @@ class Client:
         if not key and action == "resolve" and len(parked) > 1:
             raise UsageError(f"run {run_id} has other keys parked ({known}); settle those first, then resolve the run")
 
-    def _check_result(self, outcome: runs.Outcome, key: str, value: Json) -> None:
+    def _check_result(self, outcome: runs.Outcome, key: str, value: Json, no_effect: bool) -> None:
         """What a person says that a step has returned is read by saga code as what the step returns."""
+        if any(isinstance(item, dict) and (item["key"], item["role"]) == (key, "undo") for item in outcome.parked):
+            if value is not None or no_effect:  # said of the step, and it would be taken as: it is undone
+                raise UsageError(
+                    f"run {outcome.id}: the undo of {key} is parked, not the step; to resolve that says that you undid "
+                    "the step yourself, and takes no result"
+                )
+            return
+        if no_effect:
+            return
         declared: Any = saga_of(outcome)
         if key:
-            if any(isinstance(item, dict) and (item["key"], item["role"]) == (key, "undo") for item in outcome.parked):
-                return
             with self.pool.connection() as connection:
                 declared = step_registry.steps.get(runs.task_of(connection, outcome.id, key))
         try:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from datetime import timedelta
 from time import monotonic
+from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, text
@@ -100,6 +101,20 @@ def test_what_steps_take_is_part_of_the_time_that_passes(env: Environment) -> No
     assert run.state == "running"
     env.advance(timedelta(minutes=3))
     assert run.state == "completed"
+
+
+@pytest.mark.parametrize("said", [{"value": "charge of o1"}, {"no_effect": True}], ids=["a result", "no effect"])
+def test_what_is_said_of_a_step_is_not_taken_for_its_undo(env: Environment, said: dict[str, Any]) -> None:
+    """Else a person who knows that the charge happened would have it on record that it was refunded."""
+    env.fail(mail, "rejected")
+    env.fail(refund, "rejected")
+    run = env.run(checkout, "o1")
+    [parked] = run.parked
+    with pytest.raises(UsageError, match=r"the undo of .*charge#0 is parked, not the step"):
+        run.resolve(parked["key"], **said)
+    assert run.state == "parked"
+    run.resolve(parked["key"], by="ann", reason="refunded at the counter")
+    assert run.state == "compensated"
 
 
 def test_an_undo_is_tried_for_a_day_and_then_waits_for_a_person(env: Environment) -> None:
