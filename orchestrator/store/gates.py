@@ -18,7 +18,7 @@ from orchestrator.store.connection import CLOCK, Connection
 LINE = timedelta(hours=8_766_000)  # a thousand years
 _PAGE = 200  # gates that one round of a pump looks at
 
-# The body is the function admit_1 of 0001_first.sql (index work_gate, primary key of gates).
+# The body is the function admit_1 of 0009_lanes.sql (index work_gate, primary key of gates).
 _ADMIT = f"SELECT queue, due_at <= {CLOCK} FROM orchestrator.admit_1(%(gate)s, %(now)s)"
 
 

@@ -741,7 +741,7 @@ def test_a_drain_comes_to_an_end_although_no_other_task_waits(
     child.waited_for = False
     child.runner.after = lambda taken: time.sleep(0.02)
     start(connection, in_a_row, [f"{n}" for n in range(100)])
-    assert 1 < child.drain() < 20
+    assert 0 < child.drain() < 100
     assert state(connection) == "running" and child.rings
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator import Effect, RetryPolicy, saga, step
 from orchestrator.engine.pump import Pump
-from orchestrator.store import gates, runs
+from orchestrator.store import gates, pauses, runs
 from tests.acceptance.running import until
 from tests.engine.stage import Child, entries, start, state
 from tests.limits.steps import calls, moments, pings, single
@@ -107,6 +107,19 @@ def test_where_nobody_takes_what_was_let_in_no_more_is_let_in(connection: Any) -
     for second in range(1, 60):
         gates.admit(connection, "g", NOW + timedelta(seconds=second))
     assert len(let_in(connection)) < 40
+
+
+def test_what_was_let_in_on_a_queue_that_is_paused_then_makes_room_and_stands_in_line_again(connection: Any) -> None:
+    stand(connection, "g", 2, most=1)
+    connection.execute("UPDATE orchestrator.work SET queue = 'other' WHERE run_id = 'g-2'")
+    gates.admit(connection, "g", NOW + timedelta(seconds=1))
+    pauses.pause(connection, "queue", "q", "ann", "")
+    assert gates.admit(connection, "g", NOW + timedelta(seconds=2)) == {"other": 1}
+    assert [run_id for run_id, _ in let_in(connection)] == ["g-2"]
+    connection.execute("DELETE FROM orchestrator.work WHERE run_id = 'g-2'")
+    assert gates.admit(connection, "g", NOW + timedelta(seconds=3)) == {}
+    pauses.lift(connection, "queue", "q", "ann", "")
+    assert gates.admit(connection, "g", NOW + timedelta(seconds=4)) == {"q": 1}
 
 
 def test_a_concurrency_lets_in_as_many_as_have_left(connection: Any) -> None:

@@ -507,21 +507,30 @@ DECLARE
     v_inside timestamptz := v_now + v_line / 2;
     v_next timestamptz;
     v_in integer;
+    v_paused constant text[] := ARRAY(SELECT p.name FROM orchestrator.pauses p WHERE p.kind = 'queue');
     v_unserved text[];
     v_head record;
     v_slot timestamptz;
 BEGIN
     INSERT INTO orchestrator.gates AS g (name) VALUES (p_gate)
     ON CONFLICT (name) DO UPDATE SET next_at = g.next_at RETURNING g.next_at INTO v_next; -- locked until the end
+    IF v_paused <> '{}' THEN
+        -- Nobody takes these until a person says so: they make room for others, and stand in line again.
+        UPDATE orchestrator.work u SET due_at = u.due_at + v_line
+        FROM (SELECT w.run_id, w.lane FROM orchestrator.work w
+              WHERE w.gate = p_gate AND w.due_at < v_inside AND w.begun_by IS NULL AND w.queue = ANY (v_paused)
+              FOR UPDATE SKIP LOCKED) AS w
+        WHERE u.run_id = w.run_id AND u.lane = w.lane;
+    END IF;
     -- Who is in, begun or not (index work_gate).  Where admitted steps lie, nobody takes them: no more of those.
-    SELECT count(*), array_agg(DISTINCT w.queue) FILTER (WHERE w.fence IS NULL AND w.due_at < v_now - v_ahead / 2)
+    SELECT count(*), v_paused || array_agg(DISTINCT w.queue) FILTER (WHERE w.fence IS NULL AND w.due_at < v_now - v_ahead / 2)
     INTO v_in, v_unserved FROM orchestrator.work w WHERE w.gate = p_gate AND w.due_at < v_inside;
     FOR v_n IN 1 .. 10000 LOOP
         -- Whoever is being withdrawn is passed over; nobody waits for a row of work here.
         SELECT w.run_id, w.lane, w.queue, w.due_at - v_line AS wanted, (w.call -> 'g' ->> 'most')::integer AS most,
             (w.call -> 'g' ->> 'every')::float8 AS every
         INTO v_head FROM orchestrator.work w
-        WHERE w.gate = p_gate AND w.due_at >= v_inside AND NOT w.queue = ANY (coalesce(v_unserved, '{}'))
+        WHERE w.gate = p_gate AND w.due_at >= v_inside AND NOT w.queue = ANY (v_unserved)
         ORDER BY w.due_at LIMIT 1 FOR UPDATE SKIP LOCKED;
         EXIT WHEN NOT FOUND OR v_in >= v_head.most OR v_head.most IS NOT NULL AND v_head.wanted > v_now;
         v_slot := greatest(v_now, v_head.wanted, CASE WHEN v_head.every IS NOT NULL THEN v_next END);
