@@ -11,8 +11,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from orchestrator.cli import words
-from orchestrator.machine.fold import Fold, Step
+from orchestrator.machine.fold import Fold
 from orchestrator.machine.journal import Operated, Parked
+from orchestrator.machine.record import Step
 from orchestrator.machine.states import TERMINAL, Backward
 from orchestrator.store.gates import LINE
 from orchestrator.store.pauses import Pause

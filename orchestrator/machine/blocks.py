@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from orchestrator.machine.fold import Fold, Step
+from orchestrator.machine.fold import Fold
 from orchestrator.machine.journal import Parked, Settled, Unlocked
+from orchestrator.machine.record import Step
 from orchestrator.machine.states import Backward
 
 if TYPE_CHECKING:

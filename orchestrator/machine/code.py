@@ -16,10 +16,11 @@ from types import NoneType
 from typing import Any, Protocol
 
 from orchestrator.errors import DriftError, UsageError
-from orchestrator.machine.fold import Fold, Step
+from orchestrator.machine.fold import Fold
 from orchestrator.machine.journal import Asked, Entry, Json, Settled, Versioned
 from orchestrator.machine.keys import Branch
 from orchestrator.machine.loop import SagaLoop, SagaTask
+from orchestrator.machine.record import Step
 
 
 class Discarded(BaseException):

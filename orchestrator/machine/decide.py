@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import assert_never
 
 from orchestrator.machine import blocks, family, restore
-from orchestrator.machine.fold import WAITS, Fold, Step
+from orchestrator.machine.fold import Fold
 from orchestrator.machine.journal import (
     Abandoned,
     Arrival,
@@ -48,6 +48,7 @@ from orchestrator.machine.journal import (
     Work,
 )
 from orchestrator.machine.policy import COMPENSATION_RETRY, START_TO_CLOSE, Effect
+from orchestrator.machine.record import WAITS, Step
 from orchestrator.machine.states import Backward, Forward, RunState
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.machine import blocks
-from orchestrator.machine.fold import Fold, Step
+from orchestrator.machine.fold import Fold
 from orchestrator.machine.journal import (
     Arrival,
     AttemptEnded,
@@ -30,6 +30,7 @@ from orchestrator.machine.journal import (
     Settled,
     Terminate,
 )
+from orchestrator.machine.record import Step
 from orchestrator.machine.states import Backward, Forward, RunState
 
 if TYPE_CHECKING:

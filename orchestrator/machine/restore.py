@@ -15,8 +15,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from orchestrator.machine import family
-from orchestrator.machine.fold import Fold, Step
+from orchestrator.machine.fold import Fold
 from orchestrator.machine.journal import Restore, Restored
+from orchestrator.machine.record import Step
 from orchestrator.machine.states import Backward, Forward
 
 if TYPE_CHECKING:

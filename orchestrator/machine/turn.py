@@ -19,7 +19,7 @@ from orchestrator.errors import DefinitionError, UsageError, describe_exception
 from orchestrator.machine import blocks, family
 from orchestrator.machine.code import ContinueAsNew, SagaCode, settled_keys
 from orchestrator.machine.decide import Decisions
-from orchestrator.machine.fold import Fold, RunInfo, Step
+from orchestrator.machine.fold import Fold, RunInfo
 from orchestrator.machine.journal import (
     Arrival,
     Asked,
@@ -38,6 +38,7 @@ from orchestrator.machine.journal import (
     Withdrawn,
     Work,
 )
+from orchestrator.machine.record import Step
 from orchestrator.machine.states import TERMINAL, RunState
 
 CODE_ERRORS = (

@@ -18,9 +18,9 @@ from orchestrator.errors import DeadlockError, UsageError
 from orchestrator.machine import code as machine
 from orchestrator.machine.blocks import SEPARATOR
 from orchestrator.machine.code import Request, RequestFuture, SagaCode
-from orchestrator.machine.fold import Step as StepRecord
 from orchestrator.machine.journal import Asked
 from orchestrator.machine.policy import Effect
+from orchestrator.machine.record import Step as StepRecord
 from orchestrator.saga.inside import code_of
 from orchestrator.saga.steps import failure_of
 

@@ -14,9 +14,9 @@ from orchestrator.codec import Json, check, copied
 from orchestrator.errors import ChildFailed, UsageError
 from orchestrator.machine import code as machine
 from orchestrator.machine.code import ContinueAsNew, Request, SagaCode
-from orchestrator.machine.fold import Step as StepRecord
 from orchestrator.machine.journal import Asked, Undo
 from orchestrator.machine.policy import Effect
+from orchestrator.machine.record import Step as StepRecord
 from orchestrator.saga.declare import Saga, registry
 from orchestrator.saga.inside import code_of
 from orchestrator.saga.steps import decode_result

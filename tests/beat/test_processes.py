@@ -125,19 +125,6 @@ def test_a_leader_that_is_stopped_hands_over_at_once(hall: Hall) -> None:
     hall.until_more("saga", 1)
 
 
-def test_a_leader_that_is_stopped_in_the_middle_of_a_statement_hands_over_at_once(hall: Hall) -> None:
-    first = hall.start(ORCHESTRATOR_LEASE="3600")
-    hall.until_leads()
-    second = hall.start("--max-interval", "1", ORCHESTRATOR_LEASE="3600", BEATS="{}")
-    hall.until(lambda: "another beat leads" in second.said, "it stands by")
-    with psycopg.connect(hall.database_url) as blocking:
-        blocking.execute("LOCK TABLE orchestrator.slots")
-        waits = "SELECT pid FROM pg_stat_activity WHERE application_name LIKE '%%beat%%' AND wait_event_type = 'Lock'"
-        hall.until(lambda: hall.sql(waits), "it waits for the lock")
-        assert first.stop() == 0
-    assert hall.until_leads(but=first) is second
-
-
 @pytest.mark.parametrize("action", ["exit", "raise"])
 def test_a_beat_that_dies_or_is_cut_off_at_any_boundary_loses_and_doubles_no_slot(
     hall: Hall, action: str, tmp_path: Path

@@ -17,8 +17,9 @@ from orchestrator import Effect
 from orchestrator.engine import advance, attempts, commit, drain
 from orchestrator.engine.advance import Advancer
 from orchestrator.machine.decide import Decisions
-from orchestrator.machine.fold import Fold, Step
+from orchestrator.machine.fold import Fold
 from orchestrator.machine.journal import Settled
+from orchestrator.machine.record import Step
 from orchestrator.machine.states import Backward, Forward
 from orchestrator.store import arrivals, liveness, turns
 from orchestrator.store.connection import Connection, open_connection
