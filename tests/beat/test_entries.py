@@ -35,7 +35,7 @@ async def tally(amount: int, of: datetime | None = None) -> int:
 @pytest.fixture
 def app() -> Celery:
     made = Celery("entries", set_as_current=False)
-    made.task(name="plain")(_nothing)
+    made.task(name="plain", shared=False)(_nothing)
     return made
 
 

@@ -27,8 +27,9 @@ def app(database_url: str) -> Iterator[Celery]:
     with Celery("turns", broker="memory://", set_as_current=False) as made:
         Orchestrator(made, database_url=database_url, nightly=False)
         made.conf.result_expires = None  # else Celery adds an entry of its own
+        made.conf.task_default_queue = "turns"  # that broker is one for the whole process
 
-        @made.task(name="plain", shared=False)
+        @made.task(name="turns.plain", shared=False)
         def plain() -> None: ...
 
         yield made
@@ -41,7 +42,7 @@ def scheduler(app: Celery) -> Iterator[Scheduler]:
     made.close()
 
 
-@pytest.mark.parametrize("entry", [None, {"task": "plain", "schedule": "no schedule"}], ids=["gone", "bad"])
+@pytest.mark.parametrize("entry", [None, {"task": "turns.plain", "schedule": "no schedule"}], ids=["gone", "bad"])
 def test_what_is_to_be_sent_of_an_entry_that_is_gone_or_bad_waits_for_it_without_a_complaint_of_its_own(
     app: Celery, scheduler: Scheduler, connection: Connection, entry: dict[str, object] | None
 ) -> None:
@@ -50,7 +51,7 @@ def test_what_is_to_be_sent_of_an_entry_that_is_gone_or_bad_waits_for_it_without
             FROM orchestrator.schedules s JOIN orchestrator.slots o ON o.schedule = s.name WHERE s.name = 'it'"""
         return connection.execute(query).fetchone()
 
-    good = {"it": {"task": "plain", "schedule": 3600}}
+    good = {"it": {"task": "turns.plain", "schedule": 3600}}
     app.conf.beat_schedule = dict(good)
     scheduler.tick()
     app.conf.beat_schedule = {"it": entry} if entry else {}

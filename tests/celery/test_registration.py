@@ -136,12 +136,13 @@ class Order(BaseModel):
 def test_a_step_sent_as_a_plain_task_and_tried_again_by_celery_keeps_its_arguments() -> None:
     """They are JSON by then; to be encoded as what a caller passes they would have to be lax."""
     with Celery("again", broker="memory://", set_as_current=False) as app, app.connection_for_write() as connection:
+        app.conf.task_default_queue = "again"  # that broker is one for the whole process
         Orchestrator(app, database_url="postgresql://host/db")
 
         @step(name="again.charge")
         def charge(order: Order, data: bytes, share: Decimal = Decimal(1)) -> None: ...
 
-        sent = connection.SimpleQueue("celery")
+        sent = connection.SimpleQueue("again")
         charge.delay(Order(at=datetime(2026, 11, 30, tzinfo=UTC), amount=1), b"\xff")
         args, kwargs, _ = sent.get(timeout=10.0).payload
         task = app.tasks["again.charge"]
