@@ -25,18 +25,23 @@ def watch_for(timeout: timedelta) -> AbstractContextManager[object]:
 
 
 class _Watch:
-    """An alarm that looks whether the loop has been quiet since it looked before."""
+    """An alarm that looks whether the loop has been quiet since it looked before; within itself it is set already."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._seen: tuple[SagaLoop, int] | None = None
+        self._held = 0
         signal.signal(signal.SIGALRM, self._look)
 
     def __enter__(self) -> None:
-        signal.setitimer(signal.ITIMER_REAL, self._seconds, self._seconds)
+        self._held += 1
+        if self._held == 1:
+            signal.setitimer(signal.ITIMER_REAL, self._seconds, self._seconds)
 
     def __exit__(self, *_: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._held -= 1
+        if self._held == 0:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _look(self, number: int, frame: Any) -> None:
         loop = events._get_running_loop()

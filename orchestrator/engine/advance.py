@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -143,7 +143,9 @@ class Advancer:
         for item in items:
             if item.run_id not in later and item.run is not None:
                 loaded[item.run_id] = Loaded(item.run, item.now, [], [])
-        prepared = [made for found in loaded.values() if (made := self._prepare(connection, found, holds_turn=True))]
+        with self._computer.watch_code:
+            tried = (self._prepare(connection, found, holds_turn=True) for found in loaded.values())
+            prepared = [made for made in tried if made is not None]
         begun, written = self._commit_together(connection, prepared, is_short)
         for item in items:
             if item.run_id not in written:
@@ -163,16 +165,11 @@ class Advancer:
         by_run: dict[str, list[tuple[Taken, AttemptEnded]]] = {}
         for pair in ended:
             by_run.setdefault(pair[0].run_id, []).append(pair)
-        prepared: list[Prepared] = []
-        for run_id, pairs in by_run.items():
-            if run_id in self._elsewhere:
-                continue
-            with suppress(CodeMissing):
-                loaded = self._runs.known(connection, run_id, max(taken.position for taken, _ in pairs))
-                outcomes, done = [outcome for _, outcome in pairs], [taken for taken, _ in pairs]
-                made = self._prepare(connection, loaded, outcomes, done=done) if loaded else None
-                if made is not None:
-                    prepared.append(made)
+        with self._computer.watch_code:
+            prepared = [
+                made for run_id, pairs in by_run.items()
+                if run_id not in self._elsewhere and (made := self._prepare_outcomes(connection, run_id, pairs))
+            ]  # fmt: skip
         begun, written = self._commit_together(connection, prepared, is_short)
         tried = {made.execution.info.id for made in prepared}
         for run_id, pairs in by_run.items():
@@ -276,6 +273,18 @@ class Advancer:
             return None
         consumed = [id for id, _ in loaded.arrivals]
         return Prepared(execution, turn, loaded.now, consumed, done, holds_turn)
+
+    def _prepare_outcomes(
+        self, connection: Connection, run_id: str, ended: Sequence[tuple[Taken, AttemptEnded]]
+    ) -> Prepared | None:
+        """Compute the turn that takes these outcomes in; None if it is for itself, or cannot be computed here."""
+        try:
+            loaded = self._runs.known(connection, run_id, max(taken.position for taken, _ in ended))
+        except CodeMissing:
+            return None
+        if loaded is None:
+            return None
+        return self._prepare(connection, loaded, [outcome for _, outcome in ended], done=[taken for taken, _ in ended])
 
     def record_within(self, connection: Connection, taken: Taken, outcome: AttemptEnded) -> AfterCommit | None:
         """Record an outcome in the caller's open transaction; does not commit.

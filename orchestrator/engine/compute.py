@@ -33,7 +33,8 @@ class Computer:
         self, runs: Executions, watch_code: AbstractContextManager[object], interrupted: Callable[[], bool]
     ) -> None:
         self._runs = runs
-        self._watch_code, self._interrupted = watch_code, interrupted
+        self.watch_code = watch_code  # may be held over several turns: setting the alarm costs two system calls
+        self._interrupted = interrupted
 
     def turn(
         self,
@@ -54,7 +55,7 @@ class Computer:
         before, turn = self._interrupted(), NO_TURN
         problem: BaseException | None = None
         try:
-            with self._watch_code:
+            with self.watch_code:
                 turn = execution.turn(arrived, loaded.now, park)
         except CodeMissing:
             raise
@@ -111,7 +112,7 @@ class Computer:
         function: Callable[[], Any] | None = None
         problem: BaseException | None = None
         try:
-            with self._watch_code:
+            with self.watch_code:
                 function = execution.function_of(taken.key)
         except (Exception, BlockedError) as error:
             problem = error

@@ -194,9 +194,7 @@ class Drainer:
         """
         if self._may_follow():
             return True
-        if self._worker.stopping() or time.monotonic() >= self._at_last or self._worker.waited_for():
-            return False
-        if self._worker.permits is not None:
+        if self._worker.stopping() or time.monotonic() >= self._at_last or self._is_waited_for():
             return False
         self._begin_period()
         return True
@@ -205,9 +203,14 @@ class Drainer:
         """Whether a step may follow another one of its run at once; each second what is due is compared again.
 
         A long run would keep out what is more urgent or longer due, and hear of no pause, for as long as the drain.
+        How many steps that were counts only where others wait: whoever takes the next step has to read the run first.
         """
-        in_period = time.monotonic() < self._until and self._steps < self._most
+        in_period = time.monotonic() < self._until and (self._steps < self._most or not self._is_waited_for())
         return in_period and not self._worker.stopping()
+
+    def _is_waited_for(self) -> bool:
+        """Whether others wait for this child, or for its connection where those are scarce."""
+        return self._worker.waited_for() or self._worker.permits is not None
 
     def _may_go_on(self) -> bool:
         """Whether a step may be begun here: not if it would wait behind one that can take long."""
@@ -234,8 +237,9 @@ class Drainer:
         scope, identity = self._worker.scope, advancer.identity
         self._queues.rotate(1)  # within a priority every queue comes first in its turn, so that none starves
         short = {task: seconds for task, seconds in self._attempts.recent_s.items() if self._attempts.is_short(task)}
-        left = max(1, self._most - self._steps)
-        batch = min(left, _batch(max(short.values(), default=0.0)))
+        batch = _batch(max(short.values(), default=0.0))
+        if self._is_waited_for():
+            batch = min(batch, max(1, self._most - self._steps))
         queues = [queue for queue in self._queues if queue not in self._session.paused.queues]
         if not queues:
             return []

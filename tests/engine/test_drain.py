@@ -21,9 +21,10 @@ from orchestrator.client import Client
 from orchestrator.machine.journal import Cancel, Operate, encode
 from orchestrator.machine.turn import Script
 from orchestrator.settings import Settings
-from orchestrator.store import arrivals, liveness, runs
+from orchestrator.store import arrivals, liveness, runs, turns
 from orchestrator.store.connection import Connection
 from orchestrator.store.permits import Permits
+from orchestrator.store.turns import Taken
 from tests.engine.proxy import Proxy
 from tests.engine.stage import Child, entries, kinds, script_of, start, state, work
 
@@ -733,6 +734,25 @@ def test_a_drain_goes_on_while_no_other_task_waits_for_its_child(
     assert (state(connection), child.rings) == ("completed", [])
 
 
+def test_a_child_keeps_the_runs_that_it_knows_however_many_steps_it_ran_while_no_other_task_waits(
+    new_child: Callable[..., Child], connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who takes the next step of one instead has to read all that it has done."""
+    child = new_child(drain_steps=3)
+    child.waited_for = False
+    takes: list[list[Taken] | None] = []
+    really = turns.take
+
+    def take(*args: Any, **options: Any) -> list[Taken] | None:
+        takes.append(really(*args, **options))
+        return takes[-1]
+
+    monkeypatch.setattr("orchestrator.store.turns.take", take)
+    start(connection, in_a_row, [f"{n}" for n in range(20)])
+    assert child.drain() == 20
+    assert [[item.role for item in taken] for taken in takes if taken] == [["turn"]]
+
+
 def test_a_drain_comes_to_an_end_although_no_other_task_waits(
     new_child: Callable[..., Child], connection: Connection
 ) -> None:
@@ -790,7 +810,7 @@ def test_a_drain_that_goes_on_begins_nothing_under_an_incarnation_that_was_decla
 ) -> None:
     """It would be given to others at once, by every pump, and be done here all the same."""
     monkeypatch.setattr("orchestrator.engine.session._KNOWN_S", 0.0)
-    child = new_child(drain_steps=1)
+    child = new_child()
     child.waited_for = False
     begun: list[bool] = []
 
@@ -802,6 +822,7 @@ def test_a_drain_that_goes_on_begins_nothing_under_an_incarnation_that_was_decla
         child.runner.after = lambda taken: None
         liveness.declare_dead(connection, child.incarnation)
         child.reborn()
+        child.drainer._until = 0.0  # a second is over
 
     child.runner.before, child.runner.after = look, die
     start(connection, in_a_row, ["a", "b", "c"])

@@ -105,13 +105,14 @@ def test_an_urgent_step_goes_before_runs_that_are_longer_due(
 def test_a_long_run_keeps_no_urgent_one_out_of_a_drain_that_goes_on(
     new_child: Callable[..., Child], connection: psycopg.Connection[Any]
 ) -> None:
-    child = new_child(drain_steps=2)
+    child = new_child()
     child.waited_for = False
     begin(connection, in_a_row, "long")
 
     def begin_urgent(taken: Any) -> None:
         child.runner.before = lambda taken: None
         begin(connection, one, "urgent", priority=9)
+        child.drainer._until = 0.0  # a second is over
 
     child.runner.before = begin_urgent
     assert child.drain() == 11

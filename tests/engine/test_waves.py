@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,25 @@ def test_steps_that_are_known_to_be_short_are_begun_together(child: Child, conne
         start(connection, quick, name, run_id=name)
     child.drain()
     assert seen[:3] == [3, 3, 3]
+
+
+def test_a_short_step_that_is_interrupted_once_is_still_known_to_be_short(
+    child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has the core, now and then; a step that became long takes long again."""
+    clock = SimpleNamespace(now=0.0, took=iter([0.001, 0.03, 0.001, 0.03, 0.03, 0.001]))
+    monkeypatch.setattr("orchestrator.engine.attempts.time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def pass_time(taken: Any) -> None:
+        clock.now += next(clock.took)
+
+    child.runner.after = pass_time
+    known: list[bool] = []
+    child.runner.before = lambda taken: known.append(child.drainer._attempts.is_short(short.name))
+    for number in range(3):
+        start(connection, quick, "a", run_id=f"{number}")
+        child.drain()
+    assert known == [False, True, True, True, True, False]
 
 
 def test_where_short_steps_came_several_at_once_those_that_follow_are_waited_for(
