@@ -291,11 +291,10 @@ class Drainer:
             self._waiting = deque(attempts)
             self._steps += len(attempts)
             self._begun.extend(self._start_turns(firsts))
-            short = [item for item in attempts if self._attempts.is_short(item.task) and item.role in ("do", "undo")]
+            short, others = self._split(attempts)
             if len(short) > 1:
                 self._together = True
-                attempts = [item for item in attempts if item not in short]
-                self._waiting = deque(attempts)
+                attempts, self._waiting = others, deque(others)
                 self._begun.extend(self._run_together(short))
             long = not all(self._attempts.is_short(item.task) for item in attempts)
             if self._session.advancer is not None and self._session.advancer.has_left:
@@ -305,6 +304,15 @@ class Drainer:
                 self._ring_if_due()
             while self._waiting:
                 self._begun.extend(self._attempts.run(self._waiting.popleft()))
+
+    def _split(self, attempts: list[Taken]) -> tuple[list[Taken], list[Taken]]:
+        """Return those that may share a commit, for they are known to be short, and the others."""
+        short: list[Taken] = []
+        others: list[Taken] = []
+        for item in attempts:
+            alike = item.role in ("do", "undo") and self._attempts.is_short(item.task)
+            (short if alike else others).append(item)
+        return short, others
 
     def _put_aside(self, items: list[Taken]) -> list[Taken]:
         """Leave runs alone whose saga is paused; orders for one that has not begun are heard all the same."""
