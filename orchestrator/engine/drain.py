@@ -34,6 +34,7 @@ _BATCH = 8
 _LARGEST_BATCH = 32
 _WAVE_S = 0.02
 _LONGEST_WAVE_S = 0.1  # a wave that turns out to take longer is committed so far
+_TO_ITS_END_S = 0.05  # how much longer than a second steps may follow, so that a short run is not cut by its end
 _PERIODS = 10  # that a drain may last while nobody waits for its child: Celery may want to replace it
 _PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, *[1.0] * 30)  # between looks whether the database is back
 
@@ -192,9 +193,12 @@ class Drainer:
         Where no other waits, a doorbell for the same child or another one, which knows less of the runs, would be all
         that comes of its end.  Where connections are scarce, others wait for that of this child.
         """
-        if self._may_follow():
+        if self._worker.stopping():
+            return False
+        waited_for = self._is_waited_for()
+        if time.monotonic() < self._until and (self._steps < self._most or not waited_for):
             return True
-        if self._worker.stopping() or time.monotonic() >= self._at_last or self._is_waited_for():
+        if waited_for or time.monotonic() >= self._at_last:
             return False
         self._begin_period()
         return True
@@ -203,10 +207,14 @@ class Drainer:
         """Whether a step may follow another one of its run at once; each second what is due is compared again.
 
         A long run would keep out what is more urgent or longer due, and hear of no pause, for as long as the drain.
-        How many steps that were counts only where others wait: whoever takes the next step has to read the run first.
+        Where nobody waits for this child, a short one is brought to its end before, however many steps that were:
+        whoever takes the next one has to read the run first.
         """
-        in_period = time.monotonic() < self._until and (self._steps < self._most or not self._is_waited_for())
-        return in_period and not self._worker.stopping()
+        if self._worker.stopping():
+            return False
+        if self._is_waited_for():
+            return time.monotonic() < self._until and self._steps < self._most
+        return time.monotonic() < self._until + _TO_ITS_END_S
 
     def _is_waited_for(self) -> bool:
         """Whether others wait for this child, or for its connection where those are scarce."""

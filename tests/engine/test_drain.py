@@ -734,10 +734,11 @@ def test_a_drain_goes_on_while_no_other_task_waits_for_its_child(
     assert (state(connection), child.rings) == ("completed", [])
 
 
-def test_a_child_keeps_the_runs_that_it_knows_however_many_steps_it_ran_while_no_other_task_waits(
+def test_a_child_brings_a_short_run_to_its_end_however_many_steps_it_ran_while_no_other_task_waits(
     new_child: Callable[..., Child], connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who takes the next step of one instead has to read all that it has done."""
+    monkeypatch.setattr("orchestrator.engine.drain._TO_ITS_END_S", 60.0)
     child = new_child(drain_steps=3)
     child.waited_for = False
     takes: list[list[Taken] | None] = []
@@ -747,7 +748,11 @@ def test_a_child_keeps_the_runs_that_it_knows_however_many_steps_it_ran_while_no
         takes.append(really(*args, **options))
         return takes[-1]
 
+    def let_a_second_pass(taken: Taken) -> None:
+        child.drainer._until = min(child.drainer._until, time.monotonic())
+
     monkeypatch.setattr("orchestrator.store.turns.take", take)
+    child.runner.before = let_a_second_pass
     start(connection, in_a_row, [f"{n}" for n in range(20)])
     assert child.drain() == 20
     assert [[item.role for item in taken] for taken in takes if taken] == [["turn"]]
