@@ -300,6 +300,7 @@ class Orchestrator:
                 waited_for=worker.waited_for,
                 rung=worker.rung,
                 interrupted=terminate_handler_fired,
+                lead=worker.lead_here(),
                 permits=permits,
                 watch_code=watch_for(self.settings.saga_code_timeout),
             )

@@ -32,6 +32,7 @@ from orchestrator import saga as sagas
 from orchestrator.celery.companion import EX_STUCK, Config
 from orchestrator.celery.doorbell import DRAIN, connection_options
 from orchestrator.celery.events import quiet_logs
+from orchestrator.engine import lead
 from orchestrator.engine.commit import Identity
 from orchestrator.errors import OrchestratorError, StoreUnavailableError
 
@@ -42,8 +43,10 @@ _STUCK_GRACE_S = 10.0
 _COLD_S = 45.0  # a pool child that is told to end may take half a minute of it, until main has read what it has sent
 _LOOK_S = 0.25  # between looks whether tasks wait for a child
 # Three bytes that a worker shares with its children: that it stops; that no task but drains waits for one of them; that
-# a drain does.
-_said = mmap.mmap(-1, 3)
+# a drain does.  Then, after some room, which of them takes all that comes.
+_LEAD_AT = 8
+_SHARED = _LEAD_AT + lead.SIZE
+_said = mmap.mmap(-1, _SHARED)
 
 
 def stopping() -> bool:
@@ -61,12 +64,17 @@ def rung() -> bool:
     return _said[2] != 0
 
 
+def lead_here() -> lead.Lead:
+    """Return what this thread, a child of its worker, shares with the others of who takes all that comes."""
+    return lead.Lead(memoryview(_said)[_LEAD_AT:], threading.get_native_id())
+
+
 def _share(folder: Path) -> None:
     """Share what main says with whoever knows this folder, spawned children too."""
     global _said
     with (folder / "said").open("a+b") as file:
-        file.truncate(3)
-        _said = mmap.mmap(file.fileno(), 3)
+        file.truncate(_SHARED)
+        _said = mmap.mmap(file.fileno(), _SHARED)
 
 
 class CompanionStep(bootsteps.StartStopStep):

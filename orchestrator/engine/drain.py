@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 _GATHER_S = 0.012  # how long to let short work gather where it comes fast: a wave of 16 costs half of four of 4
 _BRIEF_S = 0.02  # work that was shorter than this leaves little to be found at once
 _IN_VAIN, _TRY_AGAIN = 2, 16  # after so many times in vain one look has to do, but each so many-th time
+_LEAD_S, _LEADS_FROM = 0.06, 4  # how long others stand by for a child that took so many at once, until it looks again
+_STAND_BY_S = 0.004  # between looks whether it still takes all that comes
 _LEFT_S = 0.03  # how long an outcome may be unread that was left for another process, unless that moves the run
 _LOOK_S = 0.004  # between looks whether it was read
 _SLACK_S = 1.0  # what is committed so much later than it was due is left to the last look, or to the next drain
@@ -53,6 +56,7 @@ class Drainer:
         self._steps = self._most = 0
         self._together = False  # whether the steps of the last take shared commits, and whether it left some behind
         self._more_due = False
+        self._leads = False  # whether it took several at once, and all that there were
         self._took_at = -math.inf  # when it looked the last time
         self._took_all_at: float | None = None  # when this drain left nothing behind that was due
         self._in_vain = 1  # how often in a row nothing came while it lingered
@@ -150,11 +154,14 @@ class Drainer:
         come several at once: the more are taken together, the less each costs, and whoever starts them gets the CPU
         meanwhile.  Where nothing came the last times, or another child of this worker looks as well, it is short.
         """
+        if not self._stand_by():
+            return []
         pauses = list(self._worker.linger) if self._steps or not self._in_vain else []
         if self._in_vain % _TRY_AGAIN >= _IN_VAIN:
             del pauses[:-1]
         if pauses and self._together and not self._more_due:
             pauses.insert(0, _GATHER_S)
+            self._lead(2 * _GATHER_S)
         elif not pauses or self._more_due or time.monotonic() - self._took_at > _BRIEF_S:
             pauses.insert(0, 0.0)
         self._others_look = False
@@ -172,6 +179,27 @@ class Drainer:
         if waited:
             self._in_vain = 0 if taken else self._in_vain + 1
         return taken
+
+    def _stand_by(self) -> bool:
+        """Leave what comes to a child of this worker that takes all of it in short waves; tells whether to look then.
+
+        Two that share it make waves half as large, which cost half as much again.
+        """
+        while (seconds := self._worker.lead.others_s()) > 0.0:
+            if not self._may_begin():
+                return False
+            time.sleep(min(seconds, _STAND_BY_S))
+        self._session.refresh()
+        return True
+
+    def _lead(self, seconds: float, wave: Sequence[Taken] = ()) -> None:
+        """Promise the others to look again within `seconds`, unless this child cannot keep up or has more in hand."""
+        recent = self._attempts.recent_s
+        needed = sum(recent.get(item.task, 1.0) for item in wave if item.role != "turn")
+        if self._leads and seconds > 0.0 and needed <= _WAVE_S:
+            self._worker.lead.promise(seconds)
+        else:
+            self._worker.lead.release()
 
     def _look_after(self) -> list[Taken]:
         """With nothing else to do, see to outcomes that were left for another process which drives their run.
@@ -269,6 +297,7 @@ class Drainer:
         taken = found or []
         self._others_look = found is None
         self._more_due = len(taken) == batch
+        self._leads = _LEADS_FROM <= len(taken) < batch
         if not self._more_due and not any(self._comes_alone(item) for item in taken):
             self._took_all_at = self._took_at
         if self._more_due:
@@ -291,6 +320,7 @@ class Drainer:
         self._together = False
         while self._begun:
             wave, self._begun = self._begun, []
+            self._lead(self._took_at + _LEAD_S - time.monotonic(), wave)
             firsts = [item for item in wave if item.role == "turn"]
             if firsts and self._worker.stopping():
                 self._give_back(firsts)

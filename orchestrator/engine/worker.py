@@ -12,6 +12,7 @@ from typing import Protocol
 
 from orchestrator.codec import Json
 from orchestrator.engine.commit import Identity, Scope
+from orchestrator.engine.lead import SIZE, Lead
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import RetryPolicy
 from orchestrator.machine.turn import Script
@@ -72,6 +73,7 @@ class Worker:
     waited_for: Callable[[], bool] = lambda: True  # whether other tasks wait, or may, for one of its children
     rung: Callable[[], bool] = lambda: False  # whether a doorbell waits for one of its children
     interrupted: Callable[[], bool] = lambda: False  # whether a signal has raised SystemExit here, whoever kept it
+    lead: Lead = field(default_factory=lambda: Lead(bytearray(SIZE), 1))  # which of its children takes all that comes
     permits: Permits | None = None  # none: this worker has fewer children than it may have connections
     linger: Sequence[float] = LINGER_S
     watch_code: AbstractContextManager[object] = field(default_factory=nullcontext)  # raises BlockedError in saga code

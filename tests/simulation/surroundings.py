@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from orchestrator.celery import companion
-from orchestrator.engine import advance, attempts, cache, drain, lease, pump, session
+from orchestrator.engine import advance, attempts, cache, drain, lead, lease, pump, session
 from orchestrator.store.connection import Patient
 from tests.simulation import steps
 from tests.simulation.scheduler import current
@@ -69,6 +69,7 @@ def surrounded(simulation: Simulation) -> Iterator[None]:
             (advance, "time", time),
             (drain, "time", time),
             (session, "time", time),
+            (lead, "time", time),
             (cache, "monotonic", monotonic),
             (pump, "monotonic", monotonic),
             (companion, "monotonic", monotonic),

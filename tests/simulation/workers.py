@@ -17,6 +17,7 @@ from orchestrator import saga as sagas
 from orchestrator.celery.companion import Companion, Config, _Child
 from orchestrator.engine.commit import Identity, Scope
 from orchestrator.engine.drain import Drainer
+from orchestrator.engine.lead import SIZE, Lead
 from orchestrator.engine.worker import Invocation, Worker
 from orchestrator.errors import StoreUnavailableError
 from orchestrator.machine.journal import AttemptEnded
@@ -124,6 +125,7 @@ class Child:
                 ring=world.broker.ring,
                 stopping=lambda: node.stopping,
                 waited_for=lambda: node.slots == 1,
+                lead=Lead(node.lead, self.pid),
             )
         )
         world.scheduler.spawn(self.process, self.process.name, self._answer)
@@ -200,6 +202,7 @@ class Node:
         self.targets = [*TASKS, simulated.target] if knows_saga else list(TASKS)
         self.settings = Settings.from_environment({}, database_url=world.database_url, **settings)
         self.children: list[Child] = []
+        self.lead = bytearray(SIZE)
         self.companion: _Beside | None = None
         self.beside, self.main = Process(""), Process("")
         self.incarnation = 0
