@@ -186,7 +186,7 @@ class Drainer:
         Two that share it make waves half as large, which cost half as much again.
         """
         while (seconds := self._worker.lead.others_s()) > 0.0:
-            if not self._may_begin():
+            if self._is_waited_for() or not self._may_begin():
                 return False
             time.sleep(min(seconds, _STAND_BY_S))
         self._session.refresh()

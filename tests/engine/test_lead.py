@@ -43,6 +43,7 @@ def other(shared: bytearray) -> Lead:
 @pytest.fixture
 def child(new_child: Callable[..., Child], shared: bytearray) -> Child:
     child = new_child()
+    child.waited_for = False
     child.drainer._worker.lead = Lead(shared, child.number)
     child.drainer._attempts.recent_s[short.name] = 0.001
     return child
@@ -81,7 +82,7 @@ def test_who_took_few_promises_nothing(child: Child, other: Lead, connection: Co
 def test_who_cannot_keep_up_promises_nothing(
     new_child: Callable[..., Child], shared: bytearray, other: Lead, connection: Connection
 ) -> None:
-    child = new_child(drain_steps=4)
+    child = new_child(drain_steps=4)  # others wait for it
     child.drainer._worker.lead = Lead(shared, child.number)
     child.drainer._attempts.recent_s[short.name] = 0.001
     seen = promises(child, other)
@@ -154,6 +155,21 @@ def test_a_child_that_stands_by_ends_with_its_worker(
     other.promise(500.0)
     start_many(connection, 1)
     assert child.drain() == 0
+
+
+def test_a_child_that_stands_by_makes_room_for_another_task_at_once(
+    child: Child, other: Lead, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paused: list[float] = []
+
+    def let_one_wait(seconds: float) -> None:
+        paused.append(seconds)
+        child.waited_for = True
+
+    monkeypatch.setattr("orchestrator.engine.drain.time.sleep", let_one_wait)
+    other.promise(500.0)
+    child.drain()
+    assert len(paused) == 1
 
 
 def test_nobody_stands_by_for_himself_or_for_what_makes_no_sense(shared: bytearray) -> None:
