@@ -185,7 +185,7 @@ class Drainer:
 
         Two that share it make waves half as large, which cost half as much again.
         """
-        while (seconds := self._worker.lead.others_s()) > 0.0:
+        while not self._has_left and (seconds := self._worker.lead.others_s()) > 0.0:
             if self._is_waited_for() or not self._may_begin():
                 return False
             time.sleep(min(seconds, _STAND_BY_S))
@@ -201,13 +201,17 @@ class Drainer:
         else:
             self._worker.lead.release()
 
+    @property
+    def _has_left(self) -> bool:
+        return self._session.advancer is not None and self._session.advancer.has_left
+
     def _look_after(self) -> list[Taken]:
         """With nothing else to do, see to outcomes that were left for another process which drives their run.
 
         Returns what that began, or what has become due meanwhile.  A drain that is over waits for nobody.
         """
         taken: list[Taken] = []
-        while not taken and self._session.advancer is not None and self._session.advancer.has_left:
+        while not taken and self._has_left:
             connection, advancer = self._session.ready()
             taken = advancer.look_after(connection, _LEFT_S if self._may_begin() else 0.0)
             if not taken and advancer.has_left:
@@ -335,7 +339,7 @@ class Drainer:
                 attempts, self._waiting = others, deque(others)
                 self._begun.extend(self._run_together(short))
             long = not all(self._attempts.is_short(item.task) for item in attempts)
-            if self._session.advancer is not None and self._session.advancer.has_left:
+            if self._has_left:
                 connection, advancer = self._session.ready()
                 self._begun.extend(advancer.look_after(connection, 0.0 if long else _LEFT_S))
             if self._unheard and long:

@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator import Effect, saga, step
 from orchestrator.engine import drain, lead
+from orchestrator.engine.advance import _Left
 from orchestrator.engine.lead import SIZE, Lead
 from orchestrator.store.connection import Connection
 from tests.engine.stage import Child, start, states
@@ -170,6 +171,24 @@ def test_a_child_that_stands_by_makes_room_for_another_task_at_once(
     other.promise(500.0)
     child.drain()
     assert len(paused) == 1
+
+
+def test_who_has_left_an_outcome_for_the_process_that_drives_its_run_sees_to_that_instead_of_standing_by(
+    child: Child, other: Lead, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(connection, quick, "a")
+    child.drain()
+    advancer = child.drainer._session.advancer
+    assert advancer is not None
+    advancer._elsewhere["run"] = _Left(since=0.0)
+    paused: list[float] = []
+    monkeypatch.setattr(
+        "orchestrator.engine.drain.time.sleep", lambda seconds: (paused.append(seconds), other.release())
+    )
+    other.promise(500.0)
+    child.drain()
+    assert not advancer.has_left
+    assert drain._STAND_BY_S not in paused
 
 
 def test_nobody_stands_by_for_himself_or_for_what_makes_no_sense(shared: bytearray) -> None:
