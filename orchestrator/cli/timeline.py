@@ -19,6 +19,7 @@ from orchestrator.machine.journal import (
     CancelRefused,
     Carried,
     Cleared,
+    CodeBegan,
     Concluded,
     Continued,
     DeadlinePassed,
@@ -279,7 +280,11 @@ def _cleared(tale: _Tale, entry: Cleared, at: datetime) -> tuple[str, ...]:
 
 def _carried(tale: _Tale, entry: Carried, at: datetime) -> tuple[str, ...]:
     taken = [*(f"lock {name}" for name in entry.locks), *(["the ids of signals"] if entry.heard else [])]
-    return "→", "", f"took over from the link before: {', '.join(taken)}"
+    return "→", "", f"took over from the link before: {', '.join(taken or ['what nobody has heard'])}"
+
+
+def _code_began(tale: _Tale, entry: CodeBegan, at: datetime) -> tuple[str, ...]:
+    return "→", "", "the saga function begins"
 
 
 def _continued(tale: _Tale, entry: Continued, at: datetime) -> tuple[str, ...]:
@@ -326,6 +331,7 @@ _TELL: dict[type, Callable[[_Tale, Any, datetime], tuple[str, ...]]] = {
     Restored: _restored,
     Cleared: _cleared,
     Carried: _carried,
+    CodeBegan: _code_began,
     Continued: _continued,
     Ended: _ended,
 }

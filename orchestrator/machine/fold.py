@@ -10,7 +10,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from orchestrator.machine.journal import (
@@ -21,6 +21,7 @@ from orchestrator.machine.journal import (
     CancelRefused,
     Carried,
     Cleared,
+    CodeBegan,
     Concluded,
     Continued,
     DeadlinePassed,
@@ -102,6 +103,7 @@ class RunInfo:
         return f"{self.saga}@{self.version}"
 
 
+_NEVER = datetime.min.replace(tzinfo=UTC)
 _FAILURES = (Forward.REJECTED, Forward.FAILED, Forward.UNKNOWN)
 _ENDING_EVENTS = {
     RunState.COMPLETED: "complete",
@@ -119,7 +121,9 @@ class Fold:
     def __init__(self, info: RunInfo) -> None:
         self.info = info
         self.position = info.since
-        self.at = info.started
+        self.at = _NEVER
+        self.begun = False  # whether saga code may have run
+        self.begun_with = info.since  # the position of the row that it begins with
         self.state = RunState.PENDING
         self.steps: dict[str, Step] = {}
         self.versions: dict[str, int] = {}
@@ -145,6 +149,7 @@ class Fold:
         self.signal_ids: dict[tuple[str, str], int] = {}  # by name and id: how many had come before it
         self.children: list[Step] = []
         self.locks: dict[str, str] = {}  # held or asked for: the lock's handle, by the key of its request
+        self.carried: Carried | None = None
         self.carried_locks: dict[str, str] = {}  # held since an earlier link: the handle, by the lock's name
         self.reported = self.revoked = self.concluded = False
         self.granted: set[str] = set()  # keys of this child's own pivots that may begin
@@ -170,6 +175,7 @@ class Fold:
 
     def close_row(self, at: datetime) -> None:
         """End the row: count it, and settle whether the run is parked."""
+        self.begun = self.begun or self._may_have_run_code(at)
         self.position += 1
         self.at = max(self.at, at)
         self._start()
@@ -189,6 +195,15 @@ class Fold:
     def _start(self) -> None:
         if self.state is RunState.PENDING:
             self.state = move_run(self.state, "start")
+
+    def _may_have_run_code(self, at: datetime) -> bool:
+        """Tell whether the row that ends can be one of a turn in which saga code ran.
+
+        That is none of before the start, nor what a link takes over, nor one that left the code alone.
+        """
+        takes_over = self.carried is not None and self.position == self.info.since
+        left_alone = self.paused or (self.parked is not None and self.parked.role != "pivot")
+        return at >= self.info.started and not (takes_over or left_alone)
 
     # -- questions -----------------------------------------------------------------------------------------------------
     @property
@@ -450,7 +465,7 @@ class Fold:
                 self.abandoned_effects.pop(entry.child, None)
 
     def _carried(self, entry: Carried) -> None:
-        self.carried_locks = dict(entry.locks)
+        self.carried, self.carried_locks = entry, dict(entry.locks)
         self.signal_ids.update({(name, id): number for number, (name, id) in enumerate(entry.heard)})
 
     def _restored(self, entry: Restored) -> None:
@@ -470,6 +485,9 @@ class Fold:
         step.forgotten = step.doubt = False
         step.budget_from = step.attempts
         self._count(step, was)
+
+    def _code_began(self, entry: CodeBegan) -> None:
+        self.begun, self.begun_with = True, self.position
 
     def _continued(self, entry: Continued) -> None:
         self.continued = entry
@@ -508,5 +526,6 @@ _APPLY: dict[type, Callable[[Fold, Any], None]] = {
     Cleared: Fold._cleared,
     Continued: Fold._continued,
     Carried: Fold._carried,
+    CodeBegan: Fold._code_began,
     Ended: Fold._ended,
 }

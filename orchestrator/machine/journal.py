@@ -314,6 +314,13 @@ class Carried:
 
 
 @dataclass(frozen=True, slots=True)
+class CodeBegan:
+    """Saga code begins with this row: those before it only held what somebody told the run."""
+
+    tag: ClassVar[str] = "code began"
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """The run reached a terminal state."""
 
@@ -325,7 +332,7 @@ class Ended:
 Entry = (
     Asked | Attempted | Settled | ProbeAsked | UndoAsked | Undone | Late | Abandoned | Versioned | Returned | Raised
     | CancelAsked | CancelRefused | DeadlinePassed | RollbackBegan | Parked | Operated | Signalled | Unlocked | Reported
-    | Revoked | Concluded | FamilyPivot | Restored | Cleared | Continued | Carried | Ended
+    | Revoked | Concluded | FamilyPivot | Restored | Cleared | Continued | Carried | CodeBegan | Ended
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from orchestrator.machine.journal import (
     Arrival,
     Asked,
     Carried,
+    CodeBegan,
     Continued,
     DeadlinePassed,
     Entry,
@@ -122,7 +123,10 @@ class Execution:
     def catch_up(self, rows: Iterable[tuple[datetime, list[Entry]]]) -> None:
         """Fold journal rows that were committed elsewhere."""
         for at, entries in rows:
+            position = self.fold.position
             self.fold.apply_row(at, entries)
+            if self.fold.begun_with == position:
+                self._undelivered.clear()  # its code knows nothing of the time before
             self._undelivered.append((at, settled_keys(entries)))
 
     def turn(self, arrivals: Iterable[Arrival], now: datetime, park: Parked | None = None) -> Turn:
@@ -146,7 +150,9 @@ class Execution:
         told = len(decisions.entries)
         self._undelivered.append((at, settled_keys(decisions.entries)))
         decisions.conclude()
-        early = now < self.info.started  # somebody left something for a run whose start is set for later
+        early = at < self.info.started  # somebody left something for a run whose start is set for later
+        if fold.wants_code and not early:
+            self._begin_code(decisions)
         while fold.wants_code and not early:
             self._run_code(decisions)
             decisions.withdraw_unborn()
@@ -255,6 +261,12 @@ class Execution:
         else:
             decisions.record(Raised(describe_exception(error)))
 
+    def _begin_code(self, decisions: _Recorder) -> None:
+        """Have code that never ran begin now, not with the first row: what it waits for it waits for from now on."""
+        if not self.fold.begun and self.fold.position > self.info.since:
+            decisions.record(CodeBegan())
+            del self._undelivered[:-1]
+
     def _drop_code(self) -> None:
         self.discard()
         self._undelivered = self._delivered + self._undelivered
@@ -285,8 +297,9 @@ def _seed(fold: Fold) -> list[Entry]:
     unheard = [signal for kept in fold.signals.values() for signal in kept]
     known = {(signal.name, signal.id) for signal in unheard}
     heard = tuple([name, id] for name, id in fold.signal_ids if (name, id) not in known)[-_HEARD:]
-    carried = [Carried(held, heard)] if held or heard else []
-    return [*([fold.restored] if fold.restored else ()), *carried, *unheard]
+    if not (held or heard or unheard or fold.restored):
+        return []
+    return [*([fold.restored] if fold.restored else ()), Carried(held, heard), *unheard]
 
 
 class _Recorder(Decisions):

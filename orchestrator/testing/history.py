@@ -80,8 +80,8 @@ def _replay_prefix(saga: Saga[Any, Any], info: RunInfo, rows: Rows) -> None:
     execution = Execution(info, saga.script())
     execution.catch_up(rows)
     fold = execution.fold
-    waits_for_its_start = fold.at == info.started and not fold.steps  # rows of before its start bear that instant
-    if waits_for_its_start or not fold.wants_code:
+    was_waiting = fold.at == info.started and not fold.steps  # as releases before recorded what came before the start
+    if was_waiting or not (fold.begun and fold.wants_code):
         return
     try:
         beyond = execution.beyond()

@@ -139,3 +139,21 @@ def test_a_run_that_was_told_something_before_its_start_fits_as_well(saga_enviro
     testing.replay(run.history)
     assert run.finish().state == "completed"
     testing.replay(run.history)
+
+
+@saga.define(name="tests.testing.if_free")
+async def if_free(order: str) -> None:
+    async with saga.lock("till", timeout=0):
+        await saga.step(mail, order)
+
+
+def test_the_code_of_a_run_that_is_let_go_long_after_its_start_begins_then(
+    saga_environment: testing.Environment,
+) -> None:
+    saga_environment.stub({mail: None})
+    run = saga_environment.start(if_free, "o1", countdown=60)
+    run.pause()
+    saga_environment.advance(timedelta(minutes=5))
+    run.resume()
+    assert run.finish().state == "completed"
+    testing.replay(run.history)
