@@ -280,6 +280,7 @@ def _cleared(tale: _Tale, entry: Cleared, at: datetime) -> tuple[str, ...]:
 
 def _carried(tale: _Tale, entry: Carried, at: datetime) -> tuple[str, ...]:
     taken = [*(f"lock {name}" for name in entry.locks), *(["the ids of signals"] if entry.heard else [])]
+    taken += ["a deadline that has passed"] if entry.alarmed else []
     return "→", "", f"took over from the link before: {', '.join(taken or ['what nobody has heard'])}"
 
 

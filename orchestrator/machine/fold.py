@@ -467,6 +467,7 @@ class Fold:
     def _carried(self, entry: Carried) -> None:
         self.carried, self.carried_locks = entry, dict(entry.locks)
         self.signal_ids.update({(name, id): number for number, (name, id) in enumerate(entry.heard)})
+        self.deadline_passed = entry.alarmed
 
     def _restored(self, entry: Restored) -> None:
         self.restored = entry

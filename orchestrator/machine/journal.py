@@ -305,12 +305,14 @@ class Continued:
 class Carried:
     """What a link takes over from the one before: rows of locks by their name, and signals come with it.
 
-    `heard` are name and id of those that came last and do not: one that is sent again is known.
+    `heard` are name and id of those that came last and do not: one that is sent again is known.  `alarmed` says that
+    the deadline has passed and changed nothing: it does not come again.
     """
 
     tag: ClassVar[str] = "carried"
     locks: dict[str, str]
     heard: tuple[Json, ...] = ()
+    alarmed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

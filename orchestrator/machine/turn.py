@@ -290,16 +290,17 @@ def _comes_last(arrival: Arrival) -> bool:
 
 
 def _seed(fold: Fold) -> list[Entry]:
-    """Return what the next link begins with: locks held, signals that nobody has heard, ids of those that were."""
+    """Return what the next link begins with: locks held, signals nobody has heard, ids of those heard, an alarm."""
     if fold.continued is None:
         return []
     held = blocks.carried(fold)
     unheard = [signal for kept in fold.signals.values() for signal in kept]
     known = {(signal.name, signal.id) for signal in unheard}
     heard = tuple([name, id] for name, id in fold.signal_ids if (name, id) not in known)[-_HEARD:]
-    if not (held or heard or unheard or fold.restored):
+    if not (held or heard or unheard or fold.restored or fold.deadline_passed):
         return []
-    return [*([fold.restored] if fold.restored else ()), Carried(held, heard), *unheard]
+    carried = Carried(held, heard, fold.deadline_passed)
+    return [*([fold.restored] if fold.restored else ()), carried, *unheard]
 
 
 class _Recorder(Decisions):

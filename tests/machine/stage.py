@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from orchestrator.machine.fold import RunInfo
-from orchestrator.machine.journal import Arrival, AttemptEnded, Parked, Withdrawn, Work, decode_entry, encode
+from orchestrator.machine.journal import Arrival, AttemptEnded, Entry, Parked, Withdrawn, Work, decode_entry, encode
 from orchestrator.machine.turn import Execution, Turn
 from orchestrator.saga import Saga
 
@@ -30,6 +31,7 @@ class Stage:
         self.begun: set[str] = set()
         self.told_to_stop: list[str] = []
         self.corrections: list[Any] = []
+        self.seed: list[Entry] = []
         self.now = T0
 
     # -- time and turns -----------------------------------------------------------------------------------------
@@ -41,6 +43,7 @@ class Stage:
         self.rows.append((turn.at, json.loads(json.dumps([encode(entry) for entry in turn.entries]))))
         self.work.update({work.key: work for work in turn.work})
         self.corrections += turn.corrections
+        self.seed = turn.seed
         unborn = [key for key in turn.withdraw if key not in self.begun and self.work.pop(key, None)]
         self.told_to_stop += [key for key in turn.withdraw if key not in unborn]
         return self.turn(*map(Withdrawn, unborn)) if unborn else turn
@@ -104,6 +107,14 @@ class Stage:
         """Go on in another process, perhaps with other code."""
         self.execution.discard()
         self.execution = self.loaded(saga)
+
+    def go_on(self) -> None:
+        """Begin the next link of a run that was continued as new."""
+        continued = self.execution.fold.continued
+        assert continued is not None
+        self.info = replace(self.info, link=self.info.link + 1, input=continued.input, started=self.now)
+        self.rows = [(self.now, [encode(entry) for entry in self.seed])] if self.seed else []
+        self.reload()
 
     def loaded(self, saga: Saga[Any, Any] | None = None) -> Execution:
         execution = Execution(self.info, (saga or self.saga).script())

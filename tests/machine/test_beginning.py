@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -92,11 +91,8 @@ def test_code_that_was_parked_before_it_began_begins_when_it_is_mended() -> None
 
 def test_a_link_that_takes_over_a_signal_begins_with_its_first_turn() -> None:
     stage = Stage(if_free, 0)
-    seed = stage.turn(NEWS).seed
-    stage.info = replace(stage.info, link=1, input={"n": 1})
-    stage.rows.clear()
-    stage.reload()
-    stage.execution.catch_up([(T0, seed)])
+    stage.turn(NEWS)
+    stage.go_on()
     _grant(stage, at_s=30)
     assert _output(stage) == "got it"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
@@ -91,6 +92,48 @@ def test_after_the_pivot_the_deadline_only_alarms() -> None:
     assert (stage.state, stage.tags()[-2:]) == ("running", ["deadline", "cancel refused"])
     stage.succeed("tell", "t")
     assert stage.state == "completed"
+
+
+@saga.define
+async def settles_and_goes_on(n: int) -> str:
+    if n == 1:
+        await saga.step(settle, n)
+        await saga.sleep(timedelta(seconds=90))
+    else:
+        await saga.step(look, n)
+    if n < 3:
+        saga.continue_as_new(n + 1)
+    return "all of it"
+
+
+def test_a_deadline_that_has_only_alarmed_does_not_end_the_links_after_it() -> None:
+    stage = Stage(settles_and_goes_on, 1, deadline_s=60)
+    stage.turn()
+    stage.succeed("settle", "s")
+    stage.turn(at_s=60)
+    stage.turn(at_s=90)
+    stage.go_on()
+    assert stage.turn(at_s=91).wake is None
+    stage.succeed("look", 1)
+    stage.go_on()
+    stage.turn(at_s=92)
+    stage.succeed("look", 1)
+    assert stage.state == "completed"
+    assert "deadline" not in stage.tags()
+
+
+def test_a_deadline_that_is_still_to_come_ends_a_link_after_the_one_with_the_pivot() -> None:
+    stage = Stage(settles_and_goes_on, 1, deadline_s=100)
+    stage.turn()
+    stage.succeed("settle", "s")
+    stage.turn(at_s=90)
+    stage.go_on()
+    stage.turn(at_s=91)
+    stage.begin("look")
+    stage.turn(at_s=100)
+    assert stage.tags()[-1] == "abandoned"
+    stage.succeed("look", 1)
+    assert stage.state == "failed"
 
 
 def test_a_failing_sibling_waits_for_the_pivot() -> None:
