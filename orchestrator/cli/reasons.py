@@ -184,7 +184,7 @@ def _sleeping(case: Case, item: Outstanding) -> Iterator[Reason]:
     due, deadline = item.due_at, case.run["deadline_at"]
     if case.run["position"] == 0:
         yield Reason("start", f"It has not started: its start is set for {case.clock(due)}, by eta or countdown.")
-    elif deadline is not None and due >= deadline:
+    elif deadline is not None and due >= deadline and not case.fold.deadline_passed:
         if case.fold.rollback is not None:
             return  # it is being undone already: the deadline changes nothing
         others = any(other.role != "turn" for other in case.work) or case.fold.is_parked or case.run["parked"]

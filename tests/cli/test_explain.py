@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.cli.reasons import Case, Reason, reasons
 from orchestrator.machine.fold import Fold, RunInfo
-from orchestrator.machine.journal import Asked, Attempted, Parked, Undo
+from orchestrator.machine.journal import Asked, Attempted, CancelRefused, DeadlinePassed, Parked, Undo
 from orchestrator.store import liveness
 from orchestrator.store.pauses import Pause
 from orchestrator.store.runs import Inbox, Outstanding, Serving
@@ -253,6 +253,13 @@ def test_a_turn_that_only_its_deadline_wakes() -> None:
     case = _case(turn)
     case.run["deadline_at"] = deadline
     assert _only(case).text.endswith("(in 1 h); then it is undone.")
+
+
+def test_a_timer_after_a_deadline_that_has_only_alarmed() -> None:
+    case = _case(_work(key="", role="turn", target="shop@1", due_at=NOW + timedelta(hours=1)))
+    case.run.update(deadline_at=_ago(60), past_pivot=True)
+    case.fold.apply_row(_ago(60), [DeadlinePassed(), CancelRefused("deadline")])
+    assert _only(case).code == "timer"
 
 
 def test_arrivals_that_nobody_has_read() -> None:
