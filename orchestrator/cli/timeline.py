@@ -38,6 +38,7 @@ from orchestrator.machine.journal import (
     RollbackBegan,
     Settled,
     Signalled,
+    Unasked,
     UndoAsked,
     Undone,
     Unlocked,
@@ -198,6 +199,10 @@ def _abandoned(tale: _Tale, entry: Abandoned, at: datetime) -> tuple[str, ...]:
     return "-", "dim", f"{entry.key} is not wanted any more"
 
 
+def _unasked(tale: _Tale, entry: Unasked, at: datetime) -> tuple[str, ...]:
+    return "-", "dim", f"{entry.key} is taken back: code that is tried again need not ask for it"
+
+
 def _versioned(tale: _Tale, entry: Versioned, at: datetime) -> tuple[str, ...]:
     return "·", "dim", f"version gate {entry.key} answered {entry.number}"
 
@@ -314,6 +319,7 @@ _TELL: dict[type, Callable[[_Tale, Any, datetime], tuple[str, ...]]] = {
     Undone: _undone,
     Late: _late,
     Abandoned: _abandoned,
+    Unasked: _unasked,
     Versioned: _versioned,
     Returned: _returned,
     Raised: _raised,

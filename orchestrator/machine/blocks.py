@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from orchestrator.machine.fold import Fold
-from orchestrator.machine.journal import Parked, Settled, Unlocked
+from orchestrator.machine.journal import Parked, Settled, Unasked, Unlocked
 from orchestrator.machine.record import Step
 from orchestrator.machine.states import Backward
 
@@ -25,7 +25,7 @@ def undo_scope(decisions: Decisions, scope: Step) -> None:
     if not can_be_undone(fold, scope):
         if fold.parked is None:
             why = "an exception left a scope in which the point of no return was passed, so that it cannot be undone"
-            decisions.record(Parked("", "pivot", why, fold.raised))
+            decisions.record(Parked("", "pivot", why, scope.asked.args.get("error")))
         return
     for step in inside:
         if not (step.settled or step.abandoned):
@@ -37,6 +37,17 @@ def undo_scope(decisions: Decisions, scope: Step) -> None:
         decisions.record(Settled(scope.key, "succeeded"))
     else:
         decisions.begin_undo(owing)
+
+
+def take_back(decisions: Decisions) -> None:
+    """Take back that blocks were left which cannot be undone: mended code need not leave them; if it does, they park.
+
+    They would keep the run parked else, whatever its code does, and code that does not ask for them would be drift.
+    """
+    fold = decisions.fold
+    for step in list(fold.waiting.values()):
+        if step.asked.kind == "scope" and not can_be_undone(fold, step):
+            decisions.record(Unasked(step.key))
 
 
 def can_be_undone(fold: Fold, scope: Step) -> bool:

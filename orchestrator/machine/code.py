@@ -261,6 +261,7 @@ class SagaCode:
         step = self.fold.steps.get(key)
         if step is None:
             self._refuse_if_outstanding(f"it now asks for {key!r}")
+        if step is None or key in self.fold.unasked:
             asked = request.asked(key)
             if scope.get():
                 asked = replace(asked, scope=scope.get())
@@ -322,7 +323,7 @@ class SagaCode:
     # -- drift ---------------------------------------------------------------------------------------------------------
     @property
     def _outstanding_records(self) -> bool:
-        return self._asked_again < len(self.fold.steps)
+        return self._asked_again < len(self.fold.steps) - len(self.fold.unasked)
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -338,7 +339,7 @@ class SagaCode:
 
     def _drift_text(self, what: str, recorded: Asked | None) -> str:
         info = self.fold.info
-        missing = [key for key in self.fold.steps if key not in self._futures]
+        missing = [key for key in self.fold.steps if not (key in self._futures or key in self.fold.unasked)]
         lines = [f"run {info.id} of {info.saga} version {info.version} has drifted from its journal: {what}."]
         if recorded is not None:
             lines.append(f"  recorded: {recorded.key} {recorded.args}")

@@ -310,6 +310,7 @@ class Decisions:
             return
         if order.action == "retry":
             self.record(Operated("retry", "", order.by, order.reason))
+            blocks.take_back(self)
         elif order.action == "resolve":
             self.record(Operated("resolve", "", order.by, order.reason))
             for step in list(self.fold.waiting.values()):

@@ -42,6 +42,7 @@ from orchestrator.machine.journal import (
     RollbackBegan,
     Settled,
     Signalled,
+    Unasked,
     UndoAsked,
     Undone,
     Unlocked,
@@ -126,6 +127,7 @@ class Fold:
         self.begun_with = info.since  # the position of the row that it begins with
         self.state = RunState.PENDING
         self.steps: dict[str, Step] = {}
+        self.unasked: set[str] = set()  # requests that were taken back
         self.versions: dict[str, int] = {}
         self.in_flight = 0
         self.unsettled = 0
@@ -241,6 +243,7 @@ class Fold:
             self._forget(self.steps[entry.key])
         self.in_flight += self.steps[entry.key].in_flight
         self.unsettled += 1
+        self.unasked.discard(entry.key)
         if entry.kind in WAITS:
             self.waiting[entry.key] = self.steps[entry.key]
         if entry.kind == "lock":
@@ -345,6 +348,13 @@ class Fold:
             # It came just when nobody waited any more: the next one who waits gets it, the one that came first before.
             self._give_back(Signalled(step.asked.task, step.signal_id, step.result))
         self._note_abandoned(step)
+
+    def _unasked(self, entry: Unasked) -> None:
+        step = self.steps[entry.key]
+        step.forward = move_forward(step.forward, "withdrawn")
+        self.unsettled -= 1
+        self.waiting.pop(step.key, None)
+        self.unasked.add(step.key)
 
     def _give_back(self, signal: Signalled) -> None:
         kept, came = self.signals[signal.name], self.signal_ids
@@ -508,6 +518,7 @@ _APPLY: dict[type, Callable[[Fold, Any], None]] = {
     Undone: Fold._undone,
     Late: Fold._late,
     Abandoned: Fold._abandoned,
+    Unasked: Fold._unasked,
     Versioned: Fold._versioned,
     Returned: Fold._returned,
     Raised: Fold._raised,

@@ -142,6 +142,14 @@ class Abandoned:
 
 
 @dataclass(frozen=True, slots=True)
+class Unasked:
+    """A request is taken back: code that is tried again may make it again, or not."""
+
+    tag: ClassVar[str] = "unasked"
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class Versioned:
     """A version gate answered with this number."""
 
@@ -332,9 +340,9 @@ class Ended:
 
 
 Entry = (
-    Asked | Attempted | Settled | ProbeAsked | UndoAsked | Undone | Late | Abandoned | Versioned | Returned | Raised
-    | CancelAsked | CancelRefused | DeadlinePassed | RollbackBegan | Parked | Operated | Signalled | Unlocked | Reported
-    | Revoked | Concluded | FamilyPivot | Restored | Cleared | Continued | Carried | CodeBegan | Ended
+    Asked | Attempted | Settled | ProbeAsked | UndoAsked | Undone | Late | Abandoned | Unasked | Versioned | Returned
+    | Raised | CancelAsked | CancelRefused | DeadlinePassed | RollbackBegan | Parked | Operated | Signalled | Unlocked
+    | Reported | Revoked | Concluded | FamilyPivot | Restored | Cleared | Continued | Carried | CodeBegan | Ended
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from orchestrator.codec import encode_any, is_name
-from orchestrator.errors import DeadlockError, UsageError
+from orchestrator.errors import DeadlockError, UsageError, describe_exception
 from orchestrator.machine import code as machine
 from orchestrator.machine.blocks import SEPARATOR
 from orchestrator.machine.code import Request, RequestFuture, SagaCode
@@ -46,7 +46,7 @@ class scope:  # noqa: N801 - a context manager reads like a function
             return  # in whatever context the code is dropped
         machine.scope.reset(self._token)
         if isinstance(error, (Exception, asyncio.CancelledError)):
-            await _to_its_end(self._code.ask(_undoing(self._key, self._path, self._code)))
+            await _to_its_end(self._code.ask(_undoing(self._key, self._path, error, self._code)))
 
 
 async def _to_its_end(undoing: RequestFuture) -> None:
@@ -62,11 +62,13 @@ async def _to_its_end(undoing: RequestFuture) -> None:
     undoing.result()
 
 
-def _undoing(key: str, path: str, code: SagaCode) -> Request:
+def _undoing(key: str, path: str, error: BaseException, code: SagaCode) -> Request:
+    """The request to undo a block; where that may not be possible it says by which error the block was left."""
+    told = {"error": describe_exception(error)} if code.fold.past_pivot or code.fold.pivots_in_flight else {}
     return Request(
         name=key,
         key=key,
-        asked=lambda key: Asked(key, path, {}, kind="scope", effect=Effect.NONE),
+        asked=lambda key: Asked(key, path, told, kind="scope", effect=Effect.NONE),
         same=lambda asked: asked.kind == "scope" and asked.task == path,
         decode=lambda result: None,
         failure=functools.partial(failure_of, code.fold.info.id),

@@ -110,7 +110,7 @@ def _difference(execution: Execution) -> str:
     code = execution.code
     assert code is not None
     same = code.asked()
-    known = {asked.key for asked in same}
+    known = {asked.key for asked in same} | execution.fold.unasked
     recorded = {key: step.asked for key, step in execution.fold.steps.items() if key not in known}
     if code.asking is not None and code.asking[0] not in known:
         key, request = code.asking
