@@ -290,9 +290,8 @@ class Client:
         if key not in parked:
             raise UsageError(f"{key or 'the run itself'!r} of run {run_id} is not parked; parked there: {known}")
         if not key and action == "skip":
-            raise UsageError(
-                f"run {run_id} itself cannot be skipped; `retry` it with mended code, `resolve` or `cancel` it"
-            )
+            last = "`resolve`" if outcome.past_pivot else "`resolve` or `cancel`"
+            raise UsageError(f"run {run_id} itself cannot be skipped; `retry` it with mended code, or {last} it")
         if not key and action == "resolve" and len(parked) > 1:
             raise UsageError(f"run {run_id} has other keys parked ({known}); settle those first, then resolve the run")
 

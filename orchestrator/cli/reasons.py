@@ -88,7 +88,9 @@ def _ended(case: Case) -> Iterator[Reason]:
 def _parked(case: Case) -> Iterator[Reason]:
     run_id = case.run["id"]
     if case.fold.parked is not None:
-        yield Reason("parked", _parked_run(case.fold.parked), "", _run_hints(case.fold.parked, run_id))
+        forward = case.fold.parked.role == "pivot" or case.run["past_pivot"]
+        text = _parked_run(case.fold.parked, forward)
+        yield Reason("parked", text, "", _run_hints(run_id, forward))
     for key, entry in case.fold.parked_keys.items():
         what = {"undo": f"the undo of {key}", "probe": f"the probe of {key}"}.get(entry.role, f"step {key}")
         said = f" (last error: {words.error(entry.error)})" if entry.error else ""
@@ -138,19 +140,20 @@ def _waiting(case: Case) -> Iterator[Reason]:
             yield Reason("child", f"It waits until its child {child} {doing}.", step.key, (f"saga explain {child}",))
 
 
-def _parked_run(entry: Parked) -> str:
+def _parked_run(entry: Parked, forward: bool) -> str:
     said = words.error(entry.error) if entry.error else ""
     detail = f" ({said})" if said and said not in entry.why else ""
+    only_forward = "It is past its point of no return and cannot be undone: mend the code and retry, or resolve it."
     then = {
         "drift": "Its saga code no longer asks for what its journal recorded: mend the code, deploy, and retry.",
         "code": "Mend the code, deploy, and retry; or cancel the run, which undoes what it did.",
-        "pivot": "It is past its point of no return and cannot be undone: mend the code and retry, or resolve it.",
     }.get(entry.role, "It waits for a person to decide.")
+    then = only_forward if forward else then
     return f"{_sentence(f'Parked as a whole: {entry.why}{detail}')} {then}"
 
 
-def _run_hints(entry: Parked, run_id: str) -> tuple[str, ...]:
-    last = f"saga cancel {run_id}" if entry.role != "pivot" else f"saga resolve {run_id} --result JSON"
+def _run_hints(run_id: str, forward: bool) -> tuple[str, ...]:
+    last = f"saga resolve {run_id} --result JSON" if forward else f"saga cancel {run_id}"
     return (f"saga retry {run_id}", last, f"saga history {run_id} --traceback")
 
 

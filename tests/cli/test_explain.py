@@ -262,6 +262,16 @@ def test_a_timer_after_a_deadline_that_has_only_alarmed() -> None:
     assert _only(case).code == "timer"
 
 
+@pytest.mark.parametrize("role", ["code", "drift"])
+def test_a_run_past_its_pivot_is_not_said_to_be_cancelled(role: str) -> None:
+    case = _case(_work())
+    case.fold.apply_row(NOW, [Parked("", role, "the code is wrong")])
+    case.run.update(past_pivot=True)
+    parked = reasons(case)[0]
+    assert "cancel" not in parked.text and "point of no return" in parked.text
+    assert parked.hints[:2] == ("saga retry r", "saga resolve r --result JSON")
+
+
 def test_arrivals_that_nobody_has_read() -> None:
     case = _case(_work(**RUNNING), inbox=Inbox(2, _ago(5), NOW))
     assert [reason.code for reason in reasons(case)] == ["running", "arrivals"]

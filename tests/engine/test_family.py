@@ -389,6 +389,8 @@ def test_a_scope_in_which_a_child_passed_its_pivot_parks(child: Child, client: C
     assert DONE == ["paid at once", "settled"], "nothing is undone after the point of no return"
     assert state(connection) == "parked"
     assert "point of no return" in str(client.outcome("run").parked)
+    with pytest.raises(UsageError, match="with mended code, or `resolve` it"):
+        client.operate("run", "skip")
 
 
 def test_a_child_that_is_resolved_by_hand_tells_its_parent(
