@@ -20,6 +20,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, states
+from celery._state import get_current_worker_task
 from celery.app.trace import TraceInfo, build_tracer
 from celery.exceptions import Reject, Retry
 from celery.result import allow_join_result
@@ -238,9 +239,20 @@ class StepTaskMixin:
 
     def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
         """Send the step as a plain Celery task, its arguments encoded from the annotations."""
-        codec, from_json = self.step.codec, options.pop("from_json", False)
-        args, kwargs = codec.message_call(codec.encode_call(tuple(args or ()), dict(kwargs or {}), from_json=from_json))
-        return super().apply_async(args, kwargs, *more, **options)  # type: ignore[misc]
+        encoded = self._encoded(tuple(args or ()), dict(kwargs or {}), options.pop("from_json", False))
+        return super().apply_async(*self.step.codec.message_call(encoded), *more, **options)  # type: ignore[misc]
+
+    def _encoded(self, args: tuple[Any, ...], kwargs: dict[str, Any], from_json: bool) -> dict[str, Any]:
+        """Encode what a caller passes; in a worker also what Celery hands on to a next link, which is JSON by then."""
+        codec = self.step.codec
+        try:
+            return codec.encode_call(args, kwargs, from_json=from_json)
+        except PayloadError:
+            if from_json or get_current_worker_task() is None:
+                raise
+            with contextlib.suppress(PayloadError):
+                return codec.encode_call(args, kwargs, from_json=True)
+            raise
 
     def signature_from_request(self, *given: Any, **options: Any) -> Any:
         """Return what Celery's `retry` sends: the arguments of a message, as they came."""
