@@ -28,6 +28,7 @@ from celery.utils.time import maybe_make_aware
 
 from orchestrator.celery import handlers
 from orchestrator.celery.events import Attempt, StepEvents, task_id
+from orchestrator.celery.fixups import Fixups
 from orchestrator.codec import FunctionCodec
 from orchestrator.engine.worker import Invocation
 from orchestrator.errors import PayloadError, Rejected, from_user_code
@@ -71,6 +72,7 @@ class Runner:
         self._open_transactions = transactions
         self._events = events
         self._attempts: dict[int, Attempt | None] = {}  # by fence: those whose outcome is not committed yet
+        self._fixups = Fixups(app)
         self._tracers: dict[str, Callable[..., Any]] = {}
         self._transactions: Transactions | None = None
 
@@ -140,6 +142,8 @@ class Runner:
     def finished(self, taken: Taken, outcome: AttemptEnded) -> None:
         """Send the task's events, after the commit."""
         attempt = self._attempts.pop(taken.fence or 0, None)
+        if taken.role == "once":
+            self._fixups.after_step()
         if taken.role != "once" and not taken.refused:
             self._events.finish(attempt, taken, outcome, taken.again)
 
@@ -166,7 +170,7 @@ class Runner:
         attempt = self._attempts[taken.fence or 0] = self._events.begin(taken)
         try:
             guard = contextlib.nullcontext() if isinstance(task, steps_base()) else time_limit(seconds, context.hangs)
-            with running(context), guard:
+            with self._fixups.around_step(), running(context), guard:
                 traced = tracer(request["id"], args, kwargs, request)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):

@@ -1,0 +1,46 @@
+"""What Celery's fixup for Django does around each task, done around each step as well.
+
+Owns that alone.  A step comes in no message, so that the fixup passes it over: what one step has done to a connection
+of Django's would meet all others until the end of the drain.  Must never raise: no step fails over what it left behind.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from celery import Celery
+from celery.fixups.django import DjangoFixup
+
+logger = logging.getLogger(__name__)
+
+
+class Fixups:
+    """The fixups of an app, as far as they do something around tasks."""
+
+    def __init__(self, app: Celery) -> None:
+        self._django = [found for found in getattr(app, "_fixups", None) or () if isinstance(found, DjangoFixup)]
+
+    @contextmanager
+    def around_step(self) -> Iterator[None]:
+        """Close the connections of Django before and after a step; which it keeps for longer is the app's to say."""
+        self._close("close_database")
+        try:
+            yield
+        finally:
+            self.after_step()
+
+    def after_step(self) -> None:
+        """Close the connections of Django to databases and caches."""
+        self._close("close_database", "close_cache")
+
+    def _close(self, *what: str) -> None:
+        for fixup in self._django:
+            worker: Any = fixup.worker_fixup
+            for each in what:
+                try:
+                    getattr(worker, each)()
+                except Exception:
+                    logger.warning("a connection of Django's could not be closed", exc_info=True)
