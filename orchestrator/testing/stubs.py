@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 from orchestrator.codec import Json, check
 from orchestrator.errors import Rejected, UsageError, describe_exception
@@ -23,6 +24,7 @@ from orchestrator.step import Step, StepContext, legacy_codec, registry, running
 
 NO_TIME: Final = timedelta(0)
 _NOBODY: Final = object()
+_NEAR: Final = 0.85  # so similar (difflib's ratio) is meant to be the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,20 @@ def name_of(step: Any) -> str:
     name = step if isinstance(step, str) else getattr(step, "name", None)
     if not isinstance(name, str):
         raise UsageError(f"stubs and faults are keyed by steps, Celery tasks or their names, not by {step!r:.80}")
+    if isinstance(step, str) and name not in registry.steps:
+        _refuse_misspelt(name)
     return name
+
+
+def _refuse_misspelt(name: str) -> None:
+    """Refuse a name that nothing has, but almost; any other may be that of a ``saga.once``, or of a task elsewhere."""
+    same = [known for known in registry.steps if known.rpartition(".")[2] == name]
+    near = same or difflib.get_close_matches(name, registry.steps, 1, _NEAR)
+    if near and name not in _celery_tasks():
+        raise UsageError(
+            f"no step and no Celery task named {name!r} is registered here, so that this would mean nothing; "
+            f"did you mean {' or '.join(map(repr, near[:3]))}? Best pass the step itself"
+        )
 
 
 def _in_turn(step: Any, stub: Any) -> list[Any]:
@@ -179,12 +194,16 @@ def _as_function(stub: Any) -> Callable[..., Any]:
     return stub if callable(stub) else lambda *args, **kwargs: stub
 
 
-def _celery_task(name: str) -> Callable[..., Any]:
+def _celery_tasks() -> Mapping[str, Any]:
     from celery import current_app  # a rehearsal of declared steps needs no Celery
 
+    return cast(Mapping[str, Any], current_app.tasks)
+
+
+def _celery_task(name: str) -> Callable[..., Any]:
     from orchestrator.testing import plain
 
-    task = current_app.tasks.get(name)
+    task = _celery_tasks().get(name)
     if task is None:
         raise UsageError(f"no step and no Celery task named {name} is registered here; import or stub it")
     return functools.partial(plain.call, task)

@@ -233,6 +233,8 @@ def test_a_failure_that_there_is_not_is_refused(env: Environment) -> None:
         env.fail(charge, "explode")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="keyed by steps"):
         env.fail(3, "rejected")
+    with pytest.raises(UsageError, match=rf"did you mean '{charge.name}'"):
+        env.fail(f"{charge.name}d", "rejected")
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------

@@ -207,6 +207,18 @@ def test_stubs_are_keyed_by_steps_only() -> None:
         testing.run(checkout, ORDER, stubs={3: None})
 
 
+@pytest.mark.parametrize("misspelt", [f"{find_charge.name}s", find_charge.name.replace("find_charge", "find_chrage")])
+def test_a_stub_whose_name_is_misspelt_is_refused(misspelt: str) -> None:
+    """The step itself would be called, and its provider."""
+    with pytest.raises(UsageError, match=rf"named '{misspelt}' .*did you mean '{find_charge.name}'"):
+        testing.run(checkout, ORDER, stubs={misspelt: None})
+
+
+def test_a_stub_without_the_module_of_its_step_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"did you mean '.*find_charge'"):
+        testing.run(checkout, ORDER, stubs={"find_charge": None})
+
+
 def test_a_stub_may_look_at_the_running_step() -> None:
     seen: list[tuple[str, str]] = []
 
