@@ -6,11 +6,13 @@ Owns what it offers; a `Client` does the work.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib
 import threading
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.codec import Json
-from orchestrator.errors import SagaCancelled, SagaFailed, UnknownSagaError
+from orchestrator.errors import SagaCancelled, SagaFailed, UnknownSagaError, UsageError
 from orchestrator.machine.states import TERMINAL
 from orchestrator.saga import Saga
 from orchestrator.saga import registry as sagas
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class SagaResult:
-    """A handle to a run, in the manner of Celery's AsyncResult."""
+    """A handle to a run, in the manner of Celery's AsyncResult.
+
+    It can be copied, and pickled: where it is unpickled it belongs to the app that its saga is bound to there.
+    """
 
     backend = None  # results are in Postgres; Celery's tools, such as Flower, ask each handle for its backend
 
@@ -36,6 +41,24 @@ class SagaResult:
 
     def __str__(self) -> str:
         return self.id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel as the id of the run and the name of its saga.  Raises: UsageError without a saga."""
+        saga = self._saga
+        if saga is None:
+            raise UsageError(
+                f"this handle to run {self.id} knows no saga, by which another process would find its database again; "
+                "pass the run id on, and take `saga.AsyncResult(run_id)` there"
+            )
+        return _found_again, (saga.__module__, saga.name, saga.options.version, self.id)
+
+    def __copy__(self) -> SagaResult:
+        copied = SagaResult(self._client, self.id, self._saga)
+        copied.ended = self.ended
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SagaResult:
+        return self.__copy__()
 
     @property
     def task_id(self) -> str:
@@ -183,6 +206,17 @@ class SagaResult:
         if propagate:
             raise failure
         return failure
+
+
+def _found_again(module: str, name: str, version: int, run_id: str) -> SagaResult:
+    """Return a handle in the process that it has come to, over the app that the saga is bound to there.
+
+    Raises: UnknownSagaError, UsageError if it is bound to none.
+    """
+    if (name, version) not in sagas.sagas:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)  # as pickle does for whatever it finds by its name
+    return (sagas.sagas.get((name, version)) or sagas.latest(name)).AsyncResult(run_id)
 
 
 def saga_of(outcome: runs.Outcome) -> Saga[Any, Any] | None:

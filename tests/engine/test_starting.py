@@ -6,7 +6,8 @@ import asyncio
 import contextvars
 import copy
 import math
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
@@ -141,6 +142,36 @@ def test_the_same_amount_and_the_same_instant_are_the_same_input_however_they_ar
 def test_one_id_for_many_runs_is_refused_and_not_passed_over(client: Client) -> None:
     with pytest.raises(UsageError, match="task_ids="):
         client.start_many(begun, [(1,)], {"task_id": "one"})
+
+
+def test_a_handle_is_pickled_by_its_id_and_bound_to_the_app_of_who_unpickles_it(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = client.start(begun, (1,), {}, {"task_id": "one"})
+    sent = pickle.dumps([result])
+    other = Client(client.settings, lambda *_: None, lambda: "celery")
+    monkeypatch.setattr(begun, "starter", other)
+    (found,) = pickle.loads(sent)
+    assert (found.id, found.status, found._client, found._saga) == ("one", "pending", other, begun)
+    monkeypatch.setattr(begun, "starter", None)
+    with pytest.raises(UsageError, match=r"create `Orchestrator\(app\)` first"):
+        pickle.loads(sent)
+    other.pool.close()
+
+
+def test_a_handle_that_knows_no_saga_says_what_to_send_instead(client: Client) -> None:
+    with pytest.raises(UsageError, match=r"pass the run id on, and take `saga\.AsyncResult"):
+        pickle.dumps(client.handle(None, "one"))
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy])
+def test_a_handle_is_copied_with_what_it_knows(client: Client, make: Callable[[Any], Any]) -> None:
+    result = client.start(begun, (1,), {}, {"task_id": "one"})
+    client.terminate("one")
+    result.ended = client.outcome("one")
+    copied = make({"result": result})["result"] if make is copy.deepcopy else make(result)
+    assert copied is not result
+    assert (copied.id, copied.ended, copied._client) == ("one", result.ended, client)
 
 
 def test_a_caller_may_wait_for_as_long_as_there_are_numbers(client: Client) -> None:
