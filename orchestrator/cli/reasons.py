@@ -14,7 +14,7 @@ from orchestrator.cli import words
 from orchestrator.machine.fold import Fold
 from orchestrator.machine.journal import Operated, Parked
 from orchestrator.machine.record import Step
-from orchestrator.machine.states import TERMINAL, Backward
+from orchestrator.machine.states import TERMINAL, Backward, RunState
 from orchestrator.store.gates import LINE
 from orchestrator.store.pauses import Pause
 from orchestrator.store.runs import Inbox, Outstanding, Serving
@@ -185,7 +185,7 @@ def _of_turn(case: Case, item: Outstanding) -> Iterator[Reason]:
 
 def _sleeping(case: Case, item: Outstanding) -> Iterator[Reason]:
     due, deadline = item.due_at, case.run["deadline_at"]
-    if case.run["position"] == 0:
+    if case.run["state"] == RunState.PENDING:
         yield Reason("start", f"It has not started: its start is set for {case.clock(due)}, by eta or countdown.")
     elif deadline is not None and due >= deadline and not case.fold.deadline_passed:
         if case.fold.rollback is not None:

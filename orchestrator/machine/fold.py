@@ -193,6 +193,8 @@ class Fold:
             self.state = move_run(self.state, "resume")
         elif self.state is RunState.PARKED:
             self.state = move_run(self.state, "roll back" if self.rollback else "go on")
+        if self.state is RunState.RUNNING and at < self.info.started:
+            self.state = move_run(self.state, "wait")
 
     def _start(self) -> None:
         if self.state is RunState.PENDING:

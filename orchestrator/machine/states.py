@@ -41,6 +41,7 @@ RUN_TRANSITIONS: dict[RunState, dict[str, RunState]] = {
         "pause": R.PAUSED,
         "park": R.PARKED,
         "terminate": R.TERMINATED,
+        "wait": R.PENDING,  # for its start, which is set for later: it was only told something
     },
     R.PAUSED: {"resume": R.RUNNING, "roll back": R.COMPENSATING, "park": R.PARKED, "terminate": R.TERMINATED},
     R.COMPENSATING: {

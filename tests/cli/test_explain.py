@@ -255,6 +255,12 @@ def test_a_turn_that_only_its_deadline_wakes() -> None:
     assert _only(case).text.endswith("(in 1 h); then it is undone.")
 
 
+def test_a_start_that_is_set_for_later_of_a_run_that_was_told_something() -> None:
+    case = _case(_work(key="", role="turn", target="shop@1", due_at=NOW + timedelta(hours=1)))
+    case.run.update(state="pending", position=2)
+    assert _only(case).code == "start"
+
+
 def test_a_timer_after_a_deadline_that_has_only_alarmed() -> None:
     case = _case(_work(key="", role="turn", target="shop@1", due_at=NOW + timedelta(hours=1)))
     case.run.update(deadline_at=_ago(60), past_pivot=True)

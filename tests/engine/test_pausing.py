@@ -96,6 +96,7 @@ def test_a_delayed_run_that_is_paused_and_resumed_still_starts_when_it_was_to(
     for action in ("pause", "resume"):
         client.operate("run", action)
         child.drain()
+        assert state(connection) == {"pause": "paused", "resume": "pending"}[action]
     assert child.runner.calls == []
     row = connection.execute("SELECT w.due_at = r.started_at FROM orchestrator.work w, orchestrator.runs r").fetchone()
     assert row == (True,)

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 
 from orchestrator import saga
-from orchestrator.machine.journal import Cancel, Conclude, Operate, Operated, Terminate
+from orchestrator.machine.journal import Cancel, Conclude, Operate, Operated, Signal, Terminate
 from tests.machine.stage import T0, Stage
 from tests.machine.steps import charge, look, reserve
 
@@ -169,10 +169,26 @@ def test_a_run_whose_start_is_set_for_later_stays_so_when_it_is_paused_and_resum
     stage.turn(PAUSE, at_s=-60)
     assert stage.state == "paused"
     turn = stage.turn(RESUME, at_s=-30)
-    assert (stage.due, turn.wake) == ([], T0)
+    assert (stage.state, stage.due, turn.wake) == ("pending", [], T0)
     stage.reload()
     stage.turn(at_s=0)
     assert stage.due == [("reserve", "do")]
+
+
+def test_a_run_that_is_told_something_before_its_start_is_pending_until_then() -> None:
+    stage = Stage(two_steps, 1)
+    assert stage.turn(Signal("news", "n1", "good"), at_s=-60).state == "pending"
+    stage.reload()
+    assert stage.turn(PAUSE, RESUME, at_s=-30).state == "pending"
+    stage.reload()
+    assert stage.turn(at_s=0).state == "running"
+
+
+@pytest.mark.parametrize(("order", "ends"), [(Cancel("ann"), "cancelled"), (Terminate("ann"), "terminated")])
+def test_a_run_may_end_before_its_start(order: Cancel | Terminate, ends: str) -> None:
+    stage = Stage(two_steps, 1)
+    stage.turn(PAUSE, RESUME, at_s=-60)
+    assert stage.turn(order, at_s=-30).state == ends
 
 
 def test_a_deadline_holds_while_a_run_is_paused() -> None:
