@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from orchestrator.store.connection import CLOCK, Connection
+from orchestrator.store.gates import LINE
+from orchestrator.store.pauses import ASIDE
 
 _SAMPLE = 100_000  # rows of work that are looked at
 
@@ -109,7 +111,8 @@ SELECT
     (SELECT count(*) FROM (SELECT FROM orchestrator.work WHERE begun_by IS NOT NULL
         AND expires_at < {CLOCK} - interval '30 s' LIMIT {_SAMPLE}) AS e)::integer,
     (SELECT count(*) FROM (SELECT FROM orchestrator.arrivals a JOIN orchestrator.runs r ON r.id = a.run_id
-        WHERE a.at < {CLOCK} - interval '60 s' AND r.finished_at IS NULL LIMIT {_SAMPLE}) AS a)::integer,
+        WHERE a.at < {CLOCK} - interval '60 s' AND r.finished_at IS NULL AND NOT {ASIDE}
+        LIMIT {_SAMPLE}) AS a)::integer,
     p.parked, p.since, p.paused,
     (SELECT count(*) FROM orchestrator.slots WHERE state = 'sending' AND at < {CLOCK} - interval '60 s')::integer
 FROM (SELECT count(*) FILTER (WHERE state = 'parked')::integer AS parked,
@@ -121,7 +124,7 @@ FROM (SELECT count(*) FILTER (WHERE state = 'parked')::integer AS parked,
 
 def stuck(connection: Connection, now: datetime | None = None) -> Stuck:
     """Return what stands still; reads all of runs, which only the doctor does."""
-    row = connection.execute(_STUCK, {"now": now}).fetchone()
+    row = connection.execute(_STUCK, {"line": LINE, "now": now}).fetchone()
     assert row is not None
     return Stuck(*row)
 

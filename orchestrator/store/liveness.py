@@ -14,7 +14,8 @@ from orchestrator.codec import dumps
 from orchestrator.failpoints import failpoint
 from orchestrator.store.arrivals import owe_turn
 from orchestrator.store.connection import CLOCK, Connection
-from orchestrator.store.pauses import Paused
+from orchestrator.store.gates import LINE
+from orchestrator.store.pauses import ASIDE, Paused
 from orchestrator.store.turns import ANYONE
 
 _REGISTER = """
@@ -269,13 +270,13 @@ def neglects(
 
 
 # Arrivals older than a moment whose run has no turn due (a timer's row may be there, due much later): both their author
-# and the turn before them missed them.  Those of runs that are gone must not fill the page.
+# and the turn before them missed them.  Those of runs that are gone, or put aside, must not fill the page.
 _FORGOTTEN = f"""
 SELECT DISTINCT run_id FROM (
     SELECT run_id FROM orchestrator.arrivals a
     WHERE at < {CLOCK} - interval '1 second'
       AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.run_id = a.run_id AND w.lane = 0 AND w.due_at <= {CLOCK})
-      AND EXISTS (SELECT FROM orchestrator.runs r WHERE r.id = a.run_id)
+      AND EXISTS (SELECT FROM orchestrator.runs r WHERE r.id = a.run_id AND NOT {ASIDE})
     ORDER BY id LIMIT %(limit)s
 ) AS page ORDER BY run_id
 """
@@ -283,7 +284,7 @@ SELECT DISTINCT run_id FROM (
 
 def wake_forgotten(connection: Connection, limit: int = 500, now: datetime | None = None) -> list[str]:
     """Make the turns of runs with unread arrivals due; returns the queues to ring."""
-    rows = connection.execute(_FORGOTTEN, {"limit": limit, "now": now}).fetchall()
+    rows = connection.execute(_FORGOTTEN, {"limit": limit, "line": LINE, "now": now}).fetchall()
     if rows:
         failpoint("wake_forgotten.before", connection)
     queues = [owe_turn(connection, run_id, now) for (run_id,) in rows]

@@ -22,9 +22,15 @@ from orchestrator.machine.journal import Operate, encode
 from orchestrator.store.arrivals import leave_many
 from orchestrator.store.connection import CLOCK, Connection
 from orchestrator.store.gates import LINE
+from orchestrator.store.turns import ANYONE
 
 Kind = Literal["saga", "queue"]
 _PAGE = 500
+# Whether run `r` was put aside: what was left for it is read when it begins.  An order to end it is for anyone, and is
+# heard before (primary key of work).
+ASIDE = f"""(r.position = 0 AND EXISTS (
+    SELECT FROM orchestrator.work w
+    WHERE w.run_id = r.id AND w.lane = 0 AND w.target <> '{ANYONE}' AND w.due_at > {CLOCK} + %(line)s / 2))"""
 
 
 @dataclass(frozen=True, slots=True)

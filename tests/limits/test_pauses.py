@@ -54,6 +54,11 @@ async def sleepy(n: int) -> int:
     return await saga.step(first, n)
 
 
+@saga.define(name="pauses.listening", deadline=timedelta(hours=1))
+async def listening(n: int) -> str:
+    return await saga.wait_signal("news", str)
+
+
 @saga.define(name="pauses.across")
 async def across(n: int) -> int:
     await saga.step(first, n)
@@ -159,6 +164,38 @@ def test_a_run_of_a_paused_saga_can_be_cancelled_begun_or_not(child: Child, clie
     assert (state(connection, "begun"), state(connection, "pending")) == ("cancelled", "cancelled")
     client.resume(saga=sleepy)
     assert work(connection, "begun") == work(connection, "pending") == []
+
+
+def test_a_signal_for_a_run_to_come_is_kept_until_its_saga_is_resumed_and_wakes_nobody(
+    child: Child, client: Client, connection: Any, pump: Pump
+) -> None:
+    client.pause(saga=listening)
+    start(connection, listening, 1)
+    child.drain()
+    client.signal("run", "news", "good")
+    child.drain()
+    connection.execute("UPDATE orchestrator.arrivals SET at = at - interval '2 minutes'")
+    assert (pump.run_once(connection).given_back, doctor.stuck(connection).unread) == (0, 0)
+    assert state(connection) == "pending"
+    client.resume(saga=listening)
+    child.drain()
+    assert client.outcome("run").output == "good"
+
+
+def test_a_run_that_sleeps_for_a_thousand_years_hears_of_a_forgotten_signal_all_the_same(
+    child: Child, client: Client, connection: Any, pump: Pump
+) -> None:
+    start(connection, listening, 1)
+    child.drain()
+    connection.execute("UPDATE orchestrator.work SET due_at = due_at + interval '1000 years'")
+    connection.execute(
+        "INSERT INTO orchestrator.arrivals (run_id, at, arrival) VALUES ('run', now() - interval '2 minutes', "
+        """'{"e": "signal", "name": "news", "id": "n1", "payload": "good"}')"""
+    )
+    assert doctor.stuck(connection).unread == 1
+    assert pump.run_once(connection).given_back == 1
+    child.drain()
+    assert client.outcome("run").output == "good"
 
 
 def test_whoever_died_while_telling_leaves_the_rest_to_the_pumps(
