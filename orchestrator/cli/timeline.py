@@ -131,7 +131,7 @@ _ASKED_FOR = {
     "once": "{key} asked",
     "signal": "waits for signal {task}",
     "lock": "queues for lock {task}",
-    "scope": "an exception leaves {key}: what was done inside is undone",
+    "scope": "an exception leaves {key}: what was done inside is to be undone",
 }
 
 
@@ -139,7 +139,8 @@ def _asked(tale: _Tale, entry: Asked, at: datetime) -> tuple[str, ...]:
     tale.asked[entry.key] = entry
     undo = f"undo ready: {entry.undo.task}" if entry.undo else ""
     if entry.kind in _ASKED_FOR:
-        return "→", "", _ASKED_FOR[entry.kind].format(key=entry.key, task=entry.task)
+        said = tale.error(entry.args.get("error")) if entry.kind == "scope" else ""
+        return "→", "", _ASKED_FOR[entry.kind].format(key=entry.key, task=entry.task), said
     pivot = "the point of no return" if entry.effect == "pivot" else ""
     return "→", "", f"{entry.key} asked with ({words.arguments(entry.args, tale.room)})", undo, pivot
 

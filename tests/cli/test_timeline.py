@@ -1,0 +1,37 @@
+"""How the journal of a run reads, where no run of the command line's own tests has such entries."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from orchestrator.cli.timeline import events
+from orchestrator.machine.journal import Asked, Carried, CodeBegan, Operated, Parked, Unasked, encode
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def test_history_says_by_which_error_a_scope_was_left_that_cannot_be_undone_and_what_became_of_it() -> None:
+    error = {"type": "ValueError", "message": "after all"}
+    entries = [
+        Asked("scope#0", "scope#0", {"error": error}, kind="scope"),
+        Parked("", "pivot", "it cannot be undone", error),
+        Operated("retry", by="ann"),
+        Unasked("scope#0"),
+    ]
+    told = [(event.text, *event.details) for event in events([(0, START, [encode(entry) for entry in entries])])]
+    assert told == [
+        ("an exception leaves scope#0: what was done inside is to be undone", "ValueError: after all"),
+        ("the run parked: it cannot be undone",),
+        ("operator: retry by ann",),
+        ("scope#0 is taken back: code that is tried again need not ask for it",),
+    ]
+
+
+def test_history_says_what_a_link_took_over_and_when_its_code_began() -> None:
+    carried = [Carried({}), Carried({"account 7": "lock#0"}, ("n1",), alarmed=True), CodeBegan()]
+    told = [event.text for event in events([(0, START, [encode(entry) for entry in carried])])]
+    assert told == [
+        "took over from the link before: what nobody has heard",
+        "took over from the link before: lock account 7, the ids of signals, a deadline that has passed",
+        "the saga function begins",
+    ]
