@@ -222,7 +222,7 @@ def _answer_revoke(decisions: Decisions, state: RunState) -> None:
     told: Error = {} if undone else _left_by(fold, state)
     if fold.ended and fold.ended.left:
         told["left"] = list(fold.ended.left)
-    if undone and any(step.was_skipped for step in fold.steps.values()):
+    if undone and _is_undone_partly(fold):
         told["partly"] = True
     _report(decisions, "undo", "succeeded" if undone else "rejected", error=told or None)
 
@@ -235,10 +235,19 @@ def _failure(decisions: Decisions, state: RunState) -> Error:
     fold = decisions.fold
     cause = fold.raised or (fold.rollback.error if fold.rollback else None) or {"type": state.capitalize()}
     left: tuple[Any, ...] = fold.ended.left if fold.ended else ()
-    return {
+    told = {
         "type": cause.get("type", ""), "message": cause.get("message", ""), "run": fold.info.id, "state": str(state),
         "left": list(left),
     }  # fmt: skip
+    return told | {"partly": True} if _is_undone_partly(fold) else told
+
+
+def _is_undone_partly(fold: Fold) -> bool:
+    """Tell whether a run that has ended has left something that it declares an undo of."""
+    steps = fold.steps.values()
+    may_stay = (step for step in steps if fold.terminated and (step.took_effect or not step.settled))
+    not_undone = any(step.asked.undo is not None and step.backward is not Backward.DONE for step in may_stay)
+    return not_undone or any(step.was_skipped for step in steps)
 
 
 def _report(decisions: Decisions, role: str, verdict: str, result: Any = None, error: Error | None = None) -> None:

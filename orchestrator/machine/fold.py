@@ -289,6 +289,7 @@ class Fold:
             self.locks.pop(step.key, None)
         step.result = entry.result
         step.error = entry.error
+        step.partly = step.asked.kind == "child" and bool((entry.error or {}).get("partly"))
         step.signal_id = entry.by if step.asked.kind == "signal" else ""
         self._count(step, was)
         self.pivots_in_flight -= step.is_pivot

@@ -36,7 +36,7 @@ class Step:
         self.result: Json = None
         self.error: Error | None = None
         self.parked = ""
-        self.partly = False  # a person skipped an undo in this child
+        self.partly = False  # this child has left something that it declares an undo of
         self.left: tuple[Json, ...] = ()  # of what this child did, although it was undone
         self.undecided: list[Late] = []  # late effects that are known of before its outcome is decided
         self.late = 0  # the attempt whose late effect the undo is for
@@ -80,7 +80,7 @@ class Step:
 
     @property
     def was_skipped(self) -> bool:
-        """Whether a person decided that not all of it is undone."""
+        """Whether a person decided that not all of it is undone, in a child perhaps."""
         return self.backward is Backward.SKIPPED or self.partly
 
     @property

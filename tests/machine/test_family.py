@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from orchestrator import saga
-from orchestrator.machine.journal import Arrival, AttemptEnded, Revoke
+from orchestrator.machine.journal import Arrival, AttemptEnded, Operate, Revoke, Terminate
 from orchestrator.machine.turn import Turn
 from tests.machine.stage import Stage
-from tests.machine.steps import look
+from tests.machine.steps import charge, look, reserve
 
 
 @saga.define
@@ -28,13 +28,25 @@ async def hurrying(n: int) -> None:
         saga.continue_as_new(2)
 
 
+@saga.define
+async def failing(n: int) -> None:
+    await saga.step(charge, n)
+    await saga.step(look, n)
+
+
+@saga.define
+async def with_a_child_that_fails(n: int) -> None:
+    await saga.step(reserve, n)
+    await saga.child(failing, n)
+
+
 def _told(turn: Turn, run_id: str) -> list[Arrival]:
     return [post.arrival for post in turn.posts if post.run_id == run_id]
 
 
-def _child_of(parent: Stage, turn: Turn) -> Stage:
+def _child_of(parent: Stage, turn: Turn, of: saga.Saga[Any, Any] = idle) -> Stage:
     (child,) = turn.children
-    return _with_info(Stage(idle, 1, run_id=child.id), parent=parent.info.id)
+    return _with_info(Stage(of, 1, run_id=child.id), parent=parent.info.id)
 
 
 def _with_info(stage: Stage, **changed: Any) -> Stage:
@@ -63,3 +75,40 @@ def test_what_a_child_answers_after_its_parent_went_on_as_new_does_not_count_for
     assert parent.state == "compensating", "its own child has not answered"
     parent.turn(*_told(other.turn(revoked), "run-1"))
     assert parent.state == "compensated"
+
+
+def _under_way() -> tuple[Stage, Stage]:
+    """Return a parent that has done something, and its child, which has done something as well."""
+    parent = Stage(with_a_child_that_fails, 1)
+    parent.turn()
+    child = _child_of(parent, parent.succeed("reserve", "hold"), failing)
+    child.turn()
+    child.succeed("charge", "taken")
+    return parent, child
+
+
+def _undone(parent: Stage, failed: Turn) -> Stage:
+    """Tell a parent how its child has failed, and let it undo what it did itself."""
+    parent.turn(*_told(failed, "run-1"))
+    parent.succeed("release")
+    return parent
+
+
+def test_the_parent_of_a_child_that_failed_and_is_undone_is_compensated() -> None:
+    parent, child = _under_way()
+    child.reject("look")
+    assert _undone(parent, child.succeed("refund")).state == "compensated"
+
+
+def test_who_awaits_a_child_in_which_a_person_skips_an_undo_is_not_compensated() -> None:
+    parent, child = _under_way()
+    child.reject("look")
+    child.reject("refund")
+    _undone(parent, child.turn(Operate("skip", f"{charge.name}#0")))
+    assert (child.state, parent.state, len(parent.left)) == ("failed", "failed", 1)
+
+
+def test_who_awaits_a_child_that_is_terminated_is_not_compensated_if_something_is_left() -> None:
+    parent, child = _under_way()
+    _undone(parent, child.turn(Terminate()))
+    assert (child.state, parent.state, len(parent.left)) == ("terminated", "failed", 1)
