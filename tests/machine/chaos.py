@@ -16,6 +16,7 @@ from orchestrator.machine.fold import RunInfo
 from orchestrator.machine.journal import AttemptEnded, Cancel, Json, LateSuccess, Operate, Signal, Work
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.machine.turn import Turn
+from orchestrator.saga import Saga
 from orchestrator.testing.rehearsal import Rehearsal
 from orchestrator.testing.stubs import Call, Cast
 from tests.machine import steps
@@ -71,26 +72,35 @@ programs: st.SearchStrategy[Program] = st.recursive(_leaf, _branches, max_leaves
 class World(Rehearsal):
     """Plays a run with outcomes and delays that depend on nothing but a seed, the key, the role and the attempt.
 
-    `effects` holds the keys whose effect is there now; `attempted`, `undone` what was done about them.
+    `effects` holds the things whose effect is there now, `undone` the keys of what was undone.
     """
 
     def __init__(self, program: Program, seed: int, *, replays: bool, deadline_s: int | None = None) -> None:
         encoded = chaos.codec.encode_call((program,), {})
         deadline = None if deadline_s is None else T0 + timedelta(seconds=deadline_s)
-        info = RunInfo("chaos", chaos.name, 1, encoded, T0, "", deadline)
-        super().__init__(chaos, info, Cast({}), replays=replays)
+        self._set_out(chaos, RunInfo("chaos", chaos.name, 1, encoded, T0, "", deadline), seed, replays)
+        for number in range(3 if "'hear'" in repr(program) else 0):
+            news = Signal("news", f"s{number}", f"news {number}")
+            self.send(news, T0 + timedelta(seconds=self._chance("news", number) % 40))
+
+    def _set_out(self, saga: Saga[Any, Any], info: RunInfo, seed: int, replays: bool) -> None:
+        super().__init__(saga, info, Cast({}), replays=replays)
         self._seed = seed
         self.effects: set[str] = set()
         self.undone: list[str] = []
         self.corrections: list[str] = []
         self.turns: list[Turn] = []
         self._landings: list[tuple[datetime, str]] = []
-        for number in range(3 if "'hear'" in repr(program) else 0):
-            news = Signal("news", f"s{number}", f"news {number}")
-            self.send(news, T0 + timedelta(seconds=self._chance("news", number) % 40))
 
     def _chance(self, *what: object) -> int:
         return hashlib.sha256(repr((self._seed, *what)).encode()).digest()[0]
+
+    def thing(self, key: str) -> str:
+        """What the provider calls that which a step is about."""
+        return key
+
+    def _thing_of(self, work: Work) -> str:
+        return self.thing(work.key)
 
     # -- time: work begins late, effects land late, reports come in bunches ------------------------------------------
     def _plan(self, at: datetime, event: Any) -> None:
@@ -142,14 +152,14 @@ class World(Rehearsal):
     def _do(self, work: Work, name: str, took: timedelta) -> AttemptEnded:
         chance = self._chance("do", work.key, work.attempt)
         if chance < 140:
-            self.effects.add(work.key)
+            self.effects.add(self._thing_of(work))
             return self._ended(work, "succeeded", work.call["a"]["n"] if name == "look" else name)
         if chance < 170:
             return self._ended(work, "rejected")
         if chance < 190:
             return self._ended(work, "failed")
         if chance < 215:
-            self.effects.add(work.key)
+            self.effects.add(self._thing_of(work))
             return self._ended(work, "doubt")
         if chance < 235:
             return self._ended(work, "doubt")
@@ -159,15 +169,16 @@ class World(Rehearsal):
         """The worker is lost; its effect lands before its deadline, or after, and is then reported late."""
         quiet = self.now + took + timedelta(seconds=20)
         landing = quiet - timedelta(seconds=5) if within else quiet + timedelta(seconds=30)
-        self._landings.append((landing, work.key))
+        self._landings.append((landing, self._thing_of(work)))
         result = work.call["a"]["n"] if name == "look" else name
-        super()._plan(landing, LateSuccess(work.key, "do", work.attempt + 1, result))
+        late = LateSuccess(work.key, "do", work.attempt + 1, result, link=self.info.link)
+        super()._plan(landing, late)
         return self._ended(work, "doubt", quiet=quiet.isoformat())
 
     def _undo(self, work: Work, name: str, took: timedelta) -> AttemptEnded:
         chance = self._chance("undo", work.key, work.attempt)
         if chance >= 60:
-            self.effects.discard(work.key)
+            self.effects.discard(self._thing_of(work))
             self.undone.append(work.key)
         return self._ended(work, "succeeded" if chance >= 90 else "rejected" if chance < 20 else "doubt")
 
@@ -175,7 +186,7 @@ class World(Rehearsal):
         if self._chance("probe", work.key, work.attempt) < 60:
             return self._ended(work, "doubt")
         step = self.fold.steps[work.key].asked.task.rsplit(".", 1)[-1]
-        return self._ended(work, "succeeded", step if work.key in self.effects else None)
+        return self._ended(work, "succeeded", step if self._thing_of(work) in self.effects else None)
 
     def _ended(self, work: Work, verdict: str, result: Json = None, quiet: str = "") -> AttemptEnded:
         error = None if verdict == "succeeded" else {"type": "Trouble", "message": verdict}
@@ -198,7 +209,7 @@ class World(Rehearsal):
         for key in sorted(fold.parked_keys):
             if fold.steps[key].parked != "do" or self._chance("operator", key, fold.steps[key].attempts) < 100:
                 self.send(Operate("retry", key, "ann"))
-            elif key in self.effects:
+            elif self.thing(key) in self.effects:
                 result = fold.steps[key].asked.task.rsplit(".", 1)[-1]
                 self.send(Operate("resolve", key, "ann", "looked it up", result))
             else:

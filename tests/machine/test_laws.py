@@ -162,7 +162,7 @@ def test_replaying_any_prefix_of_any_journal_asks_for_nothing_twice(
 def test_catching_up_equals_replaying(program: Program, seed: int, cancel: int | None, deadline: int | None) -> None:
     replayed = _played(program, seed, cancel, deadline)
     live = _played(program, seed, cancel, deadline, replays=False)
-    assert _without_tracebacks(live.rows) == _without_tracebacks(replayed.rows)
+    assert without_tracebacks(live.rows) == without_tracebacks(replayed.rows)
     assert live.calls == replayed.calls
 
 
@@ -175,7 +175,7 @@ def test_folding_the_journal_gives_the_live_state(
     again = Fold(world.info)
     for at, forms in world.rows:
         again.apply_row(at, [decode_entry(form) for form in forms])  # type: ignore[arg-type]
-    assert _snapshot(again) == _snapshot(world.fold)
+    assert snapshot(again) == snapshot(world.fold)
 
 
 @runs
@@ -215,16 +215,17 @@ def test_every_entry_survives_its_json_form(
         assert json.loads(json.dumps(again)) == forms
 
 
-def _without_tracebacks(value: Any) -> Any:
+def without_tracebacks(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_tracebacks(item) for key, item in value.items() if key != "traceback"}
+        return {key: without_tracebacks(item) for key, item in value.items() if key != "traceback"}
     if isinstance(value, list | tuple):
-        return [_without_tracebacks(item) for item in value]
+        return [without_tracebacks(item) for item in value]
     return value
 
 
-def _snapshot(fold: Fold) -> dict[str, Any]:
+def snapshot(fold: Fold) -> dict[str, Any]:
     state = {name: value for name, value in vars(fold).items() if not name.startswith("_")}
     state["steps"] = {key: {name: getattr(step, name) for name in step.__slots__} for key, step in fold.steps.items()}
-    state["abandoned_effects"] = list(fold.abandoned_effects)
-    return _without_tracebacks(state)  # type: ignore[no-any-return]
+    state |= {name: list(getattr(fold, name)) for name in ("abandoned_effects", "waiting", "given_up")}
+    state["children"] = [step.key for step in fold.children]
+    return without_tracebacks(state)  # type: ignore[no-any-return]
