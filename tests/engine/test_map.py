@@ -131,6 +131,11 @@ def test_failures_are_told_by_their_index_and_tolerated(child: Child, client: Cl
     assert found["results"] == [2, None, 4, 6, 8, 10, None, 12]
 
 
+def test_results_are_collected_beside_more_failures_than_are_told(child: Child, client: Client) -> None:
+    found = run(client, child, mapping, [*[-1] * 120, 4], 0.999, True, 200).get(timeout=60)
+    assert (found["failed"], len(found["failures"]), found["results"]) == (120, 100, [*[None] * 120, 8])
+
+
 def test_too_many_failures_undo_every_item_that_was_done(child: Child, client: Client, connection: Connection) -> None:
     result = run(client, child, mapping, [1, 2, 3, 4, 5, 6, -1])
     with pytest.raises(SagaFailed, match=r"MapFailed: 1 of 7 items .*item 6: Rejected: -1 is negative"):
