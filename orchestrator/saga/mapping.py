@@ -269,10 +269,17 @@ def _request(template: Asked, key: str) -> Request:
         name=template.task,
         key=key,
         asked=lambda key: replace(template, key=key),
-        same=lambda recorded: recorded.task == template.task and recorded.args == template.args,
+        same=functools.partial(_same_call, template),
         decode=lambda result: result,
         failure=functools.partial(failure_of, code_of("map").fold.info.id),
     )
+
+
+def _same_call(template: Asked, recorded: Asked) -> bool:
+    """Tell whether a recorded request is this one; what a paging step has returned is encoded anew at each replay."""
+    if recorded.task != template.task:
+        return False
+    return bool(recorded.args == template.args) or step_of(template.task).codec.same(recorded.args, template.args)
 
 
 # -- the summary -------------------------------------------------------------------------------------------------------
@@ -291,8 +298,10 @@ class _Tally:
         self.failed += page["failed"]
         self._failures += itertools.islice(page["failures"], max(0, _TOLD - len(self._failures)))
         failed = {failure["index"] for failure in page["failures"]} if page.get("results") else ()
+        untold = page["failed"] > len(failed)  # of those the result is None, as of some that have none
         for index, result in enumerate(page.get("results", ()), len(self._results)):
-            self._results.append(None if index in failed else decode_result(self._plan.task, result))
+            has_none = index in failed or (untold and result is None)
+            self._results.append(None if has_none else decode_result(self._plan.task, result))
         if self._plan.tolerate >= 1 or not self._plan.tolerate:
             self._refuse_beyond(self._plan.tolerate)
 

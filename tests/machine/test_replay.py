@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from orchestrator import Effect, RetryPolicy, saga, step
+from orchestrator.codec import FunctionCodec
 from orchestrator.errors import ChildFailed, DriftError, StepFailed
 from orchestrator.machine.journal import AttemptEnded, Signal
+from orchestrator.saga.mapping import run_page
 from tests.machine.stage import Stage
 from tests.machine.steps import charge, look, mail, reserve
 
@@ -116,6 +118,37 @@ def both(cursor: int | None) -> tuple[list[int], int | None]:
 def test_other_options_of_a_step_that_is_mapped_are_harmless(items: Any) -> None:
     changed = _mapped(charge.with_options(retry=RetryPolicy(maximum_attempts=9), queue="fast"), items, concurrency=2)
     assert _maps_again(_mapped(charge, items), changed).state == "completed"
+
+
+@step(effect=Effect.NONE)
+def weigh(item: dict[str, int]) -> int:
+    return 1
+
+
+@step(effect=Effect.NONE)
+def items(cursor: int | None) -> tuple[list[dict[str, int]], int | None]:
+    return [{"n": 1}], None
+
+
+def test_a_page_of_a_paging_step_is_compared_with_what_todays_annotations_make_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclass
+    class Item:
+        n: int
+        note: str = ""
+
+    def weigh_today(item): ...  # type: ignore[no-untyped-def]
+
+    weigh_today.__annotations__ = {"item": Item}
+    (child,) = Stage(_declared(_mapped(weigh, items)), 1).turn().children
+    page = Stage(run_page, child.input["spec"])
+    page.turn()
+    page.succeed("items", [[{"n": 1}], None])
+    monkeypatch.setattr(weigh, "codec", FunctionCodec(weigh_today))
+    page.reload()
+    page.succeed("weigh", 1)
+    assert page.state == "completed"
 
 
 @pytest.mark.parametrize("changed", [_mapped(charge, (1, 3)), _mapped(charge, both), _mapped(reserve)])
