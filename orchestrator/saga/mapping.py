@@ -22,7 +22,7 @@ from orchestrator.machine.policy import Effect, Limit
 from orchestrator.saga.declare import define
 from orchestrator.saga.family import child_of
 from orchestrator.saga.inside import code_of
-from orchestrator.saga.steps import asked_of, decode_result, failure_of, step_of
+from orchestrator.saga.steps import LegacyStep, asked_of, decode_result, failure_of, step_of
 from orchestrator.step import Step
 
 PAGE = 500  # items in a page
@@ -143,6 +143,8 @@ class _Plan:
     def spec(self, first: int, **what: Json) -> dict[str, Json]:
         """Return the input of a page."""
         spec = {"do": encode(self.template), "first": first, "concurrency": self.concurrency, **what}
+        if "pages" in what and not isinstance(self.task, LegacyStep):
+            spec["declared"] = True  # it is to be known where the page is read
         return {**spec, "collect": True} if self.collect else spec
 
 
@@ -218,6 +220,12 @@ async def _read_page(template: Asked, spec: dict[str, Any]) -> tuple[list[dict[s
     pages = decode_entry(spec["pages"])
     assert isinstance(pages, Asked)
     paging, task = step_of(pages.task), step_of(template.task)
+    for step in (paging, task) if spec.get("declared") else (paging,):
+        if isinstance(step, LegacyStep):
+            raise UsageError(
+                f"{step.name} is a declared step that this worker does not import, so that it cannot read a page of "
+                "items. Include its module in every worker of the run's queue, then `saga retry` the run"
+            )
     others = {name: value for name, value in pages.args.items() if name != paging.codec.parameters[0]}
     args = paging.codec.encode_call((spec["cursor"],), others, from_json=True)
     found = await code_of("map").ask(_request(replace(pages, args=args), ""))

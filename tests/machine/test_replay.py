@@ -15,7 +15,9 @@ from orchestrator import Effect, RetryPolicy, saga, step
 from orchestrator.codec import FunctionCodec
 from orchestrator.errors import ChildFailed, DriftError, StepFailed
 from orchestrator.machine.journal import AttemptEnded, Signal
+from orchestrator.machine.turn import CodeError
 from orchestrator.saga.mapping import run_page
+from orchestrator.step import registry
 from tests.machine.stage import Stage
 from tests.machine.steps import charge, look, mail, reserve
 
@@ -149,6 +151,16 @@ def test_a_page_of_a_paging_step_is_compared_with_what_todays_annotations_make_o
     page.reload()
     page.succeed("weigh", 1)
     assert page.state == "completed"
+
+
+@pytest.mark.parametrize("unknown", [weigh, items])
+def test_a_page_is_parked_with_the_reason_where_a_step_of_it_is_not_imported(
+    unknown: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (child,) = Stage(_declared(_mapped(weigh, items)), 1).turn().children
+    monkeypatch.delitem(registry.steps, unknown.name)
+    with pytest.raises(CodeError, match=f"{unknown.name} is a declared step that this worker does not import"):
+        Stage(run_page, child.input["spec"]).turn()
 
 
 @pytest.mark.parametrize("changed", [_mapped(charge, (1, 3)), _mapped(charge, both), _mapped(reserve)])
