@@ -125,8 +125,9 @@ class _Plan:
     @classmethod
     def of(cls, task: Any, concurrency: int, rate: str | None, tolerate: float, page: int, collect: bool) -> _Plan:
         declared = step_of(task)
-        if concurrency < 1 or page < 1 or tolerate < 0:
-            raise UsageError("saga.map: concurrency= and page= must be 1 or more, tolerate= 0 or more")
+        whole: tuple[Any, ...] = (concurrency, page)
+        if any(type(many) is not int or many < 1 for many in whole) or not tolerate >= 0:
+            raise UsageError("saga.map: concurrency= and page= must be whole numbers, 1 or more, tolerate= 0 or more")
         if declared.effect == Effect.PIVOT:
             raise UsageError(f"saga.map: {declared.name} is a pivot, and a run has one point of no return")
         if declared.options.key:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -151,6 +152,12 @@ def test_a_page_of_a_paging_step_is_compared_with_what_todays_annotations_make_o
     page.reload()
     page.succeed("weigh", 1)
     assert page.state == "completed"
+
+
+@pytest.mark.parametrize("options", [{"concurrency": 2.5}, {"page": True}, {"tolerate": math.nan}])
+def test_numbers_that_make_no_sense_are_refused_before_a_page_is_asked_for(options: Any) -> None:
+    with pytest.raises(CodeError, match="must be whole numbers, 1 or more, tolerate= 0 or more"):
+        Stage(_declared(_mapped(charge, **options)), 1).turn()
 
 
 @pytest.mark.parametrize("unknown", [weigh, items])
