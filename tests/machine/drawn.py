@@ -6,6 +6,7 @@ Owns their grammar.  `families` plays them.
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from random import Random
 from typing import Any
 
@@ -16,6 +17,10 @@ from tests.machine.programs import Language, Program
 
 async def _child(program: Program) -> Any:
     return await saga.child(member, program)
+
+
+async def _hurried(program: Program) -> Any:
+    return await saga.child(hurried, program)
 
 
 async def _stray(program: Program, seconds: int) -> None:
@@ -47,12 +52,18 @@ async def _mapped(name: str, many: int, tolerate: int) -> int:
 
 
 LANGUAGE = Language(
-    STEPS, child=_child, stray=_stray, disowned=_disowned, again=_again, once=_once, gate=_gate, mapped=_mapped
-)
+    STEPS, child=_child, hurried=_hurried, stray=_stray, disowned=_disowned, again=_again, once=_once, gate=_gate,
+    mapped=_mapped,
+)  # fmt: skip
 
 
 @saga.define(name="tests.family")
 async def member(program: Any) -> Any:
+    return await LANGUAGE.perform(program)
+
+
+@saga.define(name="tests.family.hurried", deadline=timedelta(seconds=9), on_code_error="compensate")
+async def hurried(program: Any) -> Any:
     return await LANGUAGE.perform(program)
 
 
@@ -61,7 +72,7 @@ _ORDERS = ("cancel", "cancel", "terminate", "pause", "resume", "pause the saga",
 _LEAVES = ("step",) * 6 + ("sleep", "background", "fickle", "hear", "once", "gate", "mapped", "fail")
 _BRANCHES = (
     "sequence", "gather", "group", "first", "tolerant", "tolerant", "timeout", "wait_for", "scope", "locked",
-    "child", "child", "tolerant child", "stray", "disowned",
+    "child", "child", "hurried", "tolerant child", "tolerant hurried", "stray", "disowned",
 )  # fmt: skip
 _THEMES = (sorted(STEPS), sorted(UNDOABLE), ["charge", "wire", "settle", "capture"])
 
@@ -97,8 +108,8 @@ class Drawn:
                 return [word, self._seconds(), self._part(depth - 1)]
             case "locked":
                 return [word, random.choice("ab"), self._seconds(), self._part(depth - 1)]
-            case "tolerant child":
-                return ["tolerant", ["child", self._part(depth - 1)]]
+            case "tolerant child" | "tolerant hurried":
+                return ["tolerant", [word.removeprefix("tolerant "), self._part(depth - 1)]]
             case "stray" | "disowned":
                 return [word, self._part(depth - 1), self._seconds()]
             case _:
