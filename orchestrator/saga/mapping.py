@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.codec import Json, dumps
+from orchestrator.codec import Json, check, dumps
 from orchestrator.errors import DefinitionError, MapFailed, PayloadError, StepFailed, UsageError, describe_exception
 from orchestrator.machine.code import Request
 from orchestrator.machine.journal import Asked, decode_entry, encode
@@ -214,7 +214,19 @@ async def run_page(spec: dict[str, Any]) -> dict[str, Any]:
     await asyncio.gather(*(page.work(numbers) for _ in range(min(spec["concurrency"], len(calls)))))
     told = sorted(page.failures, key=lambda failure: failure["index"])[:_TOLD_BY_PAGE]
     done = {"total": len(calls), "failed": len(page.failures), "failures": told, "cursor": cursor}
-    return {**done, "results": page.results} if page.collect else done
+    return _that_fits({**done, "results": page.results} if page.collect else done)
+
+
+def _that_fits(done: dict[str, Any]) -> dict[str, Any]:
+    """Return what is told of a page.  Raises: UsageError, which undoes nothing, if it is too large to be stored."""
+    try:
+        check(done, what=f"what came of the {done['total']} items of this page")
+    except PayloadError as error:
+        raise UsageError(
+            f"{error} All of its items are done: raise the limit in all workers and `saga retry` this run, and map "
+            "with a smaller page= from now on"
+        ) from None
+    return done
 
 
 async def _read_page(template: Asked, spec: dict[str, Any]) -> tuple[list[dict[str, Any]], Json]:

@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator import MapFailed, Rejected, RetryPolicy, SagaFailed, saga, step
 from orchestrator.client import Client
+from orchestrator.codec import text
 from orchestrator.saga.mapping import run_page
 from orchestrator.store.connection import Connection
 from tests.engine.stage import Child, entries, kinds, run, state, until
@@ -54,6 +55,17 @@ async def mapping(items: list[Any], tolerate: float = 0, collect: bool = False, 
 async def paging() -> list[int]:
     summary = await saga.map(double, pages, collect=True)
     return list(summary.results)
+
+
+@step(compensate=restore, retry=AT_ONCE)
+def spell(n: int, by: int = 2) -> str:
+    DONE.append(n)
+    return "x" * 3000
+
+
+@saga.define
+async def spelling(items: list[int]) -> int:
+    return len((await saga.map(spell, items, collect=True)).results)
 
 
 @saga.define
@@ -134,6 +146,18 @@ def test_failures_are_told_by_their_index_and_tolerated(child: Child, client: Cl
 def test_results_are_collected_beside_more_failures_than_are_told(child: Child, client: Client) -> None:
     found = run(client, child, mapping, [*[-1] * 120, 4], 0.999, True, 200).get(timeout=60)
     assert (found["failed"], len(found["failures"]), found["results"]) == (120, 100, [*[None] * 120, 8])
+
+
+def test_results_that_are_too_large_together_park_their_page_and_undo_nothing(
+    child: Child, client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(client, child, spelling, list(range(100)))
+    page = f"run/{run_page.name}#0"
+    assert "raise the limit in all workers" in str(client.outcome(page).parked)
+    monkeypatch.setattr(text, "_limit_bytes", 400_000)
+    client.operate(page, "retry")
+    child.drain()
+    assert (result.get(timeout=60), sorted(DONE)) == (100, list(range(100)))
 
 
 def test_too_many_failures_undo_every_item_that_was_done(child: Child, client: Client, connection: Connection) -> None:
