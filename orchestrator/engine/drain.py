@@ -359,13 +359,13 @@ class Drainer:
     def _put_aside(self, items: list[Taken]) -> list[Taken]:
         """Leave runs alone whose saga is paused; orders for one that has not begun are heard all the same."""
         held = [item for item in items if item.run and item.run.saga in self._session.paused.sagas]
-        held = [item for item in held if item.run and (item.run.position or item.target != turns.ANYONE)]
         if not held:
             return items
+        heard = [item.run_id for item in held if item.target == turns.ANYONE]
         connection, advancer = self._session.ready()
         sagas, identity = list(self._session.paused.sagas), advancer.identity
         ids = [item.run_id for item in held]
-        aside = pauses.put_aside(connection, ids, sagas, identity.incarnation, identity.child)
+        aside = pauses.put_aside(connection, ids, sagas, identity.incarnation, identity.child, heard)
         return [item for item in items if item.run_id not in aside]
 
     def _start_turns(self, items: list[Taken]) -> list[Taken]:

@@ -2,10 +2,10 @@
 
 The row in `pauses` is the truth.  A child learns of it when it enters its drain, and again every second: it takes
 nothing from a queue that is paused and begins nothing on it.  The first turn of a saga that is paused is put aside, due
-in a thousand years; any other one is taken with an order to pause for its run.  Runs that have work outstanding get
-that order as well, page by page, twice, so that one is found that a child began before it knew.  `paused_runs`
-remembers who was told, and to lift a pause is to tell the same ones the opposite, before the row goes.  Whoever dies on
-the way leaves it to the pumps.
+in a thousand years; any other one, and a first one that anyone may take because something has come for the run, is
+taken with an order to pause.  Runs that have work outstanding get that order as well, page by page, twice, so that one
+is found that a child began before it knew.  `paused_runs` remembers who was told, and to lift a pause is to tell the
+same ones the opposite, before the row goes.  Whoever dies on the way leaves it to the pumps.
 
 Lock order: the row of the pause, then work.
 """
@@ -111,31 +111,41 @@ WITH paused AS (
     WHERE r.id = ANY(%(ids)s) AND r.finished_at IS NULL
 ), aside AS (
     UPDATE orchestrator.work w SET due_at = w.due_at + %(line)s, reserved_at = NULL, incarnation = NULL, child = NULL
-    FROM mine WHERE w.run_id = mine.id AND w.lane = 0 AND mine.position = 0 AND w.reserved_at IS NOT NULL
-      AND w.incarnation = %(incarnation)s AND w.child = %(child)s
+    FROM mine WHERE w.run_id = mine.id AND w.lane = 0 AND mine.position = 0 AND NOT mine.id = ANY(%(heard)s)
+      AND w.reserved_at IS NOT NULL AND w.incarnation = %(incarnation)s AND w.child = %(child)s
     RETURNING w.run_id
 ), noted AS (
     INSERT INTO orchestrator.paused_runs (saga, run_id) SELECT saga, id FROM mine
-    WHERE position > 0 OR id IN (SELECT run_id FROM aside) ON CONFLICT DO NOTHING RETURNING run_id
+    WHERE position > 0 OR id = ANY(%(heard)s) OR id IN (SELECT run_id FROM aside)
+    ON CONFLICT DO NOTHING RETURNING run_id
 ), told AS (
     INSERT INTO orchestrator.arrivals (run_id, arrival)
-    SELECT n.run_id, json_build_object(
+    SELECT m.id, json_build_object(
         'e', 'operate', 'action', 'pause', 'cause', 'saga', 'by', p.by, 'reason', p.reason)
-    FROM noted n JOIN mine m ON m.id = n.run_id AND m.position > 0
-    JOIN orchestrator.pauses p ON p.kind = 'saga' AND p.name = m.saga
+    FROM mine m JOIN orchestrator.pauses p ON p.kind = 'saga' AND p.name = m.saga
+    WHERE m.position > 0 AND m.id IN (SELECT run_id FROM noted) OR m.position = 0 AND m.id = ANY(%(heard)s)
 )
 SELECT run_id FROM aside
 """
 
 
 def put_aside(
-    connection: Connection, run_ids: Sequence[str], sagas: Sequence[str], incarnation: int, child: int
+    connection: Connection,
+    run_ids: Sequence[str],
+    sagas: Sequence[str],
+    incarnation: int,
+    child: int,
+    heard: Sequence[str] = (),
 ) -> set[str]:
     """Keep the turns that a child has reserved from running code of sagas that are paused.
 
-    Runs that have not begun are put aside, and returned; the others find an order to pause in their inbox.
+    Runs that have not begun are put aside, and returned; the others find an order to pause in their inbox, and so do
+    those of `heard`, which have something in it that does not wait for the end of the pause.
     """
-    values = {"ids": list(run_ids), "sagas": list(sagas), "line": LINE, "incarnation": incarnation, "child": child}
+    values = {
+        "ids": list(run_ids), "sagas": list(sagas), "line": LINE, "incarnation": incarnation, "child": child,
+        "heard": list(heard),
+    }  # fmt: skip
     failpoint("put_aside.before", connection)
     rows = connection.execute(_PUT_ASIDE, values).fetchall()
     failpoint("put_aside.after", connection)
@@ -204,7 +214,8 @@ WITH page AS (
     RETURNING w.queue
 )
 SELECT (SELECT count(*) FROM page), array(SELECT queue FROM begun), array(
-    SELECT r.id FROM orchestrator.runs r JOIN page ON page.run_id = r.id WHERE r.finished_at IS NULL AND r.position > 0)
+    SELECT r.id FROM orchestrator.runs r JOIN page ON page.run_id = r.id WHERE r.finished_at IS NULL
+      AND (r.position > 0 OR EXISTS (SELECT FROM orchestrator.arrivals a WHERE a.run_id = r.id)))
 """
 
 

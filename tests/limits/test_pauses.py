@@ -15,7 +15,8 @@ from orchestrator.client import Client
 from orchestrator.engine.drain import Drainer
 from orchestrator.engine.pump import Pump
 from orchestrator.errors import PayloadError, UsageError
-from orchestrator.store import doctor, liveness, pauses, turns
+from orchestrator.machine.journal import Restore, encode
+from orchestrator.store import arrivals, doctor, liveness, pauses, turns
 from tests.acceptance.running import until
 from tests.engine.stage import QUEUE, Child, entries, start, state, work
 
@@ -196,6 +197,36 @@ def test_a_run_that_sleeps_for_a_thousand_years_hears_of_a_forgotten_signal_all_
     assert pump.run_once(connection).given_back == 1
     child.drain()
     assert client.outcome("run").output == "good"
+
+
+@pytest.mark.parametrize("put_aside", [True, False])
+def test_a_run_of_a_paused_saga_that_hears_of_a_restore_does_not_begin(
+    child: Child, client: Client, connection: Any, put_aside: bool
+) -> None:
+    client.pause(saga=two, by="ann")
+    start(connection, two, 1)
+    if put_aside:
+        child.drain()
+    arrivals.leave(connection, "run", encode(Restore("ann")), anyone=True)
+    child.drain()
+    assert [entry["e"] for entry in entries(connection)] == ["restored", "operator"]
+    client.resume(saga=two, by="bob")
+    child.drain()
+    assert orders(connection, "run") == [("pause", "ann", "saga"), ("resume", "bob", "saga")]
+    assert state(connection) == "parked"  # a step that may have been done before the restore is for a person
+
+
+def test_a_pause_that_is_lifted_before_it_was_heard_holds_nobody(child: Child, client: Client, connection: Any) -> None:
+    client.pause(saga=two)
+    start(connection, two, 1)
+    arrivals.leave(connection, "run", encode(Restore("ann")), anyone=True)
+    turns.take(
+        connection, queues=[QUEUE], targets=[turns.ANYONE], incarnation=1, child=1, fences=[1], reservation=RESERVATION
+    )
+    assert pauses.put_aside(connection, ["run"], [two.name], 1, 1, heard=["run"]) == set()
+    client.resume(saga=two)
+    child.drain()
+    assert state(connection) == "parked"
 
 
 def test_whoever_died_while_telling_leaves_the_rest_to_the_pumps(
