@@ -68,7 +68,9 @@ async def hurried(program: Any) -> Any:
 
 
 Orders = list[tuple[int, str, int]]
-_ORDERS = ("cancel", "cancel", "terminate", "pause", "resume", "pause the saga", "resume the saga", "news", "mend")
+_ORDERS = (
+    "cancel", "cancel", "terminate", "pause", "resume", "pause the saga", "resume the saga", "news", "mend", "restore",
+)  # fmt: skip
 _LEAVES = ("step",) * 6 + ("sleep", "background", "fickle", "hear", "once", "gate", "mapped", "fail")
 _BRANCHES = (
     "sequence", "gather", "group", "first", "tolerant", "tolerant", "timeout", "wait_for", "scope", "locked",

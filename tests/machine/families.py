@@ -23,6 +23,7 @@ from orchestrator.machine.journal import (
     NewChild,
     Operate,
     Post,
+    Restore,
     RollbackBegan,
     Signal,
     Terminate,
@@ -189,6 +190,11 @@ class Member(World):
         if not turn.was_ended:
             self.family.continue_as_new(self, turn)
 
+    def hear_of_a_restore(self) -> None:
+        """Lose all work of the run, begun or not: its database was set back to this very moment."""
+        self._events = [event for event in self._events if not isinstance(event[2], Work | AttemptEnded)]
+        self.leave(Restore("ann"))
+
     # -- people ------------------------------------------------------------------------------------------------------
     def mend(self) -> bool:
         """Do what a person would do about what is parked or paused; tell whether there was anything."""
@@ -281,6 +287,9 @@ class Family:
                 run.leave(Signal("news", f"o{self.now}", "news"))
             case "mend":
                 run.mend()
+            case "restore":
+                for other in self._open:
+                    other.hear_of_a_restore()
             case _ if saga_too:
                 for other in self._open:
                     if other.info.saga == run.info.saga:
