@@ -17,7 +17,7 @@ from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Arrival, Cancel, Operate, Terminate, encode
 from orchestrator.machine.states import TERMINAL, RunState
-from orchestrator.store import arrivals, filters, pauses
+from orchestrator.store import arrivals, filters, pauses, runs
 from orchestrator.store.connection import Connection
 from orchestrator.store.filters import Found
 
@@ -97,7 +97,7 @@ class Order:
         """Say why it makes no sense for a run; the empty string if it does.  `held` are the sagas that are paused."""
         if self.action == "cancel" and run.past_pivot:
             return "past its point of no return"
-        if self.action == "pause" and run.state == RunState.COMPENSATING:
+        if self.action == "pause" and runs.goes_back(run.state, run.error, run.past_pivot):
             return "being undone"
         if self.action == "resume" and run.state != RunState.PAUSED:
             return "not paused"

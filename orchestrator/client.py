@@ -31,7 +31,7 @@ from orchestrator.errors import (
 )
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Arrival, Cancel, Operate, Signal, Terminate, encode
-from orchestrator.machine.states import TERMINAL, RunState
+from orchestrator.machine.states import TERMINAL
 from orchestrator.poller import Poller
 from orchestrator.reconcile import Looked
 from orchestrator.result import SagaResult, saga_of
@@ -273,7 +273,7 @@ class Client:
     def _check_pause(self, outcome: runs.Outcome, action: str, key: str) -> None:
         if key:
             raise UsageError(f"a run is paused as a whole: leave out the key {key!r:.100}")
-        if action == "pause" and outcome.state == RunState.COMPENSATING:
+        if action == "pause" and runs.goes_back(outcome.state, outcome.error, outcome.past_pivot):
             raise UsageError(f"run {outcome.id} is being undone, which cannot be paused")
         if action == "resume":
             with self.pool.connection() as connection:

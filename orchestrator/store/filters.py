@@ -70,6 +70,7 @@ class Found:
     saga: str
     state: str
     past_pivot: bool
+    error: dict[str, Json] | None
     parked: list[dict[str, Json]]
     started_at: datetime
 

@@ -132,6 +132,11 @@ class Outcome:
     published: Json
 
 
+def goes_back(state: str, error: object, past_pivot: bool) -> bool:
+    """Tell whether a run is being undone, be it that its undoing is parked: then it has an error, and no pivot."""
+    return state == "compensating" or (state == "parked" and error is not None and not past_pivot)
+
+
 def outcomes(connection: Connection, run_ids: Sequence[str]) -> dict[str, Outcome]:
     """Return how runs stand, by id (primary key)."""
     rows = connection.execute(_OUTCOME, {"ids": list(run_ids)}).fetchall()

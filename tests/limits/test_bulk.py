@@ -154,6 +154,13 @@ def test_many_are_paused_and_resumed(many: None, child: Child, client: Client, c
     assert client.bulk("resume", saga=sleeps).refused == {"not paused": 3}
 
 
+def test_a_run_whose_undoing_is_parked_is_not_said_to_be_paused(many: None, client: Client, connection: Any) -> None:
+    with pytest.raises(UsageError, match="is being undone"):
+        client.operate("fails-0", "pause")
+    effects = client.bulk("pause", saga=fails)
+    assert (effects.told, effects.refused) == (0, {"being undone": 3})
+
+
 def test_runs_that_are_paused_with_their_saga_are_not_said_to_go_on(
     many: None, child: Child, client: Client, connection: Any
 ) -> None:
