@@ -74,6 +74,10 @@ class StepOptions:
     key: str = ""
     celery: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.queue is None:  # Celery's way to leave it to the app's routes
+            object.__setattr__(self, "queue", "")
+
 
 class Step(Generic[P, R]):
     """A declared step: call it like the function it is, hand it to ``saga.step``, or ``delay`` it like a task."""

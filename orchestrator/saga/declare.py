@@ -67,6 +67,10 @@ class SagaOptions:
     on_code_error: CodeErrors = "park"
     signals: Mapping[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        if self.queue is None:  # Celery's way to leave it to the app
+            object.__setattr__(self, "queue", "")
+
 
 class Saga(Generic[P, R]):
     """A declared saga: start it like a Celery task."""
@@ -237,7 +241,7 @@ def define(
     name: str = ...,
     version: int = ...,
     deadline: timedelta | None = ...,
-    queue: str = ...,
+    queue: str | None = ...,
     priority: int = ...,
     on_code_error: CodeErrors = ...,
     signals: Mapping[str, Any] | None = ...,

@@ -79,6 +79,13 @@ def test_an_option_of_a_saga_that_makes_no_sense_is_refused(option: str, value: 
         saga.define(name="declared.paying", **options)(paying)
 
 
+def test_no_queue_is_said_as_celery_says_it() -> None:
+    """Every reader of the options takes a queue for text: `saga doctor` could not sort None among the others."""
+    declared = step(name="declared.queueless", queue=None)(pay)
+    assert (declared.options.queue, sound.with_options(queue=None).options.queue) == ("", "")
+    assert saga.define(name="declared.queueless", queue=None)(paying).options.queue == ""
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
