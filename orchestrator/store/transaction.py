@@ -93,6 +93,8 @@ class Transactions:
             if wants_session:
                 handed.flush()
                 handed.expunge_all()
+            while (nested := connection.get_nested_transaction()) not in (inner, None) and nested.is_active:
+                nested.commit()  # a Session's own savepoint: SQLAlchemy warns of one that is left open
             inner.commit()
             if not settle(_driver(connection), value):
                 outer.rollback()

@@ -9,6 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import Connection, text
+from sqlalchemy.orm import Session
 
 from orchestrator.store.connection import CommitUnknown, TransactionFailed
 from orchestrator.store.transaction import Transactions
@@ -65,6 +66,19 @@ def test_who_stands_still_while_the_outcome_is_written_finds_the_transaction_end
 
     with pytest.raises(TransactionFailed, match="idle-in-transaction timeout"):
         transactions.run(False, timedelta(milliseconds=200), backend_of, settle)
+
+
+def test_what_a_session_wrote_is_committed_without_a_warning(transactions: Transactions, database_url: str) -> None:
+    """Its own savepoint, and one that the step has left open, lie within that of the engine."""
+
+    def work(session: Session) -> None:
+        session.execute(text("CREATE TABLE written (n int)"))
+        session.begin_nested()
+        session.execute(text("INSERT INTO written VALUES (7)"))
+
+    transactions.run(True, MINUTE, work, lambda connection, value: True)
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT n FROM written").fetchall() == [(7,)]
 
 
 def test_a_connection_lost_before_the_commit_leaves_it_unknown(transactions: Transactions, database_url: str) -> None:
