@@ -108,6 +108,22 @@ class _Guarded:
             # redelivers them anyhow.
             logger.warning("The lost broker connection could not be closed: %s", wire.reason(failure))
 
+    def call_soon_ack(self, acknowledge: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Acknowledge in the event loop, and survive that it is too late.
+
+        kombu 5.7 has no error of its own for a channel of Redis that is gone.  The broker gives it again anyhow.
+        In a pool of threads a task may be begun, and is acknowledged only then, long after its connection was lost.
+        """
+
+        @wraps(acknowledge)
+        def survive(*args: Any, **options: Any) -> None:
+            try:
+                acknowledge(*args, **options)
+            except AttributeError as failure:
+                logger.warning("A message of a lost broker connection is not acknowledged: %s", type(failure).__name__)
+
+        return super().call_soon_ack(survive, *args, **options)  # type: ignore[misc]
+
     def _survive(self, handle: Callable[..., Any], what: str) -> Callable[..., Any]:
         @wraps(handle)
         def survive(*args: Any) -> Any:

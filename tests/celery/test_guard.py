@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import bz2
 import json
+import logging
 import lzma
 import os
 import struct
@@ -21,13 +22,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import amqp
+import kombu
 import pytest
 import redis
+from celery.worker.consumer import Consumer as Stock
 from kombu import compression
+from kombu.asynchronous import Hub
 from kombu.exceptions import DecodeError
 from kombu.transport import pyamqp
 
-from orchestrator.celery import wire
+from orchestrator.celery import guard, wire
 
 SECRET = "s3cret-payload"
 ROOT = Path(__file__).parents[2]
@@ -285,6 +289,24 @@ def test_ordinary_messages_pass(broker_url: str, tmp_path: Path) -> None:
         until(lambda: site.redis.llen("noted") == 2, "the chain went on")
     assert site.redis.lrange("noted", 0, -1) == [b"('old',)", b"(5,)"]
     assert site.complaints() == []
+
+
+def test_a_message_whose_channel_is_gone_is_acknowledged_in_vain_and_no_more(
+    broker_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With threads a task is acknowledged when one begins it, which may be long after its connection was lost."""
+    consumer = object.__new__(type("Consumer", (guard._Guarded, Stock), {}))
+    consumer.hub, consumer.connection_errors = Hub(), (ConnectionError,)
+    with kombu.Connection(broker_url) as connection:
+        queue = connection.SimpleQueue("acknowledged-late")
+        queue.put("work")
+        message = queue.get(timeout=10.0)
+        message.channel.basic_recover(requeue=True)  # what was delivered has gone back to its queue
+    consumer.call_soon_ack(message.ack_log_error, logging.getLogger(), consumer.connection_errors)
+    for ready in consumer.hub._pop_ready():
+        ready()
+    said = "A message of a lost broker connection is not acknowledged: AttributeError"
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_unknown_tasks_wait_for_a_newer_worker(broker_url: str, tmp_path: Path) -> None:
