@@ -37,6 +37,18 @@ def must_be_timedelta(option: str, value: Any) -> None:
         raise DefinitionError(f"{option} takes a timedelta, such as timedelta(seconds=30), not {value!r:.80}")
 
 
+def _must_be_errors(types: Any) -> None:
+    """Refuse what would never match: a lone name is a sequence of letters.  Raises: DefinitionError."""
+    several = isinstance(types, (tuple, list, set, frozenset))
+    if not several or not all(
+        isinstance(each, str) or (isinstance(each, type) and issubclass(each, BaseException)) for each in types
+    ):
+        raise DefinitionError(
+            "RetryPolicy: non_retryable_error_types takes a tuple of exception classes, or of their names, such as "
+            f"(CardDeclined, 'ValidationError'), not {types!r:.80}"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """Say how often and when a step is tried again; the five fields are Temporal's.
@@ -64,6 +76,7 @@ class RetryPolicy:
             raise DefinitionError("RetryPolicy: intervals must satisfy 0 <= initial_interval <= maximum_interval")
         if not 1 <= self.backoff_coefficient < math.inf:
             raise DefinitionError("RetryPolicy: backoff_coefficient must be 1.0 or more, and finite")
+        _must_be_errors(self.non_retryable_error_types)
 
     def delay(self, attempts: int) -> timedelta:
         """Return the pause after `attempts` failed attempts (1 or more)."""

@@ -100,6 +100,11 @@ def test_no_queue_is_said_as_celery_says_it() -> None:
         {"initial_interval": timedelta(minutes=2)},
         {"initial_interval": 1},
         {"maximum_interval": 60},
+        {"non_retryable_error_types": "ValueError"},
+        {"non_retryable_error_types": ValueError},
+        {"non_retryable_error_types": (ValueError, 5)},
+        {"non_retryable_error_types": (ValueError("no"),)},
+        {"non_retryable_error_types": (int,)},
     ],
 )
 def test_a_retry_policy_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
