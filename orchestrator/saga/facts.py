@@ -35,9 +35,14 @@ def _digest(call: str) -> bytes:
 def version(change: str, minimum: int, maximum: int) -> int:
     """Answer `maximum` to a run that comes here for the first time, and what it was told then to every replay.
 
-    A run that passed this point before the gate was deployed gets `minimum`.
+    A run that passed this point before the gate was deployed gets `minimum`.  Raises: UsageError.
     """
     code = code_of("version")
+    if not (type(minimum) is type(maximum) is int and minimum <= maximum):
+        raise UsageError(
+            f"saga.version({change!r:.80}, {minimum!r:.20}, {maximum!r:.20}): the minimum and the maximum are whole "
+            "numbers, and the minimum comes first"
+        )
     if not is_name(change):
         raise UsageError("saga.version: the name of a change must be text of 1 to 500 printable bytes")
     return code.version(change, minimum, maximum)

@@ -347,6 +347,17 @@ def test_a_gate_in_a_loop_does_not_change_its_answer_between_two_rounds() -> Non
     assert stage.state == "completed"
 
 
+@pytest.mark.parametrize("range_", [(2, 1), ("1", "2"), (1, None), (True, 2)])
+def test_a_gate_whose_numbers_make_no_sense_is_refused_before_one_is_recorded(range_: Any) -> None:
+    """With the larger one first a new run went on with the smaller one, and drifted when it was replayed."""
+
+    async def gated(n: int) -> None:
+        saga.version("change", *range_)
+
+    with pytest.raises(CodeError, match="the minimum comes first"):
+        Stage(_declared(gated), 1).turn()
+
+
 def test_code_that_no_longer_supports_a_recorded_number_is_drift() -> None:
     async def old(n: int) -> None:
         saga.version("change", 1, 1)
