@@ -6,6 +6,7 @@ declared steps to its Celery app.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import copy
 import inspect
@@ -316,6 +317,8 @@ def _check_options(step: Step[Any, Any]) -> None:
     options = step.options
     if options.transactional and options.local:
         raise DefinitionError(f"step {step.name}: local=True and transactional=True exclude each other")
+    if options.transactional:
+        _check_connection(step)
     _check_choices(step.name, options)
     if options.effect is Effect.NONE and options.compensate is not None:
         raise DefinitionError(f"step {step.name}: Effect.NONE says there is nothing to undo, yet compensate= is given")
@@ -330,6 +333,19 @@ def _check_options(step: Step[Any, Any]) -> None:
     _check_limit(step)
     if options.compensate is not None:
         _undo_of(step)
+
+
+def _check_connection(step: Step[Any, Any]) -> None:
+    """What is certainly not handed in: with the types of SQLAlchemy this could be told better, but not be imported."""
+    first = next(iter(inspect.signature(step.function).parameters.values()), None)
+    kind: Any = first.annotation if first is not None else None
+    named = str(getattr(kind, "__name__", kind))
+    if first is None or "Async" in named or (named != "object" and hasattr(builtins, named)):
+        takes = f"{first.name}: {named}" if first is not None else "nothing"
+        raise DefinitionError(
+            f"step {step.name}: transactional=True hands it a Connection of SQLAlchemy, or a Session, as its first "
+            f"parameter, which callers leave out; it takes {takes}"
+        )
 
 
 def _check_choices(name: str, options: StepOptions) -> None:

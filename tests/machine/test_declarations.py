@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from celery import chain, chord, group, shared_task
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from orchestrator import saga, step
 from orchestrator.errors import DefinitionError
@@ -77,6 +78,22 @@ def test_an_option_of_a_saga_that_makes_no_sense_is_refused(option: str, value: 
     options: dict[str, Any] = {option: value}
     with pytest.raises(DefinitionError, match=rf"saga paying: {option}"):
         saga.define(name="declared.paying", **options)(paying)
+
+
+async def lies_in_async(session: AsyncSession, n: int) -> None: ...
+
+
+def takes_nothing() -> None: ...
+
+
+def takes_what_it_likes(conn, n: int) -> None: ...  # type: ignore[no-untyped-def]
+
+
+@pytest.mark.parametrize("wrong", [pay, takes_nothing, lies_in_async])
+def test_a_transactional_step_that_takes_no_connection_is_refused(wrong: Any) -> None:
+    with pytest.raises(DefinitionError, match="hands it a Connection of SQLAlchemy, or a Session"):
+        step(name="declared.transactional", transactional=True)(wrong)
+    step(name="declared.transactional", transactional=True)(takes_what_it_likes)
 
 
 def test_no_queue_is_said_as_celery_says_it() -> None:
