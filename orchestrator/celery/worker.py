@@ -90,6 +90,11 @@ class CompanionStep(bootsteps.StartStopStep):
         self._incarnation: int | None = None
         self._forking = threading.Lock()
         self._ends_at = math.inf
+        if worker.pool_cls.is_green:  # whose Popen forks in Python, and would wait here for the lock of `exclude_forks`
+            raise SystemExit(
+                "orchestrator: a pool of greenlets (gevent, eventlet) cannot drive sagas; start this worker with "
+                "-P prefork, threads or solo"
+            )
         _limit_all_but_drains(worker)  # here, for of steps that are created the pool may be the first
 
     def create(self, worker: Any) -> None:
