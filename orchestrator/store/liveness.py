@@ -88,13 +88,13 @@ WITH lost AS (
     RETURNING lost.*, w.details
 )
 INSERT INTO orchestrator.arrivals (run_id, arrival)
-SELECT run_id, json_strip_nulls(json_build_object(
+SELECT run_id, json_build_object(
     'e', 'outcome', 'key', key, 'role', CASE role WHEN 'once' THEN 'do' ELSE role END, 'attempt', attempt,
     'pause', CASE WHEN %(known_dead)s AND attempt = 1 THEN 0 END,
     'verdict', CASE WHEN harmless THEN 'failed' ELSE 'doubt' END, 'began', begun_at, 'details', details,
-    'quiet', CASE WHEN %(known_dead)s OR harmless THEN '' ELSE to_char(deadline_at AT TIME ZONE 'UTC',
-        'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"') END,
-    'error', %(error)s::json))
+    'quiet', CASE WHEN %(known_dead)s OR harmless OR deadline_at IS NULL THEN '' ELSE to_char(
+        deadline_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"') END,
+    'error', %(error)s::json)
 FROM gone ORDER BY run_id, lane RETURNING run_id
 """
 _OF_DEAD = "begun_by IN (SELECT id FROM orchestrator.incarnations WHERE id = %(incarnation)s AND dead_at IS NOT NULL)"

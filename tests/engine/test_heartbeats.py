@@ -9,8 +9,9 @@ import pytest
 
 from orchestrator import Effect, RetryPolicy, saga, step
 from orchestrator.client import Client
+from orchestrator.store import liveness
 from orchestrator.store.connection import Connection
-from tests.engine.stage import Child, run, state
+from tests.engine.stage import Child, run, start, state
 
 THRICE = RetryPolicy(timedelta(0), 1.0, timedelta(0), 3)
 TOLD: list[Any] = []
@@ -69,3 +70,34 @@ async def consuming(n: int) -> list[int]:
 
 def test_what_an_attempt_changes_of_the_details_that_it_was_given_is_no_heartbeat(child: Child, client: Client) -> None:
     assert run(client, child, consuming, 1).get(timeout=5) == [1, 2]
+
+
+@step(effect=Effect.NONE, retry=THRICE)
+def crawl(n: int) -> int:
+    current = step.current()
+    TOLD.append(current.heartbeat_details)
+    if current.attempt == 1:
+        current.heartbeat({"cursor": None, "seen": {"a": None}})
+    return n
+
+
+@saga.define
+async def crawling(n: int) -> int:
+    return await saga.step(crawl, n)
+
+
+def test_details_of_an_attempt_whose_worker_is_lost_are_what_it_told(child: Child, connection: Connection) -> None:
+    def die(taken: Any) -> None:
+        raise KeyboardInterrupt
+
+    TOLD.clear()
+    child.runner.after = die
+    start(connection, crawling, 1)
+    with pytest.raises(KeyboardInterrupt):
+        child.drain()
+    liveness.declare_dead(connection, child.incarnation)
+    liveness.give_back_gone(connection, child.incarnation)
+    child.runner.after = lambda taken: None
+    child.reborn()
+    child.drain()
+    assert (state(connection), TOLD) == ("completed", [None, {"cursor": None, "seen": {"a": None}}])
