@@ -14,7 +14,7 @@ from orchestrator.client import Client
 from orchestrator.errors import UsageError
 from orchestrator.step import step
 from orchestrator.store import runs
-from tests.engine.stage import QUEUE, Child, entries, start, state, work
+from tests.engine.stage import QUEUE, Child, entries, run, start, state, states, work
 
 
 @step
@@ -149,3 +149,23 @@ def test_the_function_of_a_once_is_tried_again_while_its_run_is_paused(
     client.operate("run", "resume")
     child.drain()
     assert client.outcome("run").output == [2, "1.25"]
+
+
+@saga.define
+async def waiting(n: int) -> None:
+    await saga.wait_signal("go")
+
+
+@saga.define
+async def with_children(n: int) -> None:
+    await asyncio.gather(*(saga.child(waiting, number) for number in range(n)))
+
+
+def test_children_of_a_run_that_is_paused_and_resumed_at_once_go_on(
+    child: Child, client: Client, connection: psycopg.Connection[Any]
+) -> None:
+    run(client, child, with_children, 20)
+    client.operate("run", "pause")
+    client.operate("run", "resume")
+    child.drain()
+    assert set(states(connection).values()) == {"running"}

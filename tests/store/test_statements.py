@@ -867,3 +867,15 @@ def test_every_hot_statement_keeps_its_index(among_many: Connection, plans: list
     assert plans, "auto_explain shows the plans"
     assert not LARGE.search(text), text
     assert {index for index in indexes if index not in text} == set(), text
+
+
+def test_each_run_hears_what_a_turn_tells_it_in_the_order_in_which_it_is_told(connection: Connection) -> None:
+    others = [f"r{n}" for n in range(20)]
+    for run_id in ("r", *others):
+        start(connection, run_id)
+    told = [{"run": run_id, "arrival": {"n": n}, "anyone": True} for n in (1, 2) for run_id in others]
+    assert commit(connection, posts=told).written
+    heard: dict[str, list[int]] = {}
+    for run_id, arrival in connection.execute("SELECT run_id, arrival FROM orchestrator.arrivals ORDER BY id"):
+        heard.setdefault(run_id, []).append(arrival["n"])
+    assert heard == {run_id: [1, 2] for run_id in others}

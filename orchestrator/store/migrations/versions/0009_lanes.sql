@@ -151,13 +151,15 @@ DECLARE
     v_queue text;
     v_queues text[] := '{}';
 BEGIN
-    -- An arrival for each of these runs, and its turn due; in the order of their ids.  Returns the queues to ring.
+    -- An arrival for each of these runs, and its turn due; in the order of their ids, and for each run in the order in
+    -- which they were given.  Returns the queues to ring.
     FOR v_post IN
         SELECT r.id, r.queue, r.priority, p.arrival,
             CASE WHEN p.anyone OR r.state = 'compensating' OR r.finished_at IS NOT NULL THEN '*'
                  ELSE r.saga || '@' || r.version END AS target
-        FROM jsonb_to_recordset(p_posts) AS p (run text, arrival jsonb, anyone boolean)
-        JOIN orchestrator.runs r ON r.id = p.run ORDER BY r.id
+        FROM ROWS FROM (jsonb_to_recordset(p_posts) AS (run text, arrival jsonb, anyone boolean))
+            WITH ORDINALITY AS p (run, arrival, anyone, n)
+        JOIN orchestrator.runs r ON r.id = p.run ORDER BY r.id, p.n
     LOOP
         INSERT INTO orchestrator.arrivals (run_id, arrival) VALUES (v_post.id, v_post.arrival);
         INSERT INTO orchestrator.work AS w (run_id, key, role, target, queue, priority, due_at)
