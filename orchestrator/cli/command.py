@@ -6,6 +6,7 @@ Owns how a command begins and ends.  Must never know what a particular command d
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -43,6 +44,8 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command.  Raises: ClickException, which exits with code 1; UsageError, with 2."""
+        if not _shows_all() and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
         try:
             return super().invoke(ctx)
         except OrchestratorError as error:
@@ -51,6 +54,11 @@ class Command(click.Command):
             raise click.ClickException(f"Postgres refuses: {first_line(error)}") from None
         except UnicodeEncodeError:  # a shell hands bytes that are not UTF-8 on as lone surrogates
             raise click.UsageError("what was said is not text in UTF-8, and so nothing here is called that") from None
+
+
+def _shows_all() -> bool:
+    """Tell whether the terminal, or whatever reads this, takes any text: in some locales it does not."""
+    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
 
 
 as_json = click.option("--json", "json_", is_flag=True, help="Print JSON for programs.")
@@ -131,7 +139,7 @@ def console(ctx: click.Context) -> Console:
 
 def print_json(value: Any) -> None:
     """Print a value as indented JSON; instants are ISO 8601 in UTC."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=words.plain))
+    click.echo(json.dumps(value, indent=2, ensure_ascii=not _shows_all(), default=words.plain))
 
 
 def grid(*columns: str) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 import psycopg
 import pytest
@@ -10,6 +12,7 @@ from celery.bin.base import CLIContext
 from click.testing import CliRunner
 
 from orchestrator.cli import saga
+from orchestrator.cli.command import Command, console, print_json
 from tests.cli.conftest import Terminal
 
 COMMANDS = ["dev", "migrate", "start", "list", "show", "history", "explain", "signal", "cancel", "terminate", "pause",
@@ -88,3 +91,19 @@ def test_words_that_are_not_utf_8_are_no_traceback(terminal: Terminal, arguments
     said = terminal.run(*words)
     assert said.exception is None or isinstance(said.exception, SystemExit), said.exception
     assert "Traceback" not in said.output
+
+
+@click.command(cls=Command)
+@click.option("--json", "json_", is_flag=True)
+@click.pass_context
+def speak(ctx: click.Context, json_: bool) -> None:
+    if json_:
+        print_json({"id": "späte → 1"})
+    else:
+        console(ctx).print("späte → 1")
+
+
+def test_what_a_terminal_cannot_show_is_left_out_and_json_stays_whole() -> None:
+    """In a locale that is not UTF-8; the error was that what the user had said was not UTF-8."""
+    assert CliRunner(charset="latin-1").invoke(speak).output == "späte ? 1\n"
+    assert json.loads(CliRunner(charset="latin-1").invoke(speak, ["--json"]).output) == {"id": "späte → 1"}
