@@ -68,7 +68,9 @@ def migrate(ctx: click.Context, json_: bool) -> None:
 @click.option("--id", "run_id", help="The run id. Starting the same id with the same input again changes nothing.")
 @click.option("--countdown", type=float, metavar="SECONDS", help="Start that much later.")
 @click.option("--priority", type=click.IntRange(0, 9), help="Higher first.")
-@click.option("--wait", type=float, metavar="SECONDS", help="Wait for the run to end and print its result.")
+@click.option(
+    "--wait", type=click.FloatRange(min=0), metavar="SECONDS", help="Wait for the run to end and print its result."
+)
 @as_json
 @click.pass_context
 def start(

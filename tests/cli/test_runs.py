@@ -72,6 +72,11 @@ def test_waiting_for_a_run_that_fails_exits_with_1(worked: Terminal) -> None:
     assert json.loads(failed.stdout)["state"] == "compensated"
 
 
+def test_a_negative_time_to_wait_starts_nothing(terminal: Terminal) -> None:
+    said = terminal.run("start", "nap", '[{"id": "1"}]', "--id", "hurried", "--wait", "-1")
+    assert (said.exit_code, terminal.run("show", "hurried").exit_code) == (2, 1)
+
+
 def test_waiting_too_long_says_how_to_ask_again(terminal: Terminal) -> None:
     late = terminal.run("start", "nap", '[{"id": "1"}]', "--id", "late", "--wait", "0.01")
     assert late.exit_code == 1
