@@ -362,6 +362,12 @@ def _check_choices(name: str, options: StepOptions) -> None:
             raise DefinitionError(f"step {name}: heartbeat_timeout must be positive, or None")
     if options.retry is not None and not isinstance(options.retry, RetryPolicy):
         raise DefinitionError(f"step {name}: retry= takes a RetryPolicy(...), not {options.retry!r:.80}")
+    for error in options.retry.error_names if options.retry is not None else ():
+        if not error.isidentifier():  # not the policy's own business: it reads what journals have, too
+            raise DefinitionError(
+                f"step {name}: non_retryable_error_types has {error!r:.80}, which is no class's name: that is without "
+                "its module, such as 'CardDeclined'"
+            )
     if not is_priority(options.priority):
         raise DefinitionError(f"step {name}: priority must be a whole number from 0 to 9 (higher first)")
     if options.effect is not None and not isinstance(options.effect, Effect):

@@ -129,6 +129,17 @@ def test_a_retry_policy_that_makes_no_sense_is_refused(wrong: dict[str, Any]) ->
         RetryPolicy(**wrong)
 
 
+@pytest.mark.parametrize("name", ["shop.errors.CardDeclined", "", "Card Declined"])
+def test_a_name_that_no_error_can_have_is_refused(name: str) -> None:
+    """It was never met, so that an error that says "certainly no effect" was tried again, and its step undone."""
+    policy = RetryPolicy(non_retryable_error_types=(name,))
+    with pytest.raises(DefinitionError, match="no class's name"):
+        step(name="declared.refused", retry=policy)(pay)
+    with pytest.raises(DefinitionError, match="no class's name"):
+        sound.with_options(retry=policy)
+    assert RetryPolicy.decode(policy.encode()).error_names == (name,)
+
+
 @pytest.mark.parametrize("longest", [timedelta.max, timedelta(days=400_000)])
 def test_a_pause_without_a_bound_is_read_back_from_a_journal(longest: timedelta) -> None:
     policy = RetryPolicy(maximum_interval=longest)
