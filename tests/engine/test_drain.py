@@ -762,9 +762,9 @@ def test_a_drain_comes_to_an_end_although_no_other_task_waits(
     new_child: Callable[..., Child], connection: Connection
 ) -> None:
     """Celery may want to replace its child."""
-    child = new_child(drain_seconds=0.01)
+    child = new_child(drain_seconds=0.1)
     child.waited_for = False
-    child.runner.after = lambda taken: time.sleep(0.02)
+    child.runner.after = lambda taken: time.sleep(0.03)
     start(connection, in_a_row, [f"{n}" for n in range(100)])
     assert 0 < child.drain() < 100
     assert state(connection) == "running" and child.rings
