@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from celery import Celery
@@ -23,9 +23,12 @@ class Fixups:
     def __init__(self, app: Celery) -> None:
         self._django = [found for found in getattr(app, "_fixups", None) or () if isinstance(found, DjangoFixup)]
 
-    @contextmanager
-    def around_step(self) -> Iterator[None]:
+    def around_step(self) -> AbstractContextManager[None]:
         """Close the connections of Django before and after a step; which it keeps for longer is the app's to say."""
+        return self._around_step() if self._django else nullcontext()
+
+    @contextmanager
+    def _around_step(self) -> Iterator[None]:
         self._close("close_database")
         try:
             yield
