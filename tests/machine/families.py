@@ -191,8 +191,13 @@ class Member(World):
             self.family.continue_as_new(self, turn)
 
     def hear_of_a_restore(self) -> None:
-        """Lose all work of the run, begun or not: its database was set back to this very moment."""
-        self._events = [event for event in self._events if not isinstance(event[2], Work | AttemptEnded)]
+        """Lose all work of the run, begun or not: its database was set back to this very moment.
+
+        All workers have been stopped before, so that nobody reports what lands late; nothing does.
+        """
+        gone = Work | AttemptEnded | LateSuccess
+        self._events = [event for event in self._events if not isinstance(event[2], gone)]
+        self._landings.clear()
         self.leave(Restore("ann"))
 
     # -- people ------------------------------------------------------------------------------------------------------
