@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from celery.concurrency.prefork import TaskPool
+
 from orchestrator.celery.companion import Config
 from orchestrator.celery.worker import CompanionStep
 
@@ -28,7 +30,8 @@ def main(folder: str) -> None:
     shell.write_text("#!/bin/sh\nread config\necho incarnation 1\nread end\n")
     shell.chmod(0o700)
     sys.executable = str(shell)
-    step = CompanionStep(SimpleNamespace(app=SimpleNamespace(tasks={}), time_limit=None, soft_time_limit=None))
+    app = SimpleNamespace(tasks={})
+    step = CompanionStep(SimpleNamespace(app=app, pool_cls=TaskPool, time_limit=None, soft_time_limit=None))
     nothing: dict[str, Any] = dict.fromkeys(field.name for field in fields(Config))
     step._config = Config(**nothing)
     step.exclude_forks()

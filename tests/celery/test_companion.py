@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import redis
 from celery import Celery
+from celery.concurrency.prefork import TaskPool
 
 from orchestrator import saga
 from orchestrator.celery.companion import Config
@@ -32,7 +33,7 @@ def test_it_reaches_the_broker_by_the_options_that_the_worker_has(
         keepalive = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPCNT: 3}
         app.conf.broker_transport_options = {"socket_keepalive": True, "socket_keepalive_options": keepalive}
         broker = connection_options(app)
-    step = CompanionStep(SimpleNamespace(app=app, time_limit=None, soft_time_limit=None))
+    step = CompanionStep(SimpleNamespace(app=app, pool_cls=TaskPool, time_limit=None, soft_time_limit=None))
     (tmp_path / "run").mkdir()
     step._config = Config.of(
         settings, broker=broker, socket=str(tmp_path / "run" / "companion"), node="companion@here", pid=os.getpid(),
