@@ -22,7 +22,7 @@ from orchestrator.store.connection import Connection
 from orchestrator.store.permits import Permits
 from orchestrator.store.turns import Taken
 
-LINGER_S = (*[0.0005] * 4, 0.001, 0.002, 0.003, 0.004)  # after work, the waits before each look for more of it
+LINGER_S = (*[0.0005] * 4, *[0.001] * 10)  # after work, the waits before each look for more of it
 
 
 @dataclass(slots=True)
