@@ -26,7 +26,6 @@ from orchestrator.store.turns import Taken
 
 logger = logging.getLogger(__name__)
 _GATHER_S = 0.012  # how long to let short work gather where it comes fast: a wave of 16 costs half of four of 4
-_BRIEF_S = 0.02  # work that was shorter than this leaves little to be found at once
 _IN_VAIN, _TRY_AGAIN = 2, 16  # after so many times in vain one look has to do, but each so many-th time
 _LEAD_S, _LEADS_FROM = 0.06, 4  # how long others stand by for a child that took so many at once, until it looks again
 _STAND_BY_S = 0.004  # between looks whether it still takes all that comes
@@ -150,9 +149,9 @@ class Drainer:
     def _linger(self) -> list[Taken]:
         """Take what is due; after work, wait a moment for more of it, which is cheaper than a doorbell for each.
 
-        After a look that left nothing behind, and short work, the wait comes first.  It is longer where short steps
-        come several at once: the more are taken together, the less each costs, and whoever starts them gets the CPU
-        meanwhile.  Where nothing came the last times, or another child of this worker looks as well, it is short.
+        It looks at once, for then it is known to be looking, and nobody rings.  But where short steps come several at
+        once the wait comes first: the more are taken together, the less each costs, and whoever starts them gets the
+        CPU meanwhile.  Where nothing came the last times, or another child of this worker looks as well, it is short.
         """
         if not self._stand_by():
             return []
@@ -162,7 +161,7 @@ class Drainer:
         if pauses and self._together and not self._more_due:
             pauses.insert(0, _GATHER_S)
             self._lead(2 * _GATHER_S)
-        elif not pauses or self._more_due or time.monotonic() - self._took_at > _BRIEF_S:
+        else:
             pauses.insert(0, 0.0)
         self._others_look = False
         taken: list[Taken] = []
