@@ -223,8 +223,8 @@ class UsageError(OrchestratorError):
     """Refuse the right thing in the wrong place; the message names the right call."""
 
 
-def describe_exception(error: BaseException) -> dict[str, Any]:
-    """Describe an exception as JSON: type, module, message, traceback, names of its classes.
+def describe_exception(error: BaseException, trace: str = "") -> dict[str, Any]:
+    """Describe an exception as JSON: type, module, message, traceback (`trace`, if known), names of its classes.
 
     The message is bounded to 8 KiB, the traceback to 16 KiB (its end is kept: there the error is). Never
     raises, whatever the exception's own ``__str__`` and ``__repr__`` do; NUL and lone surrogates are
@@ -235,7 +235,7 @@ def describe_exception(error: BaseException) -> dict[str, Any]:
         "type": _storable(kind.__qualname__, 255),
         "module": _storable(kind.__module__, 255),
         "message": _storable(_message(error), MESSAGE_BYTES),
-        "traceback": _storable(_traceback(error), TRACEBACK_BYTES, keep_end=True),
+        "traceback": _storable(trace or _traceback(error), TRACEBACK_BYTES, keep_end=True),
         "mro": [_storable(base.__qualname__, 255) for base in kind.__mro__ if base is not object][:20],
     }
 

@@ -379,7 +379,10 @@ def _translate(taken: Taken, traced: Any) -> Invocation:
         return Invocation(None)
     if isinstance(raised, Reject):
         return Invocation(error=Rejected(str(raised.reason or "the task raised Reject")))
-    return Invocation(error=raised if isinstance(raised, BaseException) else RuntimeError(str(raised)))
+    if not isinstance(raised, BaseException):
+        return Invocation(error=RuntimeError(str(raised)))
+    told = traced.retval  # of the exception itself, or of one in its place that can be pickled
+    return Invocation(error=raised, trace=told.traceback if getattr(told, "exception", None) is raised else "")
 
 
 def _seconds(when: Any) -> float | None:

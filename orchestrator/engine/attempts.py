@@ -176,7 +176,7 @@ class Attempts:
                 return AttemptEnded(taken.key, role, taken.attempt, "succeeded", invocation.result, None, worker, began)
             except PayloadError as refused:
                 error = refused
-        described = describe_exception(error)
+        described = describe_exception(error, invocation.trace)
         verdict = "failed" if harmless or invocation.harmless else "doubt"
         if isinstance(error, Rejected) or self._refused(taken, described):
             verdict = "rejected"

@@ -29,14 +29,15 @@ LINGER_S = (*[0.0005] * 4, *[0.001] * 10)  # after work, the waits before each l
 class Invocation:
     """What came of running a step's code: a result already encoded, or the error.
 
-    `pause` (seconds) is what Celery's own retry asked for; `harmless` says that no code ran, or that all it did was
-    rolled back.
+    `trace` is the text of its traceback, if that is known; `pause` (seconds) is what Celery's own retry asked for;
+    `harmless` says that no code ran, or that all it did was rolled back.
     """
 
     result: Json = None
     error: BaseException | None = None
     pause: float | None = None
     harmless: bool = False
+    trace: str = ""
 
 
 class StepRunner(Protocol):
