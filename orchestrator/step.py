@@ -6,38 +6,28 @@ declared steps to its Celery app.
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import copy
-import inspect
 import threading
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Concatenate, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, get_args, overload
+from typing import Any, Concatenate, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
 
 from orchestrator.codec import FunctionCodec, Json, PlainCodec, canonical_text, is_name
+from orchestrator.declaration import OnUnknown, StepOptions, check_options, check_parameters, key_names, refuse_or_keep
 from orchestrator.errors import DefinitionError, UsageError
 from orchestrator.machine.journal import Undo
 from orchestrator.machine.loop import inside_saga
-from orchestrator.machine.policy import (
-    LONGEST_TIMEOUT,
-    START_TO_CLOSE,
-    Effect,
-    Limit,
-    RetryPolicy,
-    is_priority,
-    must_be_timedelta,
-)
+from orchestrator.machine.policy import START_TO_CLOSE, Effect, Limit
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 C = TypeVar("C")
-OnUnknown = Literal["compensate", "probe", "park"]
 
 
 class BoundTask(Protocol):
@@ -55,31 +45,6 @@ class BoundTask(Protocol):
     def chunks(self, it: Any, n: int) -> Any: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepOptions:
-    """Everything that is declared about a step; see `step` for the meaning of each."""
-
-    queue: str = ""
-    priority: int = 0
-    effect: Effect | None = None
-    compensate: Any = None
-    on_unknown: OnUnknown | None = None
-    retry: RetryPolicy | None = None
-    start_to_close_timeout: timedelta = START_TO_CLOSE
-    heartbeat_timeout: timedelta | None = None
-    transactional: bool = False
-    local: bool = False
-    rate_limit: str | None = None
-    concurrency: int | None = None
-    limit_key: str | Callable[..., Any] | None = None
-    key: str = ""
-    celery: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.queue is None:  # Celery's way to leave it to the app's routes
-            object.__setattr__(self, "queue", "")
-
-
 class Step(Generic[P, R]):
     """A declared step: call it like the function it is, hand it to ``saga.step``, or ``delay`` it like a task."""
 
@@ -95,7 +60,7 @@ class Step(Generic[P, R]):
         self.__module__ = function.__module__
         self.__wrapped__ = function
         self._undo: Undo | None = None
-        _check_options(self)
+        _check(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         self._refuse_in_saga("called")
@@ -118,7 +83,7 @@ class Step(Generic[P, R]):
         None if it certainly is not.  Raises: DefinitionError for a parameter that the step does not have.
         """
         probe: Step[..., C] = Step(function, name_of(function), replace(_PROBE_OPTIONS, queue=self.options.queue))
-        _check_parameters(probe, self, "probe", also=())
+        check_parameters(probe, self, "probe", also=())
         self.probe_step = probe
         registry.add(probe)
         return probe
@@ -133,7 +98,7 @@ class Step(Generic[P, R]):
             options = replace(options, effect=None)
         step = copy.copy(self)
         step.options, step._undo = options, None
-        _check_options(step)
+        _check(step)
         return step
 
     # -- as a Celery task ----------------------------------------------------------------------------------------------
@@ -241,7 +206,7 @@ class Step(Generic[P, R]):
         return Limit(self.options.rate_limit, self.options.concurrency).encode(gate)
 
     def _limit_key(self, key: str | Callable[..., Any], args: dict[str, Json]) -> str:
-        names = _key_names(key)
+        names = key_names(key)
         known = {**self.codec.encode_defaults(name for name in names if name not in args), **args}
         if isinstance(key, str):
             value = known[key]
@@ -313,104 +278,10 @@ def name_of(function: Callable[..., Any]) -> str:
     return f"{module}.{function.__name__}"
 
 
-def _check_options(step: Step[Any, Any]) -> None:
-    options = step.options
-    if options.transactional and options.local:
-        raise DefinitionError(f"step {step.name}: local=True and transactional=True exclude each other")
-    if options.transactional:
-        _check_connection(step)
-    _check_choices(step.name, options)
-    if options.effect is Effect.NONE and options.compensate is not None:
-        raise DefinitionError(f"step {step.name}: Effect.NONE says there is nothing to undo, yet compensate= is given")
-    if options.effect is Effect.PIVOT and options.compensate is not None:
-        raise DefinitionError(f"step {step.name}: a pivot is the point of no return and cannot have compensate=")
-    if not is_name(step.name):
-        raise DefinitionError(f"step {step.name!r:.80}: its name must be text of 1 to 500 printable bytes")
-    for option in ("key", "queue"):
-        value = getattr(options, option)
-        if value and not is_name(value):
-            raise DefinitionError(f"step {step.name}: {option}= must be text of at most 500 printable bytes")
-    _check_limit(step)
-    if options.compensate is not None:
+def _check(step: Step[Any, Any]) -> None:
+    check_options(step)
+    if step.options.compensate is not None:
         _undo_of(step)
-
-
-def _check_connection(step: Step[Any, Any]) -> None:
-    """What is certainly not handed in: with the types of SQLAlchemy this could be told better, but not be imported."""
-    first = next(iter(inspect.signature(step.function).parameters.values()), None)
-    kind: Any = first.annotation if first is not None else None
-    named = str(getattr(kind, "__name__", kind))
-    if first is None or "Async" in named or (named != "object" and hasattr(builtins, named)):
-        takes = f"{first.name}: {named}" if first is not None else "nothing"
-        raise DefinitionError(
-            f"step {step.name}: transactional=True hands it a Connection of SQLAlchemy, or a Session, as its first "
-            f"parameter, which callers leave out; it takes {takes}"
-        )
-
-
-def _check_choices(name: str, options: StepOptions) -> None:
-    """What is none of the choices there are would be taken for another one, or make work that nobody ever takes."""
-    must_be_timedelta(f"step {name}: start_to_close_timeout", options.start_to_close_timeout)
-    if not timedelta(0) < options.start_to_close_timeout <= LONGEST_TIMEOUT:
-        years = LONGEST_TIMEOUT.days // 365
-        raise DefinitionError(
-            f"step {name}: start_to_close_timeout must be positive and at most {years} years; it is never unlimited"
-        )
-    if options.heartbeat_timeout is not None:
-        must_be_timedelta(f"step {name}: heartbeat_timeout", options.heartbeat_timeout)
-        if options.heartbeat_timeout <= timedelta(0):
-            raise DefinitionError(f"step {name}: heartbeat_timeout must be positive, or None")
-    if options.retry is not None and not isinstance(options.retry, RetryPolicy):
-        raise DefinitionError(f"step {name}: retry= takes a RetryPolicy(...), not {options.retry!r:.80}")
-    for error in options.retry.error_names if options.retry is not None else ():
-        if not error.isidentifier():  # not the policy's own business: it reads what journals have, too
-            raise DefinitionError(
-                f"step {name}: non_retryable_error_types has {error!r:.80}, which is no class's name: that is without "
-                "its module, such as 'CardDeclined'"
-            )
-    if not is_priority(options.priority):
-        raise DefinitionError(f"step {name}: priority must be a whole number from 0 to 9 (higher first)")
-    if options.effect is not None and not isinstance(options.effect, Effect):
-        raise DefinitionError(f"step {name}: effect= takes an Effect, such as Effect.PIVOT, not {options.effect!r:.80}")
-    if options.on_unknown not in (None, *get_args(OnUnknown)):
-        raise DefinitionError(
-            f"step {name}: on_unknown= is one of {', '.join(get_args(OnUnknown))}, not {options.on_unknown!r:.80}"
-        )
-
-
-def _check_limit(step: Step[Any, Any]) -> None:
-    options = step.options
-    try:
-        Limit(options.rate_limit, options.concurrency)
-    except DefinitionError as error:
-        raise DefinitionError(f"step {step.name}: {error}") from None
-    if options.limit_key is None:
-        return
-    if not step.limited:
-        raise DefinitionError(
-            f"step {step.name}: @step(key=...) says whom a limit counts for, and there is neither rate_limit= nor "
-            "concurrency=; to name a call, use with_options(key=...)"
-        )
-    unknown = [name for name in _key_names(options.limit_key) if name not in step.codec.parameters]
-    if unknown:
-        raise DefinitionError(
-            f"step {step.name}: the key of its limit takes {', '.join(unknown)}, which is no parameter of it "
-            f"(it has {', '.join(step.codec.parameters) or 'none'})"
-        )
-
-
-def _key_names(key: str | Callable[..., Any]) -> list[str]:
-    return [key] if isinstance(key, str) else list(inspect.signature(key).parameters)
-
-
-def _check_parameters(other: Step[Any, Any], step: Step[Any, Any], what: str, also: tuple[str, ...]) -> None:
-    unknown = [name for name in other.codec.parameters if name not in (*step.codec.parameters, *also)]
-    if unknown:
-        raise DefinitionError(
-            f"the {what} {other.name} takes {', '.join(unknown)}, which step {step.name} does not have "
-            f"(it has {', '.join(step.codec.parameters) or 'no parameters'}"
-            f"{', and ' + ', '.join(also) if also else ''}); rename the parameter, or give full arguments"
-        )
 
 
 def _undo_of(step: Step[Any, Any]) -> Undo:
@@ -423,8 +294,8 @@ def _undo_of(step: Step[Any, Any]) -> Undo:
         plain = Step[Any, Any](other.run, other.name, StepOptions(queue=getattr(other, "queue", "") or ""))
         other = registry.steps.get(other.name, plain)
     if isinstance(other, Step):
-        _check_parameters(other, step, "compensation", also=("result",))
-        if other.options.limit_key is not None and "result" in _key_names(other.options.limit_key):
+        check_parameters(other, step, "compensation", also=("result",))
+        if other.options.limit_key is not None and "result" in key_names(other.options.limit_key):
             raise DefinitionError(
                 f"step {step.name}: the limit of its compensation {other.name} counts by `result`, which is not known "
                 "when the undo is armed"
@@ -592,30 +463,5 @@ def _declare(function: Callable[..., Any], options: dict[str, Any]) -> Step[Any,
     registry.add(declared)
     return declared
 
-
-def refuse_or_keep(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the Celery task options that have a meaning here.  Raises: DefinitionError for one that has none."""
-    for option, instead in REFUSED_OPTIONS.items():
-        if option in options:
-            raise DefinitionError(f"step {name}: Celery's {option}= does not apply to a step; {instead}")
-    return options
-
-
-REFUSED_OPTIONS = {
-    "bind": "use `step.current()` for the attempt and `celery.current_task` for the request",
-    "time_limit": "use start_to_close_timeout=",
-    "soft_time_limit": "use start_to_close_timeout=",
-    "acks_late": "doorbells carry no work, so there is nothing to acknowledge late",
-    "base": "a step subclasses the app's own task class; set `Celery(task_cls=...)`",
-    "autoretry_for": "use retry=RetryPolicy(...): every error is tried again unless it is non-retryable",
-    "dont_autoretry_for": "use retry=RetryPolicy(non_retryable_error_types=...)",
-    "retry_kwargs": "use retry=RetryPolicy(...)",
-    "retry_backoff": "use retry=RetryPolicy(backoff_coefficient=...)",
-    "retry_backoff_max": "use retry=RetryPolicy(maximum_interval=...)",
-    "retry_jitter": "use retry=RetryPolicy(...)",
-    "max_retries": "use retry=RetryPolicy(maximum_attempts=...)",
-    "default_retry_delay": "use retry=RetryPolicy(initial_interval=...)",
-    "serializer": "payloads are JSON, encoded from the annotations",
-}
 
 step = _StepDecorator()

@@ -12,12 +12,12 @@ from orchestrator.canvas.nodes import Canvas, Node
 from orchestrator.canvas.reading import read, read_all
 from orchestrator.canvas.walking import walk
 from orchestrator.codec import Json, MessageValue, to_message
+from orchestrator.declaration import StepOptions
 from orchestrator.errors import UsageError
 from orchestrator.machine.loop import inside_saga
 from orchestrator.machine.policy import RetryPolicy
 from orchestrator.options import CanvasOptions, StartOptions
 from orchestrator.saga.declare import define
-from orchestrator.step import StepOptions
 
 if TYPE_CHECKING:
     from orchestrator.result import SagaResult

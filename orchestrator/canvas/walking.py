@@ -16,12 +16,13 @@ from orchestrator.canvas.nodes import Canvas, Chain, Each, Group, Link
 from orchestrator.canvas.reading import read
 from orchestrator.canvas.telling import arguments_of_handler, failure_of
 from orchestrator.codec import Json, check, from_message, to_message, without_envelopes
+from orchestrator.declaration import StepOptions
 from orchestrator.errors import PayloadError, StepFailed, UsageError
 from orchestrator.machine.code import RequestFuture
 from orchestrator.saga.inside import code_of
 from orchestrator.saga.steps import LegacyStep, decode_result, request_of
 from orchestrator.saga.timing import sleep_until
-from orchestrator.step import Step, StepOptions
+from orchestrator.step import Step
 from orchestrator.step import registry as declared_steps
 
 FAILURES = (StepFailed, PayloadError)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
 from orchestrator.codec import Json, check, copied, encode_any, is_name
+from orchestrator.declaration import StepOptions
 from orchestrator.errors import DefinitionError, PayloadError, StepFailed, UsageError
 from orchestrator.machine.code import Request, SagaCode
 from orchestrator.machine.journal import Asked
@@ -19,7 +20,7 @@ from orchestrator.machine.policy import START_TO_CLOSE, Effect
 from orchestrator.machine.record import Step as StepRecord
 from orchestrator.saga.declare import Saga
 from orchestrator.saga.inside import code_of
-from orchestrator.step import Step, StepOptions, legacy_codec
+from orchestrator.step import Step, legacy_codec
 from orchestrator.step import registry as declared_steps
 
 P = ParamSpec("P")

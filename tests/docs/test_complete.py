@@ -12,10 +12,11 @@ from celery import Task
 import orchestrator
 from orchestrator import cli, errors, saga, testing
 from orchestrator.cli.rules import RULES
+from orchestrator.declaration import REFUSED_OPTIONS, StepOptions
 from orchestrator.machine.policy import Effect
 from orchestrator.machine.states import RunState
 from orchestrator.settings import PREFIX, Settings
-from orchestrator.step import REFUSED_OPTIONS, StepContext, StepOptions
+from orchestrator.step import StepContext
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
