@@ -25,6 +25,7 @@ copy, because they cross process boundaries. This module must never import anyth
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -54,6 +55,7 @@ __all__ = [
     "UnknownSagaError",
     "UsageError",
     "describe_exception",
+    "message_of",
 ]
 
 Outcome = Literal["rejected", "unknown", "failed"]
@@ -266,6 +268,38 @@ def from_user_code(trace: TracebackType | None) -> TracebackType | None:
 
 
 _NOT_USER_CODE = {"asyncio", "celery", "orchestrator"}
+
+
+def message_of(described: Mapping[str, Any]) -> str:
+    """Return what a described exception says to people: of a group, whose message counts them, those in it as well."""
+    said = str(described.get("message") or "")
+    if "BaseExceptionGroup" not in described.get("mro", ()):
+        return said
+    return ": ".join([said, *filter(None, ["; ".join(_members(str(described.get("traceback"))))])])
+
+
+def _members(trace: str) -> list[str]:
+    """Return type and message of the exceptions in a group, by its traceback: histories have them nowhere else."""
+    found: list[str] = []
+    is_next = False
+    for line in trace.splitlines():
+        text = line.lstrip(" ").removeprefix("|").removeprefix(" ")
+        if text.startswith("+ Exception Group Traceback "):  # its own, or before that one what it came from
+            found.clear()
+        elif _MEMBER.match(text):
+            found.append("")
+            is_next = True
+        elif text.startswith("Exception Group Traceback "):  # of a group in the group: its own members follow
+            is_next = False
+        elif text.startswith("Traceback "):  # the last one is its own, those before are of what it came from
+            is_next = True
+        elif found and is_next and text.strip() and not text.startswith(" "):
+            kind, colon, message = text.partition(": ")
+            found[-1], is_next = f"{kind.rpartition('.')[2]}{colon}{message}", False
+    return list(filter(None, found))
+
+
+_MEMBER: Final = re.compile(r"\+(-\+)?-+ (\d+|\.\.\.) -+$")
 
 
 def _storable(text: object, limit_bytes: int, *, keep_end: bool = False) -> str:

@@ -12,7 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.codec import Json
-from orchestrator.errors import SagaCancelled, SagaFailed, UnknownSagaError, UsageError
+from orchestrator.errors import SagaCancelled, SagaFailed, UnknownSagaError, UsageError, message_of
 from orchestrator.machine.states import TERMINAL
 from orchestrator.saga import Saga
 from orchestrator.saga import registry as sagas
@@ -199,7 +199,7 @@ class SagaResult:
                 saga = saga_of(outcome)  # other versions may return something else
             return saga.codec.decode_result(outcome.output) if saga else outcome.output
         error = outcome.error or {}
-        what = f"{error.get('type')}: {error.get('message')}" if error else "see `saga show`"
+        what = f"{error.get('type')}: {message_of(error)}" if error else "see `saga show`"
         text = f"run {self.id} of {outcome.saga} ended {outcome.state}: {what}"
         kind = SagaCancelled if outcome.state == "cancelled" else SagaFailed
         failure = kind(text, run_id=self.id, state=outcome.state, error=outcome.error, left=tuple(outcome.left))

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from orchestrator.codec import without_envelopes
+from orchestrator.errors import message_of
 
 _UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"))
 
@@ -73,7 +74,7 @@ def error(described: dict[str, Any] | None) -> str:
     """Return the first line of a described exception: ``ValueError: no such address``."""
     if not described:
         return "no error was recorded"
-    lines = str(described.get("message") or "").strip().splitlines()
+    lines = message_of(described).strip().splitlines()
     kind = str(described.get("type") or "Error")
     return f"{kind}: {lines[0]}" if lines else kind
 

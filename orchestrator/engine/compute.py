@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from orchestrator.engine.cache import Executions
-from orchestrator.errors import DriftError, describe_exception
+from orchestrator.errors import DriftError, describe_exception, message_of
 from orchestrator.machine.journal import Arrival, AttemptEnded, Parked, decode_arrival
 from orchestrator.machine.loop import BlockedError
 from orchestrator.machine.states import RunState
@@ -87,7 +87,7 @@ class Computer:
         if isinstance(error, DriftError):
             park = Parked("", "drift", str(error))
         elif isinstance(error, CodeError):
-            why = f"the saga function raised {error.error.get('type')}: {error.error.get('message')}"
+            why = f"the saga function raised {error.error.get('type')}: {message_of(error.error)}"
             park = Parked("", "code", why, error.error)
         elif isinstance(error, BlockedError):
             park = Parked("", "code", str(error), describe_exception(error))

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from orchestrator.codec import Json, copied, describe_exception, dumps, loads
-from orchestrator.errors import DriftError, UsageError
+from orchestrator.errors import DriftError, UsageError, message_of
 from orchestrator.machine.fold import Fold, RunInfo
 from orchestrator.machine.journal import (
     Arrival,
@@ -243,7 +243,7 @@ class Rehearsal:
 def _park(error: DriftError | CodeError) -> Parked:
     if isinstance(error, DriftError):
         return Parked("", "drift", str(error), describe_exception(error))
-    return Parked("", "code", f"the saga function itself is wrong: {error}", error.error)
+    return Parked("", "code", f"the saga function itself is wrong: {message_of(error.error)}", error.error)
 
 
 def _is_forward_work(event: Work | Arrival, key: str) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
+from orchestrator.errors import message_of
 from orchestrator.store.turns import Taken
 from orchestrator.testing.faults import EVERY, Fault, Kind
 from orchestrator.testing.handle import EnvironmentRun
@@ -61,7 +62,7 @@ class Played:
     def of(cls, schedule: Schedule, run: EnvironmentRun, problem: str) -> Played:
         """Take down how a run ended, before the next schedule wipes it away."""
         error = run.error
-        why = f": {error.get('type')}: {error.get('message')}" if error else ""
+        why = f": {error.get('type')}: {message_of(error)}" if error else ""
         calls = [f"{call.name}{call.args}" + (f" raised {call.error!r}" if call.error else "") for call in run.calls]
         return cls(schedule, problem, f"{run.state}{why}"[:600], tuple(_journal(run)), tuple(calls))
 

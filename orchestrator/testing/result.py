@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from orchestrator.canvas.starting import Durable, run_canvas
 from orchestrator.codec import Json, check, encode_any
-from orchestrator.errors import SagaCancelled, SagaFailed, UsageError
+from orchestrator.errors import SagaCancelled, SagaFailed, UsageError, message_of
 from orchestrator.machine.fold import RunInfo
 from orchestrator.machine.journal import Cancel, Entry, Operate, Parked, Signal, Terminate
 from orchestrator.machine.states import TERMINAL, RunState
@@ -117,7 +117,7 @@ class TestRun:
             return self.output
         kind = SagaCancelled if state == RunState.CANCELLED else SagaFailed
         error = self.error or {}
-        said = f": {error.get('type')}: {error.get('message')}" if error else ""
+        said = f": {error.get('type')}: {message_of(error)}" if error else ""
         child = self._error_of_child
         said += f"; {child['message']}" if child is not None and child != error else ""
         run_id = self._rehearsal.info.id

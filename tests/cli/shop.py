@@ -60,6 +60,17 @@ async def checkout(order: Order) -> str:
 
 
 @saga.define
+async def side_by_side(order: Order) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_shipped(order))
+        group.create_task(asyncio.sleep(3600))
+
+
+async def _shipped(order: Order) -> str:
+    return await saga.step(ship, order)
+
+
+@saga.define
 async def nap(order: Order) -> str:
     await saga.step(charge, order)
     await asyncio.sleep(3600)

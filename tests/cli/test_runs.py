@@ -72,6 +72,18 @@ def test_waiting_for_a_run_that_fails_exits_with_1(worked: Terminal) -> None:
     assert json.loads(failed.stdout)["state"] == "compensated"
 
 
+def test_the_error_inside_of_a_task_group_is_told(worked: Terminal) -> None:
+    failed = worked.run("start", "side_by_side", '[{"id": "bad"}]', "--wait", "30")
+    run_id, inner = (
+        failed.stdout.strip(),
+        "ExceptionGroup: unhandled errors in a TaskGroup (1 sub-exception): StepFailed",
+    )
+    assert f"ended failed: {inner}: step 0/tests.cli.shop.ship#0 of run {run_id} ended failed" in failed.stderr
+    shown = worked.run("show", run_id, columns=1000).stdout
+    assert inner in shown and "ValueError: no such address" in shown
+    assert inner in worked.run("history", run_id, columns=1000).stdout
+
+
 def test_a_negative_time_to_wait_starts_nothing(terminal: Terminal) -> None:
     said = terminal.run("start", "nap", '[{"id": "1"}]', "--id", "hurried", "--wait", "-1")
     assert (said.exit_code, terminal.run("show", "hurried").exit_code) == (2, 1)

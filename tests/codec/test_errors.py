@@ -91,3 +91,35 @@ def test_the_end_of_a_long_traceback_is_kept() -> None:
     described = describe_exception(ValueError("x" * 20_000 + "the end"))
     assert described["traceback"].endswith("the end\n")
     assert described["message"].endswith("...")
+
+
+def raised(error: Exception) -> Exception:
+    try:
+        raise error
+    except Exception as caught:
+        return caught
+
+
+def because(error: Exception, cause: Exception) -> Exception:
+    try:
+        raise error from cause
+    except Exception as caught:
+        return caught
+
+
+def test_the_message_of_a_group_tells_people_the_exceptions_in_it() -> None:
+    failed = raised(errors.StepFailed("step charge ended rejected\nand so on"))
+    within = raised(ExceptionGroup("within", [failed, KeyError()]))
+    group = ExceptionGroup("unhandled errors in a TaskGroup", [because(ValueError("no"), raised(OSError("x"))), within])
+    described = describe_exception(raised(group))
+    assert errors.message_of(described) == (
+        "unhandled errors in a TaskGroup (2 sub-exceptions): ValueError: no; StepFailed: step charge ended rejected; "
+        "KeyError"
+    )
+    assert described["message"] == "unhandled errors in a TaskGroup (2 sub-exceptions)"  # as histories have it
+
+
+def test_the_message_of_any_other_exception_is_its_own() -> None:
+    assert errors.message_of(describe_exception(because(ValueError("no"), ExceptionGroup("x", [OSError()])))) == "no"
+    assert errors.message_of({"type": "ChildFailed", "message": "told by a child"}) == "told by a child"
+    assert errors.message_of({}) == ""

@@ -451,6 +451,21 @@ async def parent_that_goes_back(n: int) -> None:
     await saga.step(look, n)
 
 
+def test_a_mistake_inside_of_a_task_group_is_told() -> None:
+    @saga.define
+    async def side_by_side(n: int) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_mistaken(n))
+
+    run = testing.run(side_by_side, 1)
+    assert run.state == "parked"
+    assert run.error is not None and "(1 sub-exception): AttributeError: 'int' object" in run.error["message"]
+
+
+async def _mistaken(n: int) -> None:
+    n.cents  # type: ignore[attr-defined]  # noqa: B018
+
+
 def test_a_run_whose_child_is_parked_says_which_and_why() -> None:
     run = testing.run(parent_of_a_mistake, 1)
     assert run.state == "running"
