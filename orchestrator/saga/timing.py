@@ -36,8 +36,12 @@ def now() -> datetime:
 async def wait(
     awaitables: Iterable[Any], *, timeout: float | timedelta | None = None, return_when: str = asyncio.ALL_COMPLETED
 ) -> tuple[list[asyncio.Future[Any]], list[asyncio.Future[Any]]]:
-    """Wait as ``asyncio.wait`` does; returns (done, pending) as lists in the order of `awaitables`."""
+    """Wait as ``asyncio.wait`` does; returns (done, pending) as lists in the order of `awaitables`.
+
+    Raises: TypeError for one that is in no list.
+    """
     code_of("wait")
+    _refuse_lone("saga.wait", awaitables)
     _refuse_unordered(awaitables)
     futures = [asyncio.ensure_future(item) for item in awaitables]
     if not futures:
@@ -74,12 +78,22 @@ async def wait(
 async def as_completed(awaitables: Iterable[Any]) -> AsyncIterator[asyncio.Future[Any]]:
     """Yield the futures of `awaitables` as they are done; those done at once in the order of `awaitables`."""
     code_of("as_completed")
+    _refuse_lone("saga.as_completed", awaitables)
     _refuse_unordered(awaitables)
     pending = [asyncio.ensure_future(item) for item in awaitables]
     while pending:
         done, pending = await wait(pending, return_when=asyncio.FIRST_COMPLETED)
         for future in done:
             yield future
+
+
+def _refuse_lone(call: str, awaitables: Any) -> None:
+    """A future can be iterated as well, by whoever awaits it."""
+    if asyncio.iscoroutine(awaitables):
+        awaitables.close()
+    elif not asyncio.isfuture(awaitables):
+        return
+    raise TypeError(f"{call}() takes a list of what is waited for, of one as well: write `{call}([saga.step(...)])`")
 
 
 def _refuse_unordered(awaitables: Iterable[Any]) -> None:

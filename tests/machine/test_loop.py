@@ -335,6 +335,19 @@ async def _as_a_set_completes() -> None:
         pass
 
 
+async def _wait_for_one() -> None:
+    await saga.wait(saga.step(look, 1))
+
+
+async def _wait_for_a_coroutine() -> None:
+    await saga.wait(_direct_step())  # type: ignore[arg-type]
+
+
+async def _as_one_completes() -> None:
+    async for _ in saga.as_completed(saga.step(look, 1)):
+        pass
+
+
 async def _direct_step() -> None:
     await saga.step(look, 1)
 
@@ -373,6 +386,9 @@ async def _nested_target() -> None: ...
         (_asyncio_as_completed, r"saga\.as_completed\(\)"),
         (_wait_for_a_set, "a list, not a set"),
         (_as_a_set_completes, "a list, not a set"),
+        (_wait_for_one, r"saga\.wait\(\) takes a list .* `saga\.wait\(\[saga\.step"),
+        (_wait_for_a_coroutine, r"saga\.wait\(\) takes a list"),
+        (_as_one_completes, r"saga\.as_completed\(\) takes a list .* `saga\.as_completed\(\["),
         (_thread, r"saga\.step.*saga\.once"),
         (_socket, r"saga\.step.*saga\.once"),
         (_subprocess, r"saga\.step.*saga\.once"),
