@@ -286,9 +286,15 @@ class Client:
     def _check_parked(self, outcome: runs.Outcome, action: str, key: str) -> None:
         run_id = outcome.id
         parked = [item["key"] for item in outcome.parked if isinstance(item, dict)]
-        known = ", ".join(repr(item) if item else "the run itself" for item in parked) or "nothing"
+        known = ", ".join(repr(item) if item else "the run itself" for item in parked)
+        if not parked:
+            raise UsageError(
+                f"run {run_id} is not parked, it is {outcome.state}: there is nothing to {action}; what it waits for "
+                f"tells `saga explain {run_id}`"
+            )
         if key not in parked:
-            raise UsageError(f"{key or 'the run itself'!r} of run {run_id} is not parked; parked there: {known}")
+            what = f"{key!r} of run {run_id} is not parked" if key else f"run {run_id} is not parked as a whole"
+            raise UsageError(f"{what}; parked there: {known}")
         if not key and action == "skip":
             last = "`resolve`" if outcome.past_pivot else "`resolve` or `cancel`"
             raise UsageError(f"run {run_id} itself cannot be skipped; `retry` it with mended code, or {last} it")

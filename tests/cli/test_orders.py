@@ -195,6 +195,20 @@ def test_a_key_that_is_not_parked_is_refused_with_those_that_are(worked: Termina
     assert CHARGE in refused.stderr
 
 
+@pytest.mark.parametrize("command", [["retry"], ["skip"], ["resolve", "--result", "1"], ["retry", "nonsense#0"]])
+def test_a_run_that_is_not_parked_is_told_as_that(worked: Terminal, asleep: str, command: list[str]) -> None:
+    refused = worked.run(command[0], asleep, *command[1:])
+    assert refused.exit_code == 1
+    assert f"run {asleep} is not parked, it is running: there is nothing to {command[0]}" in refused.stderr
+    assert f"saga explain {asleep}" in refused.stderr
+
+
+def test_a_run_of_which_a_key_is_parked_is_not_retried_as_a_whole(worked: Terminal, undo_parked: str) -> None:
+    refused = worked.run("retry", undo_parked, "")
+    assert refused.exit_code == 1
+    assert f"run {undo_parked} is not parked as a whole; parked there: '{CHARGE}'" in refused.stderr
+
+
 def test_a_run_that_parked_as_a_whole_can_be_cancelled(worked: Terminal) -> None:
     run_id = worked.start("buggy", "1")
     worked.until(run_id, "parked")
