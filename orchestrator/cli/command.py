@@ -6,6 +6,7 @@ Owns how a command begins and ends.  Must never know what a particular command d
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -30,6 +31,7 @@ from orchestrator.store.missing import unknown_run
 
 F = TypeVar("F", bound=Callable[..., Any])
 EXIT_CODES = "Exit codes: 0 done, 1 it failed, was refused or was not found, 2 wrong usage."
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _PIPE_WIDTH = 200  # for grep: where there is no terminal, lines are not folded at 80
 
 
@@ -54,6 +56,10 @@ class Command(click.Command):
             raise click.ClickException(f"Postgres refuses: {first_line(error)}") from None
         except UnicodeEncodeError:  # a shell hands bytes that are not UTF-8 on as lone surrogates
             raise click.UsageError("what was said is not text in UTF-8, and so nothing here is called that") from None
+        except OSError as error:
+            if error.errno not in _UNWRITABLE:
+                raise
+            raise click.ClickException(f"nothing can be written: {error.strerror}") from None
 
 
 def _shows_all() -> bool:

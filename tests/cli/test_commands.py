@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import click
 import psycopg
@@ -13,7 +16,7 @@ from click.testing import CliRunner
 
 from orchestrator.cli import saga
 from orchestrator.cli.command import Command, console, print_json
-from tests.cli.conftest import Terminal
+from tests.cli.conftest import ROOT, Terminal
 
 COMMANDS = ["dev", "migrate", "start", "list", "show", "history", "explain", "signal", "cancel", "terminate", "pause",
             "resume", "retry", "skip", "resolve", "bulk", "schedules", "doctor", "reconcile", "prune", "diagram",
@@ -107,3 +110,16 @@ def test_what_a_terminal_cannot_show_is_left_out_and_json_stays_whole() -> None:
     """In a locale that is not UTF-8; the error was that what the user had said was not UTF-8."""
     assert CliRunner(charset="latin-1").invoke(speak).output == "späte ? 1\n"
     assert json.loads(CliRunner(charset="latin-1").invoke(speak, ["--json"]).output) == {"id": "späte → 1"}
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"]])
+def test_output_that_cannot_be_written_is_one_sentence(terminal: Terminal, arguments: list[str]) -> None:
+    """Such as to a disk that is full."""
+    terminal.start("checkout", "1")
+    command = [sys.executable, "-m", "celery", "-A", "tests.cli.shop", "saga", *arguments]
+    environment = {**os.environ, **terminal.environment, "PYTHONPATH": str(ROOT)}
+    with open("/dev/full", "w") as full:
+        refused = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert (refused.returncode, refused.stderr) == (1, "Error: nothing can be written: No space left on device\n")
