@@ -11,12 +11,13 @@ from typing import Any
 
 from orchestrator.codec import check, encode_any, is_name
 from orchestrator.errors import UsageError
+from orchestrator.machine.code import SagaCode
 from orchestrator.saga.inside import code_of
 
 
 def progress(done: float, total: float | None = None, note: str = "") -> None:
     """Show how far the run has come; seen in `SagaResult.published["progress"]`, ``saga show`` and Flower."""
-    publish(progress={"done": done, "total": total, "note": note})
+    _show(code_of("progress"), {"progress": {"done": done, "total": total, "note": note}})
 
 
 def publish(**state: Any) -> None:
@@ -24,7 +25,10 @@ def publish(**state: Any) -> None:
 
     Raises: PayloadError for what cannot be stored.
     """
-    code = code_of("publish")
+    _show(code_of("publish"), state)
+
+
+def _show(code: SagaCode, state: dict[str, Any]) -> None:
     shown = {**code.published, **{name: encode_any(value, f"published {name!r}") for name, value in state.items()}}
     check(shown, what="the published state")
     code.published = shown

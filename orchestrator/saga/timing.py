@@ -15,7 +15,8 @@ from orchestrator.saga.inside import code_of
 
 
 async def sleep(duration: timedelta) -> None:
-    """Sleep durably; no worker is held meanwhile.  Raises: UsageError for a bare number."""
+    """Sleep durably; no worker is held meanwhile.  Raises: UsageError for a bare number, and outside of a saga."""
+    code_of("sleep")
     if not isinstance(duration, timedelta):
         raise UsageError("saga.sleep() takes a timedelta, such as timedelta(seconds=5); seconds are asyncio.sleep's")
     await asyncio.sleep(duration.total_seconds())
@@ -23,6 +24,7 @@ async def sleep(duration: timedelta) -> None:
 
 async def sleep_until(instant: datetime) -> None:
     """Sleep durably until an aware instant; one in the past returns at once.  Raises: UsageError for a naive one."""
+    code_of("sleep_until")
     if instant.tzinfo is None:
         raise UsageError("saga.sleep_until() needs an aware datetime; say which time zone it is in")
     await asyncio.sleep(max(0.0, (instant - now()).total_seconds()))

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
@@ -402,9 +402,22 @@ def test_what_cannot_be_replayed_is_refused_with_the_name_of_what_to_use(body: B
         _stage(body).turn()
 
 
-@pytest.mark.parametrize("call", [saga.now, saga.uuid4, saga.random, saga.info])
-def test_what_works_in_a_saga_only_says_so_elsewhere(call: Callable[[], Any]) -> None:
-    with pytest.raises(UsageError, match="inside a saga function only"):
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("now", saga.now),
+        ("uuid4", saga.uuid4),
+        ("random", saga.random),
+        ("info", saga.info),
+        ("publish", lambda: saga.publish(stage="packing")),
+        ("progress", lambda: saga.progress(1, 2)),
+        ("sleep", lambda: asyncio.run(saga.sleep(timedelta(days=1)))),
+        ("sleep_until", lambda: asyncio.run(saga.sleep_until(datetime.now(UTC) + timedelta(days=1)))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_works_in_a_saga_only_says_so_elsewhere(name: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(UsageError, match=rf"^saga\.{name}\(\) works inside a saga function only"):
         call()
 
 
