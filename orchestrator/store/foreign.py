@@ -65,6 +65,7 @@ def execute(transaction: Any, statement: str, values: dict[str, Any]) -> tuple[A
 async def aexecute(transaction: Any, statement: str, values: dict[str, Any]) -> tuple[Any, ...] | None:
     """Run a statement in the caller's async transaction; sync ones are accepted as well.  Raises: as `execute`."""
     try:
+        transaction = _unscoped(transaction)
         if _is_async(transaction, "AsyncSession"):
             transaction = await transaction.connection()
         if _is_async(transaction, "AsyncConnection"):
@@ -91,6 +92,7 @@ def after_commit(transaction: Any, ring: Callable[[], None]) -> None:
     Where SQLAlchemy cannot tell, the pump rings.  After a rollback it is called as well, which costs one needless
     doorbell.
     """
+    transaction = _unscoped(transaction)
     if _is_async(transaction, "AsyncSession") or _is_async(transaction, "AsyncConnection"):
         transaction = getattr(transaction, "sync_session", None) or transaction.sync_connection
     if isinstance(transaction, (Session, scoped_session)):
@@ -117,6 +119,10 @@ def _is_async(transaction: Any, name: str) -> bool:
     """SQLAlchemy's asyncio part needs greenlet, so it is looked for only where the caller has imported it."""
     module = sys.modules.get("sqlalchemy.ext.asyncio")
     return module is not None and isinstance(transaction, getattr(module, name))
+
+
+def _unscoped(transaction: Any) -> Any:
+    return transaction() if _is_async(transaction, "async_scoped_session") else transaction
 
 
 def _django(alias: str, statement: str, values: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -170,7 +176,7 @@ def _no_schema() -> SchemaError:
 
 def _not_a_transaction(transaction: Any) -> UsageError:
     kind = type(transaction)
-    hint = " (await aapply_async(...) for an async one)" if kind.__name__.startswith("Async") else ""
+    hint = " (await aapply_async(...) for an async one)" if kind.__name__.lower().startswith("async") else ""
     return UsageError(
         f"transaction= takes a SQLAlchemy Connection or Session, a psycopg Connection or a Django alias, "
         f"not {kind.__module__}.{kind.__qualname__}{hint}"

@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 
 from orchestrator import (
@@ -232,7 +232,7 @@ def test_with_a_psycopg_connection(site: Site, sql_of: psycopg.Connection[Any], 
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
-@pytest.mark.parametrize("kind", ["connection", "session"])
+@pytest.mark.parametrize("kind", ["connection", "session", "scoped session"])
 def test_with_an_async_transaction(
     site: Site, sql_of: psycopg.Connection[Any], world: World, driver: str, kind: str
 ) -> None:
@@ -240,13 +240,16 @@ def test_with_an_async_transaction(
         engine = create_async_engine(site.database_url.replace("postgresql://", f"postgresql+{driver}://"))
         async with engine.connect() as connection:
             transaction: Any = connection if kind == "connection" else AsyncSession(connection)
+            if kind == "scoped session":
+                session = async_sessionmaker(connection)
+                transaction = async_scoped_session(session, scopefunc=asyncio.current_task)
             await transaction.execute(text(NOTE.format(run_id)))
             await sagas.sequence.aapply_async(([A],), task_id=run_id, transaction=transaction)
             await sagas.sequence.aapply_async(([A],), task_id=run_id, transaction=transaction)
             if commit:
                 await transaction.commit()
             await connection.commit() if commit else await connection.rollback()
-            if kind == "session":
+            if kind != "connection":
                 await transaction.close()
         await engine.dispose()
 
@@ -270,6 +273,9 @@ def test_a_transaction_elsewhere_is_refused(empty_database_url: str) -> None:
     engine.dispose()
     with pytest.raises(UsageError, match="transaction= takes"):
         sagas.sequence.apply_async(([A],), transaction=object())
+    scoped = async_scoped_session(async_sessionmaker(), scopefunc=asyncio.current_task)
+    with pytest.raises(UsageError, match=r"await aapply_async\(...\) for an async one"):
+        sagas.sequence.apply_async(([A],), transaction=scoped)
 
 
 # -- by message --------------------------------------------------------------------------------------------------------
