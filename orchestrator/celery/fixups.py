@@ -7,7 +7,7 @@ of Django's would meet all others until the end of the drain.  Must never raise:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -37,13 +37,45 @@ class Fixups:
 
     def after_step(self) -> None:
         """Close the connections of Django to databases and caches."""
+        self._forget(_is_within_a_transaction)
         self._close("close_database", "close_cache")
+
+    def after_failure(self) -> None:
+        """Close the connections of Django to databases for good, also those that the app keeps for longer.
+
+        Who was interrupted while one was told to commit has left it without autocommit, and out of any block: what the
+        next steps do over it would never be committed.
+        """
+        self._forget(lambda connection: connection.connection is not None)
+
+    def _forget(self, which: Callable[[Any], bool]) -> None:
+        """Within a block that nobody leaves any more Django closes a connection, and never opens it again."""
+        for fixup in self._django:
+            worker: Any = fixup.worker_fixup
+            with _warning():
+                connections = worker._db.connections
+                for connection in filter(which, connections.all()):
+                    del connections[connection.alias]
+                    with _warning():
+                        connection.close()
 
     def _close(self, *what: str) -> None:
         for fixup in self._django:
             worker: Any = fixup.worker_fixup
             for each in what:
-                try:
+                with _warning():
                     getattr(worker, each)()
-                except Exception:
-                    logger.warning("a connection of Django's could not be closed", exc_info=True)
+
+
+@contextmanager
+def _warning() -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        logger.warning("a connection of Django's could not be closed", exc_info=True)
+
+
+def _is_within_a_transaction(connection: Any) -> bool:
+    if connection.connection is None:
+        return False
+    return bool(connection.in_atomic_block or connection.autocommit != connection.settings_dict["AUTOCOMMIT"])

@@ -175,6 +175,7 @@ class Runner:
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
+            self._fixups.after_failure()
             return Invocation(error=error)
         finally:
             if attempt is not None:
@@ -182,6 +183,8 @@ class Runner:
             _invoked.reset(invoked)
             _limit.reset(limit)
             _hangs.reset(hangs)
+        if traced.info is not None:
+            self._fixups.after_failure()
         return _translate(taken, traced)
 
 
