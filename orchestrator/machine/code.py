@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from types import NoneType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from orchestrator.errors import DriftError, UsageError
 from orchestrator.machine.fold import Fold
@@ -69,6 +69,7 @@ class RequestFuture(asyncio.Future[Any]):
     """The awaitable of a request; cancelling it abandons the request.  Sets of them keep the same order everywhere."""
 
     observed: bool = False
+    key: str = ""
 
     def __init__(self, key: str, number: int, code: SagaCode) -> None:
         super().__init__(loop=code.loop)
@@ -91,7 +92,18 @@ class RequestFuture(asyncio.Future[Any]):
         self.observed = True
         return super().__await__()
 
-    __iter__ = __await__
+    def __iter__(self) -> NoReturn:
+        raise TypeError(self._not_awaited)
+
+    def __getitem__(self, item: object) -> NoReturn:
+        raise TypeError(self._not_awaited)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(self._not_awaited)
+
+    @property
+    def _not_awaited(self) -> str:
+        return f"{self.key} was asked for, and not awaited: `await` it before its result is used"
 
     def result(self) -> Any:
         self.observed = True

@@ -161,6 +161,11 @@ class SagaLoop(asyncio.AbstractEventLoop):
     def create_task(
         self, coro: Coroutine[Any, Any, Any], *, name: str | None = None, context: Context | None = None, **_: Any
     ) -> asyncio.Task[Any]:
+        if isinstance(coro, asyncio.Future):
+            raise TypeError(
+                "create_task() takes a coroutine, and what saga.step() and its like return is none: that is under way "
+                "already, so keep it, and await it when its result is needed"
+            )
         parent = asyncio.current_task(self)
         if not isinstance(parent, SagaTask):
             branch = Branch()

@@ -77,7 +77,7 @@ class TestRun:
 
     @staticmethod
     def _why_parked(parked: Parked) -> str:
-        said = (parked.error or {}).get("message") or parked.why
+        said = message_of(parked.error or {}) or parked.why
         why = f"{parked.key}: {parked.why}" if parked.key else parked.why
         return why if why.endswith(said) else f"{why} ({said})"
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from orchestrator import saga
-from orchestrator.errors import StepFailed, UsageError
+from orchestrator.errors import StepFailed, UsageError, message_of
 from orchestrator.machine.keys import Branch
 from orchestrator.machine.turn import CodeError
 from tests.machine.stage import Stage
@@ -364,6 +364,19 @@ async def _subprocess() -> None:
     await asyncio.create_subprocess_exec("true")
 
 
+async def _forgets_to_await(use: Callable[[Any], object]) -> None:
+    use(saga.step(look, 1))
+
+
+async def _task_of_a_request() -> None:
+    asyncio.create_task(saga.step(look, 1))  # type: ignore[arg-type]  # noqa: RUF006
+
+
+async def _group_of_a_request() -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(saga.step(look, 1))  # type: ignore[arg-type]
+
+
 async def _direct_call() -> None:
     mail(1)
 
@@ -419,6 +432,25 @@ def test_what_cannot_be_replayed_is_refused_with_the_name_of_what_to_use(body: B
 def test_what_works_in_a_saga_only_says_so_elsewhere(name: str, call: Callable[[], Any]) -> None:
     with pytest.raises(UsageError, match=rf"^saga\.{name}\(\) works inside a saga function only"):
         call()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda found: found.cents, lambda found: found["cents"], lambda found: list(found)],
+    ids=["attribute", "item", "iteration"],
+)
+def test_who_forgets_to_await_a_step_is_told(use: Callable[[Any], object]) -> None:
+    with pytest.raises(CodeError, match=r"^tests\.machine\.steps\.look#0 was asked for, and not awaited: `await` it"):
+        _stage(lambda: _forgets_to_await(use)).turn()
+
+
+@pytest.mark.parametrize("body", [_task_of_a_request, _group_of_a_request])
+def test_a_task_is_made_of_a_coroutine_and_not_of_a_request(body: Body) -> None:
+    stage = _stage(body)
+    with pytest.raises(CodeError) as failed:
+        stage.turn()
+    assert "create_task() takes a coroutine" in message_of(failed.value.error)
+    assert "await it" in message_of(failed.value.error)
 
 
 def test_dropping_a_live_saga_records_nothing_and_runs_no_step() -> None:

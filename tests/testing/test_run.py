@@ -459,7 +459,9 @@ def test_a_mistake_inside_of_a_task_group_is_told() -> None:
 
     run = testing.run(side_by_side, 1)
     assert run.state == "parked"
-    assert run.error is not None and "(1 sub-exception): AttributeError: 'int' object" in run.error["message"]
+    assert run.error is not None
+    assert "(1 sub-exception): AttributeError: 'int' object" in run.error["message"]
+    assert run.error["message"].count("sub-exception") == 1
 
 
 async def _mistaken(n: int) -> None:
