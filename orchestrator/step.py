@@ -230,6 +230,43 @@ _PROBE_OPTIONS = StepOptions(effect=Effect.NONE)
 
 
 # -- declaring ---------------------------------------------------------------------------------------------------------
+def refuse_twin(what: str, known: Callable[..., Any], function: Callable[..., Any]) -> None:
+    """Refuse a second function under the name of one: every worker would run the later one for both.
+
+    A module that is imported again, under another name, run as a script as well, or redefined line by line, declares
+    its own anew.  So may functions that are made within others, as tests have them.  Raises: DefinitionError.
+    """
+    there, here = (getattr(each, "__qualname__", "<locals>") for each in (known, function))
+    if known is function or "<locals>" in there or "<locals>" in here:
+        return
+    if there != here or not any(of(known) == of(function) for of in (_module_of, _file_of)):
+        whom = f"by {_module_of(known)}.{there} and by {_module_of(function)}.{here}"
+    elif _namespace_of(known) is _namespace_of(function) and _is_being_imported(function):
+        whom = f"twice in {function.__module__}"
+    else:
+        return
+    raise DefinitionError(
+        f"{what} is declared {whom}: only the later one would run, for both. Give one of them another name"
+    )
+
+
+def _module_of(function: Callable[..., Any]) -> str:
+    return name_of(function).rpartition(".")[0]
+
+
+def _file_of(function: Callable[..., Any]) -> str:
+    return str(_namespace_of(function).get("__file__"))
+
+
+def _namespace_of(function: Callable[..., Any]) -> dict[str, Any]:
+    namespace: dict[str, Any] = getattr(function, "__globals__", {})
+    return namespace
+
+
+def _is_being_imported(function: Callable[..., Any]) -> bool:
+    return bool(getattr(_namespace_of(function).get("__spec__"), "_initializing", False))
+
+
 class Registry:
     """All steps declared in this process, by task name."""
 
@@ -238,7 +275,9 @@ class Registry:
         self._listeners: list[Callable[[Step[Any, Any]], None]] = []
 
     def add(self, step: Step[Any, Any]) -> None:
-        """Add `step`, and tell whoever binds steps to an app."""
+        """Add `step`, and tell whoever binds steps to an app.  Raises: DefinitionError if its name is another one's."""
+        if step.name in self.steps:
+            refuse_twin(f"step {step.name}", self.steps[step.name].function, step.function)
         self.steps[step.name] = step
         for listener in self._listeners:
             listener(step)

@@ -28,7 +28,7 @@ from orchestrator.errors import DefinitionError, PayloadError, UnknownSagaError,
 from orchestrator.machine.loop import inside_saga
 from orchestrator.machine.policy import is_priority, must_be_timedelta
 from orchestrator.machine.turn import Script
-from orchestrator.step import name_of
+from orchestrator.step import name_of, refuse_twin
 
 if TYPE_CHECKING:
     from orchestrator.options import StartManyOptions, StartOptions
@@ -200,7 +200,10 @@ class Registry:
         self._listeners: list[Callable[[Saga[Any, Any]], None]] = []
 
     def add(self, saga: Saga[Any, Any]) -> None:
-        """Add `saga`, and tell whoever binds sagas to an app."""
+        """Add `saga`, and tell whoever binds sagas to an app.  Raises: DefinitionError if its name is another one's."""
+        known = self.sagas.get((saga.name, saga.options.version))
+        if known is not None:
+            refuse_twin(f"saga {saga.name} version {saga.options.version}", known.function, saga.function)
         self.sagas[saga.name, saga.options.version] = saga
         for listener in self._listeners:
             listener(saga)
