@@ -128,8 +128,7 @@ def _legacy_request(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any], co
     elif hasattr(task, "run") and isinstance(getattr(task, "name", None), str):
         name, options = task.name, {"queue": getattr(task, "queue", None)}
     else:
-        hint = f"; write `await saga.child({task.__name__}, ...)`" if isinstance(task, Saga) else ""
-        raise UsageError(f"saga.step() takes a step, a Celery task or a signature, not {type(task).__name__}{hint}")
+        raise UsageError(f"saga.step() takes a step, a Celery task or a signature, not {_no_step(task)}")
     declared = _declared(name)
     if declared is not None:
         queue = options.get("queue")
@@ -139,6 +138,17 @@ def _legacy_request(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any], co
     encoded = legacy_codec.encode_call(args, kwargs)
     check(encoded, what=f"the arguments of {name}")
     return request_of(stand_in, encoded, code)
+
+
+def _no_step(given: Any) -> str:
+    """Name what is no step, and what to write instead."""
+    name = getattr(given, "__name__", "")
+    if isinstance(given, Saga):
+        return f"Saga; write `await saga.child({name}, ...)`"
+    if inspect.iscoroutine(given):
+        given.close()
+        return f"a coroutine; write `await saga.step({name}, ...)`, its arguments apart, and declare {name} with @step"
+    return f"the function {name}; declare it with @step" if inspect.isroutine(given) else type(given).__name__
 
 
 def _is_canvas(signature: dict[str, Any]) -> bool:
@@ -185,6 +195,10 @@ def once(name: str, function: Callable[[], T | Awaitable[T]]) -> asyncio.Future[
     code = code_of("once")
     if not is_name(name):
         raise UsageError("saga.once: its name must be text of 1 to 500 printable bytes")
+    if not callable(function):
+        if inspect.iscoroutine(function):
+            function.close()
+        raise UsageError(f"saga.once({name!r}, ...) takes a function, and not what it returns: leave out its ()")
     record = functools.partial(Asked, task=name, args={}, kind="once", effect=Effect.NONE, local=True)
     return code.ask(
         Request(

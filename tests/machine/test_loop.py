@@ -385,6 +385,26 @@ async def _direct_delay() -> None:
     mail.delay(1)
 
 
+def _plain() -> int:
+    return 1
+
+
+async def _plain_function() -> None:
+    await saga.step(_plain)  # type: ignore[call-overload]
+
+
+async def _called_already() -> None:
+    await saga.step(_direct_step())  # type: ignore[call-overload]
+
+
+async def _once_called_already() -> None:
+    await saga.once("rate", _plain())  # type: ignore[arg-type]
+
+
+async def _once_a_coroutine() -> None:
+    await saga.once("rate", _direct_step())  # type: ignore[arg-type]
+
+
 async def _nested_saga() -> None:
     saga.define(_nested_target).delay()
 
@@ -408,6 +428,10 @@ async def _nested_target() -> None: ...
         (_direct_call, r"await saga\.step\(mail"),
         (_direct_delay, r"saga\.step"),
         (_nested_saga, r"saga\.child"),
+        (_plain_function, r"saga\.step\(\) takes .* not the function _plain; declare it with @step"),
+        (_called_already, r"not a coroutine; write `await saga\.step\(_direct_step, \.\.\.\)`"),
+        (_once_called_already, r"saga\.once\('rate', \.\.\.\) takes a function, and not what it returns"),
+        (_once_a_coroutine, r"saga\.once\('rate', \.\.\.\) takes a function, and not what it returns"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused_with_the_name_of_what_to_use(body: Body, instead: str) -> None:
