@@ -28,7 +28,7 @@ from orchestrator.errors import DefinitionError, PayloadError, UnknownSagaError,
 from orchestrator.machine.loop import inside_saga
 from orchestrator.machine.policy import is_priority, must_be_timedelta
 from orchestrator.machine.turn import Script
-from orchestrator.step import name_of, refuse_twin
+from orchestrator.step import Step, name_of, refuse_twin
 
 if TYPE_CHECKING:
     from orchestrator.options import StartManyOptions, StartOptions
@@ -282,6 +282,11 @@ def _check_options(name: str, options: SagaOptions) -> None:
 
 def define_saga(function: Any, name: str, options: dict[str, Any]) -> Saga[Any, Any]:
     """Declare and register a saga.  Raises: DefinitionError."""
+    if isinstance(function, Step):
+        raise DefinitionError(
+            f"saga {function.__name__!r}: {function.name} is a step already; the saga is a function of its own, which "
+            f"asks for it with `await saga.step({function.__name__}, ...)`"
+        )
     if not inspect.iscoroutinefunction(function):
         raise DefinitionError(f"saga {getattr(function, '__name__', function)!r} must be an `async def` function")
     try:

@@ -6,6 +6,7 @@ operator could do.
 
 from __future__ import annotations
 
+import inspect
 import uuid
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,7 @@ from orchestrator.machine.fold import RunInfo
 from orchestrator.machine.journal import Cancel, Entry, Operate, Parked, Signal, Terminate
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.saga import Saga
+from orchestrator.step import Step
 from orchestrator.testing.rehearsal import Rehearsal
 from orchestrator.testing.stubs import Call, Cast
 
@@ -175,9 +177,16 @@ class TestRun:
 def as_saga(
     played: Saga[Any, Any] | Durable, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Saga[Any, Any], tuple[Any, ...], dict[str, Any]]:
-    """Return a saga and its arguments; a durable canvas is an argument of the saga that runs it."""
+    """Return a saga and its arguments; a durable canvas is one of the saga that runs it.  Raises: UsageError."""
     if isinstance(played, Durable):
         return run_canvas, (played.called_with(args, kwargs),), played.options
+    if isinstance(played, Step):
+        raise UsageError(f"a saga is wanted here, and {played.name} is a step, which a test just calls")
+    if not isinstance(played, Saga):
+        what = type(played).__name__
+        if inspect.isroutine(played):
+            what = f"the function {played.__name__}; declare it with @saga.define"
+        raise UsageError(f"a saga is wanted here, not {what}")
     return played, args, dict(kwargs)
 
 

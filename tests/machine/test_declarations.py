@@ -25,6 +25,13 @@ def pay(n: int) -> None: ...
 async def paying(n: int) -> None: ...
 
 
+def test_a_step_is_no_saga() -> None:
+    with pytest.raises(
+        DefinitionError, match=r"^saga 'paying': tests\.machine\.test_declarations\.paying is a step already"
+    ):
+        saga.define(step(paying))
+
+
 def found(n: int) -> bool | None: ...
 
 

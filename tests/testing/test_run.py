@@ -617,3 +617,21 @@ def test_a_child_is_played_with_its_parent() -> None:
 
     run = testing.run(parent)
     assert (run.state, run.output) == ("completed", [1])
+
+
+async def _no_saga(n: int) -> int:
+    return n
+
+
+@pytest.mark.parametrize(
+    ("played", "said"),
+    [
+        (charge, r"^a saga is wanted here, and tests\.testing\.test_run\.charge is a step, which a test just calls$"),
+        (_no_saga, r"^a saga is wanted here, not the function _no_saga; declare it with @saga\.define$"),
+        (3, r"^a saga is wanted here, not int$"),
+    ],
+    ids=["step", "function", "number"],
+)
+def test_what_is_no_saga_is_refused(played: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        testing.run(played, 1)
