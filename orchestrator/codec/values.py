@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections.abc
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from orchestrator.errors import DefinitionError, PayloadError
 
 _CONFIG: Final = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 _SECRETS: Final = (Secret, SecretBytes, SecretStr)
+_UNKNOWN: Final = re.compile(r"Unable to serialize unknown type: <class '([^']{1,200})'>")
 _PLAIN_TYPES: Final = frozenset({str, int, bool, type(None)})
 
 
@@ -342,7 +344,9 @@ def reason(error: BaseException) -> str:
     if isinstance(error, PydanticSerializationError):
         # pydantic keeps only the text of what was raised inside, and shows values after the first line.
         inner = str(error).partition("PayloadError: ")[2].partition("\n")[0]
-        return inner or "pydantic cannot dump it. Pass data that fits its annotation."
+        kind = _UNKNOWN.match(str(error))
+        what = f"it holds a {kind[1]}, which pydantic cannot dump" if kind else "pydantic cannot dump it"
+        return inner or f"{what}. Pass data that fits its annotation."
     if isinstance(error, RecursionError):
         return f"it nests deeper than {MAX_DEPTH} levels (or contains itself); flatten it."
     return f"{explain(error)} Pass a value that fits its annotation."

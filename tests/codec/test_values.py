@@ -476,3 +476,10 @@ def test_what_is_read_as_it_was_written_is_not_refused() -> None:
         (Path, Path("/tmp")),
     ):
         assert ValueCodec(annotation).decode(ValueCodec(annotation).encode(value)) == value
+
+
+def test_the_type_of_what_cannot_be_stored_is_told() -> None:
+    class Basket: ...
+
+    with pytest.raises(PayloadError, match=r"^the order cannot be stored: it holds a \S+\.Basket, which"):
+        encode_any({"lines": [Basket()]}, "the order")
