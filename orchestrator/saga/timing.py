@@ -35,14 +35,19 @@ def now() -> datetime:
     return code_of("now").now()
 
 
+_RETURN_WHEN = (asyncio.FIRST_COMPLETED, asyncio.FIRST_EXCEPTION, asyncio.ALL_COMPLETED)
+
+
 async def wait(
     awaitables: Iterable[Any], *, timeout: float | timedelta | None = None, return_when: str = asyncio.ALL_COMPLETED
 ) -> tuple[list[asyncio.Future[Any]], list[asyncio.Future[Any]]]:
     """Wait as ``asyncio.wait`` does; returns (done, pending) as lists in the order of `awaitables`.
 
-    Raises: TypeError for one that is in no list.
+    Raises: TypeError for one that is in no list; UsageError for another word as `return_when`.
     """
     code_of("wait")
+    if return_when not in _RETURN_WHEN:  # asyncio raises ValueError, which would undo the run
+        raise UsageError(f"saga.wait: return_when= is one of {', '.join(_RETURN_WHEN)}, not {return_when!r:.80}")
     _refuse_lone("saga.wait", awaitables)
     _refuse_unordered(awaitables)
     futures = [asyncio.ensure_future(item) for item in awaitables]

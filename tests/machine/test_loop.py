@@ -343,6 +343,10 @@ async def _wait_for_a_coroutine() -> None:
     await saga.wait(_direct_step())  # type: ignore[arg-type]
 
 
+async def _wait_for_another_word() -> None:
+    await saga.wait([saga.step(look, 1)], return_when="first")
+
+
 async def _as_one_completes() -> None:
     async for _ in saga.as_completed(saga.step(look, 1)):
         pass
@@ -421,6 +425,7 @@ async def _nested_target() -> None: ...
         (_as_a_set_completes, "a list, not a set"),
         (_wait_for_one, r"saga\.wait\(\) takes a list .* `saga\.wait\(\[saga\.step"),
         (_wait_for_a_coroutine, r"saga\.wait\(\) takes a list"),
+        (_wait_for_another_word, r"return_when= is one of FIRST_COMPLETED, FIRST_EXCEPTION, ALL_COMPLETED, not"),
         (_as_one_completes, r"saga\.as_completed\(\) takes a list .* `saga\.as_completed\(\["),
         (_thread, r"saga\.step.*saga\.once"),
         (_socket, r"saga\.step.*saga\.once"),
