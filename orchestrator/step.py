@@ -90,10 +90,11 @@ class Step(Generic[P, R]):
 
     def with_options(self, **changes: Any) -> Step[P, R]:
         """Return this step with other options for one call; `key` names the call itself (`limit_key` its limit)."""
-        try:
-            options = replace(self.options, **changes)
-        except TypeError as error:
-            raise DefinitionError(f"with_options() of step {self.name}: {error}") from None
+        for name in changes:
+            if name not in StepOptions.__dataclass_fields__:
+                known = ", ".join(sorted(StepOptions.__dataclass_fields__.keys() - {"celery"}))
+                raise DefinitionError(f"step {self.name} has no option {name}= for a call; it has {known}")
+        options = replace(self.options, **changes)
         if "compensate" in changes and "effect" not in changes and self.options.effect is Effect.COMPENSATABLE:
             options = replace(options, effect=None)
         step = copy.copy(self)

@@ -289,10 +289,12 @@ def define_saga(function: Any, name: str, options: dict[str, Any]) -> Saga[Any, 
         )
     if not inspect.iscoroutinefunction(function):
         raise DefinitionError(f"saga {getattr(function, '__name__', function)!r} must be an `async def` function")
-    try:
-        declared = SagaOptions(**options)
-    except TypeError as error:
-        raise DefinitionError(f"saga.define of {function.__name__}: {error}") from None
+    there_are = SagaOptions.__dataclass_fields__.keys()
+    for option in options:
+        if option not in there_are:
+            known = ", ".join(sorted([*there_are, "name"]))
+            raise DefinitionError(f"saga.define of {function.__name__} has no option {option}=; it has {known}")
+    declared = SagaOptions(**options)
     _check_options(function.__name__, declared)
     name = name or name_of(function)
     if not is_name(name):

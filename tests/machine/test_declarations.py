@@ -25,6 +25,18 @@ def pay(n: int) -> None: ...
 async def paying(n: int) -> None: ...
 
 
+def test_an_option_that_there_is_not_is_named_with_those_that_there_are() -> None:
+    options: dict[str, Any] = {"timeout": 5}
+    with pytest.raises(
+        DefinitionError, match=r"^saga\.define of paying has no option timeout=; it has deadline, name, "
+    ):
+        saga.define(**options)(paying)
+    with pytest.raises(
+        DefinitionError, match=r"^step declared\.sound has no option timeout= for a call; it has .*queue, "
+    ):
+        sound.with_options(**options)
+
+
 def test_a_step_is_no_saga() -> None:
     with pytest.raises(
         DefinitionError, match=r"^saga 'paying': tests\.machine\.test_declarations\.paying is a step already"
