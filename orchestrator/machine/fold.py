@@ -323,6 +323,7 @@ class Fold:
             )
             step.undo_budget_from = step.undo_attempts
         self._count(step, was)
+        self._note_abandoned(step)  # again, if an effect came late: it had been undone
 
     def _undone(self, entry: Undone) -> None:
         step = self.steps[entry.key]

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator import saga
 from orchestrator.errors import StepFailed
-from orchestrator.machine.journal import AttemptEnded, Operate, Parked
+from orchestrator.machine.journal import AttemptEnded, LateSuccess, Operate, Parked
 from orchestrator.machine.turn import CodeError
 from tests.machine.stage import Stage
 from tests.machine.steps import careful, charge, look, mail, reserve, settle
@@ -93,6 +93,23 @@ def test_a_lock_is_kept_until_what_was_given_up_under_it_is_undone(
         turns.append(stage.succeed(step, result))
     assert [turn.unlocks for turn in turns] == [[], [], [lock.key], []]
     assert (stage.state, _output(stage)) == ("completed", "late")
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_lock_is_kept_until_the_late_effect_of_what_was_given_up_under_it_is_undone(replayed: bool) -> None:
+    stage = Stage(late_inside, 7)
+    (lock,) = stage.turn().locks
+    stage.turn(AttemptEnded(lock.key, "do", 1, "succeeded"), at_s=1)
+    key = stage.begin("charge").key
+    stage.turn(at_s=12)
+    stage.doubt(key)
+    stage.turn(LateSuccess(key, "do", 1, "c"))
+    turns = []
+    for _ in range(2):
+        if replayed:
+            stage.reload()
+        turns.append(stage.succeed("refund"))
+    assert [turn.unlocks for turn in turns] == [[], [lock.key]]
 
 
 def test_a_lock_is_kept_until_a_step_that_had_not_begun_is_withdrawn() -> None:
