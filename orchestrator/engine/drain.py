@@ -311,7 +311,7 @@ class Drainer:
 
     def _comes_alone(self, item: Taken) -> bool:
         """Whether nothing was taken after it, though there may be more."""
-        return item.attempt > 1 if item.role == "turn" else not self._attempts.is_short(item.task)
+        return item.attempt > 1 or (item.role != "turn" and not self._attempts.is_short(item.task))
 
     def _perform(self, taken: list[Taken]) -> None:
         """Do what is held, and what that begins in turn.

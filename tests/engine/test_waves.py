@@ -86,6 +86,31 @@ def test_steps_that_are_known_to_be_short_are_begun_together(child: Child, conne
     assert seen[:3] == [3, 3, 3]
 
 
+def test_attempts_that_were_lost_together_are_made_again_one_by_one(
+    new_child: Callable[..., Child], connection: Connection
+) -> None:
+    """One of them may be what ended the process: it would take the others along until none has attempts left."""
+    late, heir = new_child(), new_child()
+    late.drainer._attempts.recent_s[short.name] = heir.drainer._attempts.recent_s[short.name] = 0.001
+
+    def end_the_process(taken: Any) -> None:
+        raise KeyboardInterrupt
+
+    late.runner.before = end_the_process
+    seen = begun_beside(heir, connection, short.name)
+    for name in ("a", "b", "c"):
+        start(connection, quick, name, run_id=name)
+    with pytest.raises(KeyboardInterrupt):
+        late.drain()
+    liveness.declare_dead(connection, late.incarnation)
+    liveness.give_back_gone(connection, late.incarnation)
+    start(connection, quick, "d", run_id="d")
+    heir.drain()
+    again = [begun for begun, (_, key, attempt) in zip(seen, heir.runner.calls, strict=True) if attempt > 1]
+    assert again == [1, 1, 1]
+    assert set(states(connection).values()) == {"completed"}
+
+
 def test_a_short_step_that_is_interrupted_once_is_still_known_to_be_short(
     child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
