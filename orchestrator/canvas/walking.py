@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from orchestrator.canvas.nodes import Canvas, Chain, Each, Group, Link
 from orchestrator.canvas.reading import read
 from orchestrator.canvas.telling import arguments_of_handler, failure_of
-from orchestrator.codec import Json, check, from_message, to_message, without_envelopes
+from orchestrator.codec import Json, from_message, to_message, without_envelopes
 from orchestrator.declaration import StepOptions
 from orchestrator.errors import PayloadError, StepFailed, UsageError
 from orchestrator.machine.code import RequestFuture
@@ -141,7 +141,6 @@ class _Walk:
             encoded = step.codec.encode_call(tuple(args), kwargs, from_json=True)
         except TypeError as error:
             raise PayloadError(f"link {link.task} cannot be called like that: {error}") from error
-        check(encoded, what=f"the arguments of {link.task}")
         code = code_of("step")
         request = request_of(step, encoded, code)
         request.decode = lambda result: to_message(decode_result(step, result))

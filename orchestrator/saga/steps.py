@@ -50,9 +50,7 @@ def step(task: Any, /, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
     """
     code = code_of("step")
     if isinstance(task, Step):
-        encoded = task.codec.encode_call(args, kwargs)
-        check(encoded, what=f"the arguments of {task.name}")
-        return code.ask(request_of(task, encoded, code))
+        return code.ask(request_of(task, task.codec.encode_call(args, kwargs), code))
     if isinstance(task, dict) and _is_canvas(task):
         from orchestrator.canvas.walking import ask  # made of steps itself
 
@@ -61,7 +59,8 @@ def step(task: Any, /, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
 
 
 def request_of(task: Step[Any, Any], args: dict[str, Json], code: SagaCode) -> Request:
-    """Return the request for a step with encoded arguments."""
+    """Return the request for a step with encoded arguments.  Raises: PayloadError if they cannot be stored."""
+    check(args, what=f"the arguments of {task.name}")
     return Request(
         name=task.name,
         key=task.options.key,
@@ -73,8 +72,13 @@ def request_of(task: Step[Any, Any], args: dict[str, Json], code: SagaCode) -> R
 
 
 def asked_of(task: Step[Any, Any], args: dict[str, Json], run_queue: str, key: str) -> Asked:
-    """Return the journal entry for a call of a step with encoded arguments."""
-    options = task.options
+    """Return the journal entry for a call of a step with encoded arguments.
+
+    Raises: PayloadError if its compensation has arguments of its own that cannot be stored.
+    """
+    options, undo = task.options, task.arm(args)
+    if undo is not None and undo.args is not None:
+        check(undo.args, what=f"the arguments of {undo.task}, which undoes {task.name}")
     queue = "" if task.options.local or task.queue == run_queue else task.queue
     heartbeat = options.heartbeat_timeout
     timeout = options.start_to_close_timeout
@@ -83,7 +87,7 @@ def asked_of(task: Step[Any, Any], args: dict[str, Json], run_queue: str, key: s
         task.name,
         args,
         effect=task.effect,
-        undo=task.arm(args),
+        undo=undo,
         probe=task.probe_step.name if task.probe_step else "",
         on_unknown=task.on_unknown,
         queue=queue,
@@ -135,9 +139,7 @@ def _legacy_request(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any], co
         declared = declared.with_options(queue=queue) if queue else declared
         return request_of(declared, declared.codec.encode_call(args, kwargs), code)
     stand_in = LegacyStep(name, StepOptions(queue=options.get("queue") or ""))
-    encoded = legacy_codec.encode_call(args, kwargs)
-    check(encoded, what=f"the arguments of {name}")
-    return request_of(stand_in, encoded, code)
+    return request_of(stand_in, legacy_codec.encode_call(args, kwargs), code)
 
 
 def _no_step(given: Any) -> str:

@@ -78,6 +78,30 @@ async def badly_named(what: str, which: str) -> Any:
     return await saga.once(name, lambda: 1)
 
 
+@step
+def forget(text: str) -> None: ...
+
+
+@step(compensate=forget)
+def remember(text: str) -> str:
+    return text
+
+
+TEXTS = {**UNSTORABLE, "too large": "x" * 300_000}
+
+
+@saga.define(name="security.signs")
+async def signs(how: str, which: str) -> str:
+    """Pass what cannot be stored in a signature, or in that of a compensation; go on if that is refused."""
+    text = TEXTS[which]
+    try:
+        if how == "step":
+            return await saga.step(remember.s(text))
+        return await saga.step(remember.with_options(compensate=forget.s(text)), "x")
+    except PayloadError as refused:
+        return str(refused).partition(" at ")[0].partition(" takes ")[0]
+
+
 FAR = datetime.max.replace(tzinfo=UTC)
 OPTIONS: dict[str, list[Any]] = {
     "task_id": [*NAMES.values(), ""],
@@ -154,6 +178,19 @@ def test_a_name_in_saga_code_that_cannot_be_one_parks_the_run(
         result.cancel()
     child.drain()
     assert {result.status for result in results} == {"cancelled"}
+
+
+@pytest.mark.parametrize("how", ["step", "undo"])
+def test_what_a_signature_holds_is_refused_where_it_cannot_be_stored(
+    how: str, client: Client, new_child: Callable[[], Child]
+) -> None:
+    """It ended the drain, and with it what other runs had in hand there."""
+    results = [client.start(signs, (how, which), {}, {"queue": QUEUE}) for which in TEXTS]
+    new_child().drain()
+    said = "the arguments of tests.security.test_input.remember"
+    if how == "undo":
+        said = f"{said.replace('remember', 'forget')}, which undoes tests.security.test_input.remember"
+    assert [result.get(timeout=0) for result in results] == [said] * len(TEXTS)
 
 
 def test_a_result_or_an_error_that_cannot_be_stored_is_a_failed_step(
