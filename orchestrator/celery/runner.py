@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import inspect
+import logging
 import math
 import signal
 import threading
@@ -19,6 +20,7 @@ from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from billiard.einfo import ExceptionInfo
 from celery import Celery, states
 from celery._state import get_current_worker_task
 from celery.app.trace import TraceInfo, build_tracer
@@ -41,6 +43,9 @@ from orchestrator.store.turns import Taken
 
 if TYPE_CHECKING:
     from orchestrator.store.transaction import Transactions
+
+
+logger = logging.getLogger(__name__)
 
 
 class StepTimeout(TimeoutError):
@@ -197,9 +202,19 @@ class _StepTrace(TraceInfo):
     __slots__ = ()
 
     def handle_failure(self, task: Any, req: Any, **options: Any) -> Any:
-        """Hand the failure on, as Celery does."""
-        self.retval.__traceback__ = from_user_code(self.retval.__traceback__)
-        return super().handle_failure(task, req, **options)
+        """Hand the failure on, as Celery does; what a handler or the result backend raises is not the step's error.
+
+        In its place a step that was rejected would be in doubt: tried again, and undone although it did nothing.
+        """
+        error = self.retval
+        error.__traceback__ = from_user_code(error.__traceback__)
+        try:
+            return super().handle_failure(task, req, **options)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            logger.exception("step %s failed, and so did what is told of that; its own error counts", req.id)
+            return ExceptionInfo((type(error), error, error.__traceback__))
 
 
 def _let_replace(task: Any) -> None:

@@ -91,7 +91,7 @@ TEXTS = {**UNSTORABLE, "too large": "x" * 300_000}
 
 
 @saga.define(name="security.signs")
-async def signs(how: str, which: str) -> str:
+async def signs(how: str, which: str) -> Any:
     """Pass what cannot be stored in a signature, or in that of a compensation; go on if that is refused."""
     text = TEXTS[which]
     try:
