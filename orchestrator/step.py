@@ -19,7 +19,7 @@ from typing import Any, Concatenate, Generic, Literal, NoReturn, ParamSpec, Prot
 
 from orchestrator.codec import FunctionCodec, Json, PlainCodec, canonical_text, is_name
 from orchestrator.declaration import OnUnknown, StepOptions, check_options, check_parameters, key_names, refuse_or_keep
-from orchestrator.errors import DefinitionError, UsageError
+from orchestrator.errors import DefinitionError, PayloadError, UsageError
 from orchestrator.machine.journal import Undo
 from orchestrator.machine.loop import inside_saga
 from orchestrator.machine.policy import START_TO_CLOSE, Effect, Limit
@@ -428,6 +428,14 @@ class StepContext:
 
 class StepStopped(Exception):
     """Raised by ``heartbeat`` when the run was cancelled or this attempt was given up; clean up and let it pass."""
+
+
+class StepTimeout(TimeoutError):
+    """The step overran its start_to_close_timeout and was interrupted; its outcome is in doubt."""
+
+
+# Nothing that a step declares of its own errors is said of these: its code has run, to its end even.
+NOT_ITS_OWN = (StepStopped, StepTimeout, PayloadError)
 
 
 current_step: ContextVar[StepContext | None] = ContextVar("orchestrator_step", default=None)

@@ -36,7 +36,7 @@ from orchestrator.engine.worker import Invocation
 from orchestrator.errors import PayloadError, Rejected, from_user_code
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import LONGEST_PAUSE_S, RetryPolicy
-from orchestrator.step import Step, StepContext, legacy_codec, running
+from orchestrator.step import Step, StepContext, StepTimeout, legacy_codec, running
 from orchestrator.step import registry as step_registry
 from orchestrator.store.connection import CommitUnknown, Connection, TransactionFailed
 from orchestrator.store.turns import Taken
@@ -46,10 +46,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-
-class StepTimeout(TimeoutError):
-    """The step overran its start_to_close_timeout and was interrupted; its outcome is in doubt."""
 
 
 class _RolledBack(Exception):

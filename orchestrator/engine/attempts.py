@@ -19,7 +19,7 @@ from orchestrator.engine.worker import Invocation, StepRunner
 from orchestrator.errors import PayloadError, Rejected, StoreUnavailableError, describe_exception
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import AttemptEnded
-from orchestrator.step import StepContext, StepStopped
+from orchestrator.step import NOT_ITS_OWN, StepContext, StepStopped
 from orchestrator.store import attempts, liveness
 from orchestrator.store.connection import UNAVAILABLE, CommitUnknown, Connection
 from orchestrator.store.turns import Taken
@@ -27,6 +27,7 @@ from orchestrator.store.turns import Taken
 logger = logging.getLogger(__name__)
 _TOGETHER_S = 0.01  # steps shorter than this may share a commit
 _SHORT_S = 0.02  # opening a connection takes about half of this
+_NOT_ITS_OWN = (*NOT_ITS_OWN, CommitUnknown)
 _RECORDING_S = 600.0  # how long a child tries to record an outcome before it leaves it in doubt
 
 
@@ -178,7 +179,7 @@ class Attempts:
                 error = refused
         described = describe_exception(error, invocation.trace)
         verdict = "failed" if harmless or invocation.harmless else "doubt"
-        if isinstance(error, Rejected) or self._refused(taken, described):
+        if isinstance(error, Rejected) or (not isinstance(error, _NOT_ITS_OWN) and self._refused(taken, described)):
             verdict = "rejected"
         return AttemptEnded(
             taken.key, role, taken.attempt, verdict, None, described, worker, began, pause=invocation.pause,

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple, Protocol, cast
 
 from orchestrator.codec import Json, check
 from orchestrator.errors import Rejected, UsageError, describe_exception
-from orchestrator.step import Step, StepContext, legacy_codec, registry, running
+from orchestrator.step import NOT_ITS_OWN, Step, StepContext, StepTimeout, legacy_codec, registry, running
 
 NO_TIME: Final = timedelta(0)
 _NOBODY: Final = object()
@@ -216,7 +216,7 @@ def _perform(part: _Part, context: StepContext, timeout_seconds: float | None) -
             value = _off_the_loop(lambda: _finished(part.function(*part.args, **part.kwargs)))
         if timeout_seconds and part.duration.total_seconds() > timeout_seconds:
             part.duration = timedelta(seconds=timeout_seconds)
-            raise TimeoutError(f"start_to_close_timeout of {timeout_seconds:g} s passed")
+            raise StepTimeout(f"start_to_close_timeout of {timeout_seconds:g} s passed")
         return value, None
     except (Exception, SystemExit) as error:
         return None, error
@@ -247,8 +247,7 @@ def _verdict(error: BaseException, work: Asked) -> str:
     names = describe_exception(error)["mro"]
     declared = registry.steps.get(work.task)
     policy = declared.options.retry if declared else None  # what it declares counts for a call with a policy of its own
-    if isinstance(error, Rejected) or any(name in names for name in work.call.get("x", ())):
-        return "rejected"
-    if policy is not None and policy.refuses(names):
+    refused = (policy is not None and policy.refuses(names)) or any(name in names for name in work.call.get("x", ()))
+    if isinstance(error, Rejected) or (refused and not isinstance(error, NOT_ITS_OWN)):
         return "rejected"
     return "failed" if work.call.get("n") else "doubt"  # a transaction that was rolled back leaves no doubt

@@ -314,7 +314,7 @@ def test_an_attempt_beyond_its_timeout_ends_there_in_doubt_after_its_effect() ->
 
     run = testing.run(looking, 1, stubs={look: testing.After(timedelta(hours=1), slow)})
     assert (run.state, len(effects)) == ("failed", 5)
-    assert run.error and "5 attempt(s): TimeoutError" in run.error["message"]
+    assert run.error and "5 attempt(s): StepTimeout" in run.error["message"]
 
 
 def test_nothing_is_raised_until_the_result_is_asked_for() -> None:
