@@ -100,8 +100,9 @@ def _check_choices(name: str, options: StepOptions) -> None:
             raise DefinitionError(f"step {name}: heartbeat_timeout must be positive, or None")
     if options.retry is not None and not isinstance(options.retry, RetryPolicy):
         raise DefinitionError(f"step {name}: retry= takes a RetryPolicy(...), not {options.retry!r:.80}")
-    for error in options.retry.error_names if options.retry is not None else ():
-        if not error.isidentifier():  # not the policy's own business: it reads what journals have, too
+    for error in options.retry.non_retryable_error_types if options.retry is not None else ():
+        # Not the policy's own business: it reads what journals have, too.
+        if isinstance(error, str) and not error.isidentifier():
             raise DefinitionError(
                 f"step {name}: non_retryable_error_types has {error!r:.80}, which is no class's name: that is without "
                 "its module, such as 'CardDeclined'"

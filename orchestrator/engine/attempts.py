@@ -19,6 +19,7 @@ from orchestrator.engine.worker import Invocation, StepRunner
 from orchestrator.errors import PayloadError, Rejected, StoreUnavailableError, describe_exception
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import AttemptEnded
+from orchestrator.machine.policy import is_among
 from orchestrator.step import NOT_ITS_OWN, StepContext, StepStopped
 from orchestrator.store import attempts, liveness
 from orchestrator.store.connection import UNAVAILABLE, CommitUnknown, Connection
@@ -189,7 +190,7 @@ class Attempts:
     def _refused(self, taken: Taken, described: dict[str, Any]) -> bool:
         policy = self._runner.non_retryable(taken.task)
         names = set(described.get("mro") or ())
-        return bool(policy and policy.refuses(names)) or any(name in names for name in (taken.call or {}).get("x", ()))
+        return bool(policy and policy.refuses(names)) or is_among((taken.call or {}).get("x", ()), names)
 
     # -- recording -----------------------------------------------------------------------------------------------------
     def record(self, taken: Taken, outcome: AttemptEnded, broken: bool = False) -> list[Taken]:

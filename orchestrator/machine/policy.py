@@ -49,6 +49,18 @@ def _must_be_errors(types: Any) -> None:
         )
 
 
+def is_among(names: Collection[str], class_names: Collection[str]) -> bool:
+    """Tell whether an error with these qualified class names (its own and its bases') is one of those that are named.
+
+    A class that is declared within another one, such as ``Account.DoesNotExist`` of Django, has its last name, too.
+    """
+    return any(name in class_names or name in map(_last, class_names) for name in names)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """Say how often and when a step is tried again; the five fields are Temporal's.
@@ -88,12 +100,12 @@ class RetryPolicy:
 
     @property
     def error_names(self) -> tuple[str, ...]:
-        """The names of the non-retryable errors."""
-        return tuple(e if isinstance(e, str) else e.__name__ for e in self.non_retryable_error_types)
+        """The names of the non-retryable errors; those of classes say within what they are declared."""
+        return tuple(e if isinstance(e, str) else e.__qualname__ for e in self.non_retryable_error_types)
 
     def refuses(self, class_names: Collection[str]) -> bool:
         """Tell whether an error with these class names (its own and its bases') is not to be tried again."""
-        return any(name in class_names for name in self.error_names)
+        return is_among(self.error_names, class_names)
 
     def encode(self) -> list[Any]:
         """Return the journal form: seconds, coefficient, seconds, attempts, names."""

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple, Protocol, cast
 
 from orchestrator.codec import Json, check
 from orchestrator.errors import Rejected, UsageError, describe_exception
+from orchestrator.machine.policy import is_among
 from orchestrator.step import NOT_ITS_OWN, Step, StepContext, StepTimeout, legacy_codec, registry, running
 
 NO_TIME: Final = timedelta(0)
@@ -247,7 +248,7 @@ def _verdict(error: BaseException, work: Asked) -> str:
     names = describe_exception(error)["mro"]
     declared = registry.steps.get(work.task)
     policy = declared.options.retry if declared else None  # what it declares counts for a call with a policy of its own
-    refused = (policy is not None and policy.refuses(names)) or any(name in names for name in work.call.get("x", ()))
+    refused = (policy is not None and policy.refuses(names)) or is_among(work.call.get("x", ()), names)
     if isinstance(error, Rejected) or (refused and not isinstance(error, NOT_ITS_OWN)):
         return "rejected"
     return "failed" if work.call.get("n") else "doubt"  # a transaction that was rolled back leaves no doubt

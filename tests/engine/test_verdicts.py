@@ -49,3 +49,51 @@ def test_what_is_not_an_error_of_its_own_leaves_a_step_in_doubt_whatever_it_decl
         assert (BOOK, states(connection)) == ([], {"run": "failed"})
     else:
         assert (BOOK, states(connection)) == (["charge", "refund"], {"run": "compensated"})
+
+
+class Account:
+    """Declares errors as a model of Django does."""
+
+    class DoesNotExist(Exception):
+        pass
+
+    class Frozen(DoesNotExist):
+        pass
+
+
+class Order:
+    class DoesNotExist(Exception):
+        pass
+
+
+@step(compensate=refund)
+def debit(how: str) -> str:
+    raise {"account": Account.DoesNotExist, "subclass": Account.Frozen, "order": Order.DoesNotExist}[how](how)
+
+
+@saga.define(name="verdicts.debits")
+async def debits(declared: str, whose: str) -> None:
+    name = Account.DoesNotExist if declared == "class" else "DoesNotExist"
+    policy = RetryPolicy(maximum_attempts=1, non_retryable_error_types=(name,))
+    await saga.step(debit.with_options(retry=policy), whose)
+
+
+@pytest.mark.parametrize(
+    ("declared", "whose", "undone"),
+    [
+        ("class", "account", []),
+        ("class", "subclass", []),
+        ("class", "order", ["refund"]),
+        ("name", "account", []),
+        ("name", "subclass", []),
+        ("name", "order", []),
+    ],
+)
+def test_an_error_that_is_declared_within_another_class_is_known_as_non_retryable(
+    declared: str, whose: str, undone: list[str], child: Child, connection: Connection
+) -> None:
+    """In doubt, a debit that was refused would be credited by its undo; one of another class says nothing."""
+    BOOK.clear()
+    start(connection, debits, declared, whose)
+    child.drain()
+    assert undone == BOOK
