@@ -14,7 +14,7 @@ from typing import Any
 from orchestrator.codec import Json, check, copied, encode_any
 from orchestrator.engine.advance import Advancer, AfterCommit
 from orchestrator.engine.commit import new_fence
-from orchestrator.engine.session import OrphanedError, Session
+from orchestrator.engine.session import DeclaredDeadError, OrphanedError, Session
 from orchestrator.engine.worker import Invocation, StepRunner
 from orchestrator.errors import PayloadError, Rejected, StoreUnavailableError, describe_exception
 from orchestrator.failpoints import failpoint
@@ -152,20 +152,33 @@ class Attempts:
         )
 
     def _beat(self, taken: Taken, details: Json) -> None:
-        assert taken.fence is not None
-        connection, _ = self._session.ready()
         if details is not None:
             what = f"the heartbeat details of {taken.task}"
             details = encode_any(details, what)
             check(details, what=what)
             taken.call["d"] = details
-        stop = attempts.heartbeat(connection, taken.run_id, taken.lane, taken.fence, details)
+        stop = self._heard(taken, details)
         if stop is None:
             raise StepStopped(
                 f"attempt {taken.attempt} of {taken.key} was given up: its lease or its heartbeat was missed"
             )
         if stop:
             raise StepStopped(f"run {taken.run_id} does not want the result of {taken.key} any more")
+
+    def _heard(self, taken: Taken, details: Json) -> bool | None:
+        """Tell the database of a heartbeat; one that cannot reach it is lost, as the next one is about to come."""
+        assert taken.fence is not None
+        for _ in range(2):  # the connection may be broken since long
+            try:
+                connection, _ = self._session.ready()
+                return attempts.heartbeat(connection, taken.run_id, taken.lane, taken.fence, details)
+            except (DeclaredDeadError, OrphanedError):
+                raise
+            except StoreUnavailableError:
+                break
+            except UNAVAILABLE:
+                self._session.let_go()
+        return False
 
     def _outcome(self, taken: Taken, invocation: Invocation, harmless: bool = False) -> AttemptEnded:
         began = taken.now.isoformat()

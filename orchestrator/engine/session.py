@@ -159,6 +159,10 @@ class Session:
             self.advancer = None
         self._close()
 
+    def let_go(self) -> None:
+        """Close a connection that broke while it had nothing in hand; what this child knows of its runs holds."""
+        self._close()
+
     def lend(self) -> None:
         """Where connections are scarce, hold none while a step runs or a child idles."""
         if self._worker.permits is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ from orchestrator import Effect, RetryPolicy, saga, step
 from orchestrator.client import Client
 from orchestrator.store import liveness
 from orchestrator.store.connection import Connection
+from tests.engine.proxy import Proxy
 from tests.engine.stage import Child, run, start, state
 
 THRICE = RetryPolicy(timedelta(0), 1.0, timedelta(0), 3)
@@ -101,3 +103,46 @@ def test_details_of_an_attempt_whose_worker_is_lost_are_what_it_told(child: Chil
     child.reborn()
     child.drain()
     assert (state(connection), TOLD) == ("completed", [None, {"cursor": None, "seen": {"a": None}}])
+
+
+@step(effect=Effect.NONE, retry=RetryPolicy(maximum_attempts=1))
+def walk(how: str) -> list[Any]:
+    current = step.current()
+    current.heartbeat(1)
+    BREAK[0](how)
+    current.heartbeat(2)
+    current.heartbeat(3)
+    return [how, current.attempt]
+
+
+@saga.define
+async def walking(how: str) -> list[Any]:
+    return await saga.step(walk, how)
+
+
+BREAK: list[Callable[[str], None]] = []
+
+
+@pytest.mark.parametrize("how", ["the connection breaks", "nobody answers until the step has ended"])
+def test_a_heartbeat_that_does_not_reach_the_database_fails_nothing(
+    how: str, new_child: Callable[..., Child], connection: Connection, proxy: Proxy
+) -> None:
+    """A Postgres that is restarted takes nothing from workers that run."""
+
+    def cut(how: str) -> None:
+        proxy.cut()
+        if "breaks" in how:
+            proxy.restore()
+
+    def look(taken: Any) -> None:
+        proxy.restore()
+        heard.extend(connection.execute("SELECT details FROM orchestrator.work").fetchone() or ())
+
+    heard: list[Any] = []
+    child = new_child(dsn=proxy.url)
+    child.runner.after = look
+    BREAK[:] = [cut]
+    start(connection, walking, how)
+    child.drain()
+    assert (state(connection), heard) == ("completed", [3 if "breaks" in how else 1])
+    assert connection.execute("SELECT output FROM orchestrator.runs").fetchone() == ([how, 1],)
