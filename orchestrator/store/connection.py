@@ -43,8 +43,9 @@ ATTENTIVE: dict[str, Any] = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 25_000,  # keepalives are silent while something is under way and nobody takes it
+    "client_encoding": "UTF8",  # whatever the database's settings are: any text may be said
 }
-"""How every connection notices that the other side is gone."""
+"""How every connection notices that the other side is gone, and what it speaks."""
 
 
 class Patient(psycopg.Connection[Any]):
@@ -83,12 +84,12 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
     """Open an autocommit connection that Postgres shows as `name`, and that breaks if an answer takes `patience_s`.
 
     `prepare` off is for poolers that lend a connection for one transaction: no statement is prepared, and nothing is
-    asked of the session but its time zone, which such poolers carry along.
+    asked of the session but its time zone and the form of instants, which such poolers carry along.
     Raises: StoreUnavailableError, ConfigurationError.
     """
     # Plans are kept, and every statement has its index: one that was planned while the tables were empty must not go on
-    # scanning them when they are full.
-    kept = "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c timezone=UTC"
+    # scanning them when they are full.  The driver reads instants in the form of ISO alone.
+    kept = "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c timezone=UTC -c datestyle=ISO"
     try:
         given = conninfo_to_dict(dsn).get("options")  # which ours would take the place of
         options: Any = {"options": f"{given} {kept}" if given else kept} if prepare else {}
@@ -103,6 +104,7 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
         connection.patience_s = patience_s
         if not prepare:
             connection.execute("SET timezone TO 'UTC'")
+            connection.execute("SET datestyle TO 'ISO'")
     except psycopg.OperationalError as error:
         raise unavailable(error) from None
     except psycopg.ProgrammingError:  # which shows what it cannot read

@@ -96,7 +96,10 @@ class Transactions:
             while (nested := connection.get_nested_transaction()) not in (inner, None) and nested.is_active:
                 nested.commit()  # a Session's own savepoint: SQLAlchemy warns of one that is left open
             inner.commit()
-            if not settle(_driver(connection), value):
+            driver = _driver(connection)
+            if not str(driver.info.parameter_status("DateStyle")).startswith("ISO"):
+                driver.execute("SET LOCAL datestyle TO 'ISO'")  # which is the only one that the driver reads
+            if not settle(driver, value):
                 outer.rollback()
             failpoint("transaction.settled", connection)
         except (DBAPIError, REFUSED) as error:

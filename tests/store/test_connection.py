@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import select
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from orchestrator import ConfigurationError
 from orchestrator.store.connection import Connection, open_connection
 from orchestrator.store.pool import ClientPool
+from orchestrator.store.transaction import Transactions
 from tests.acceptance.running import until
+
+ELSEWHERE = "client_encoding=LATIN1&options=-c%20datestyle%3DGerman"
 
 
 def test_what_the_url_asks_of_the_session_is_not_forgotten(database_url: str) -> None:
@@ -21,6 +27,33 @@ def test_what_the_url_asks_of_the_session_is_not_forgotten(database_url: str) ->
             for name in ("statement_timeout", "search_path", "enable_seqscan", "timezone")
         ]
     assert shown == [("12345ms",), ("shop",), ("off",), ("UTC",)]
+
+
+@pytest.mark.parametrize("prepare", [True, False])
+def test_any_text_and_any_instant_can_be_said_whatever_the_settings_of_the_database_are(
+    database_url: str, prepare: bool
+) -> None:
+    with open_connection(f"{database_url}?{ELSEWHERE}", name="test", prepare=prepare) as connection:
+        said = connection.execute("SELECT %s, timestamptz '2026-12-01 02:03 UTC'", ["\N{SNOWMAN}"]).fetchone()
+    assert said == ("\N{SNOWMAN}", datetime(2026, 12, 1, 2, 3, tzinfo=UTC))
+
+
+def test_what_is_recorded_within_a_transaction_is_read_whatever_the_settings_of_the_database_are(
+    database_url: str,
+) -> None:
+    """The settings of the connection that a transactional step is handed are its own."""
+    transactions = Transactions(f"{database_url.replace('postgresql:', 'postgresql+psycopg:')}?{ELSEWHERE}")
+    settled: list[Any] = []
+
+    def settle(connection: Connection, value: Any) -> bool:
+        settled.append(connection.execute("SELECT %s, timestamptz '2026-12-01 02:03 UTC'", ["\N{SNOWMAN}"]).fetchone())
+        return True
+
+    shown = transactions.run(
+        False, timedelta(seconds=9), lambda connection: connection.execute(text("SHOW datestyle")).scalar(), settle
+    )
+    transactions.dispose()
+    assert (shown, settled) == ("German, DMY", [("\N{SNOWMAN}", datetime(2026, 12, 1, 2, 3, tzinfo=UTC))])
 
 
 def test_a_url_that_the_driver_cannot_read_is_wrong_configuration_and_not_shown() -> None:
