@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import threading
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
@@ -24,6 +25,7 @@ from orchestrator.machine.journal import Undo
 from orchestrator.machine.loop import inside_saga
 from orchestrator.machine.policy import START_TO_CLOSE, Effect, Limit
 
+logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
@@ -232,40 +234,22 @@ _PROBE_OPTIONS = StepOptions(effect=Effect.NONE)
 
 # -- declaring ---------------------------------------------------------------------------------------------------------
 def refuse_twin(what: str, known: Callable[..., Any], function: Callable[..., Any]) -> None:
-    """Refuse a second function under the name of one: every worker would run the later one for both.
+    """Refuse a second function under the name of one in a module: every worker would run the later one for both.
 
-    A module that is imported again, under another name, run as a script as well, or redefined line by line, declares
-    its own anew.  So may functions that are made within others, as tests have them.  Raises: DefinitionError.
+    One of another module is warned of in the log, for it may be meant, such as a stand-in in tests.  A module that is
+    imported again, or under two names, declares its own anew, and so may functions that are made within others.
+    Raises: DefinitionError.
     """
+    theirs, ours = (getattr(each, "__globals__", {}) for each in (known, function))
     there, here = (getattr(each, "__qualname__", "<locals>") for each in (known, function))
     if known is function or "<locals>" in there or "<locals>" in here:
         return
-    if there != here or not any(of(known) == of(function) for of in (_module_of, _file_of)):
-        whom = f"by {_module_of(known)}.{there} and by {_module_of(function)}.{here}"
-    elif _namespace_of(known) is _namespace_of(function) and _is_being_imported(function):
-        whom = f"twice in {function.__module__}"
-    else:
-        return
-    raise DefinitionError(
-        f"{what} is declared {whom}: only the later one would run, for both. Give one of them another name"
-    )
-
-
-def _module_of(function: Callable[..., Any]) -> str:
-    return name_of(function).rpartition(".")[0]
-
-
-def _file_of(function: Callable[..., Any]) -> str:
-    return str(_namespace_of(function).get("__file__"))
-
-
-def _namespace_of(function: Callable[..., Any]) -> dict[str, Any]:
-    namespace: dict[str, Any] = getattr(function, "__globals__", {})
-    return namespace
-
-
-def _is_being_imported(function: Callable[..., Any]) -> bool:
-    return bool(getattr(_namespace_of(function).get("__spec__"), "_initializing", False))
+    both = f"{what} is declared by {name_of(known)} and by {name_of(function)}: workers run the later one for both"
+    if theirs is ours:
+        if getattr(ours.get("__spec__"), "_initializing", False):  # neither loaded again nor redefined line by line
+            raise DefinitionError(f"{both}. Give one of them another name")
+    elif there != here or (theirs.get("__file__") != ours.get("__file__") and name_of(known) != name_of(function)):
+        logger.warning("%s", both)
 
 
 class Registry:
