@@ -1,18 +1,14 @@
-"""What a step failed with is its own error, whatever becomes of telling others about it."""
+"""What a step failed with is its own error, with its own traceback, whatever Celery makes of it for others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from celery import Celery
 
-from orchestrator import Orchestrator, Rejected, step
-from orchestrator.celery.runner import Runner
-from orchestrator.step import StepContext
-from orchestrator.store.turns import Taken
+from orchestrator import Rejected, step
+from tests.celery.conftest import Invoke
 
 
 def _page(*_: Any) -> None:
@@ -30,35 +26,46 @@ class _Backend:
     def process_cleanup(self) -> None: ...
 
 
-@pytest.fixture
-def invoke() -> Iterator[Callable[[str], Any]]:
-    """Runs a step as a drain does."""
-    with Celery("failing", broker="memory://", set_as_current=False) as app:
-        orchestrator = Orchestrator(app, database_url="postgresql://host/db")
+class TornError(Exception):
+    """Cannot be made again from its arguments, so that Celery tells of another one in its place."""
 
-        def debit() -> None:
-            raise Rejected("insufficient funds")
-
-        declare: Any = step
-        for name, how in {"pages": {"on_failure": _page}, "exits": {"on_failure": _exit}, "stores": {}}.items():
-            declare(name=f"failing.{name}", **how)(debit)
-        app.tasks["failing.stores"].backend = _Backend()
-        runner = Runner(app, "w@here", orchestrator._transactions, orchestrator._events("w"))
-        now = datetime.now(UTC)
-
-        def invoke(name: str) -> Any:
-            until = now + timedelta(seconds=30)
-            taken = Taken("run", 1, f"{name}#0", "do", name, "q", name, 1, {"a": {}, "t": 30}, 1, until, now)
-            return runner.invoke(taken, StepContext("run", taken.key, 1, "run:key", until))
-
-        yield invoke
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} at {where}")
 
 
-@pytest.mark.parametrize("name", ["pages", "exits", "stores"])
+def _debit() -> None:
+    raise Rejected("insufficient funds")
+
+
+@pytest.mark.parametrize("tells", ["on_failure", "on_failure that exits", "the backend"])
 def test_a_rejected_step_is_rejected_although_telling_of_it_fails(
-    name: str, invoke: Callable[[str], Any], caplog: pytest.LogCaptureFixture
+    tells: str, app: Celery, invoke: Invoke, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In doubt it would be tried again, and undone: a debit that never was would be credited."""
-    invocation = invoke(f"failing.{name}")
-    assert isinstance(invocation.error, Rejected) and str(invocation.error) == "insufficient funds"
-    assert f"step run:failing.{name}#0 failed, and so did what is told of that" in caplog.text
+    handlers: Any = {"on_failure": {"on_failure": _page}, "on_failure that exits": {"on_failure": _exit}}
+    step(name="failing.debit", **handlers.get(tells, {}))(_debit)
+    if tells == "the backend":
+        app.tasks["failing.debit"].backend = _Backend()
+    failed = invoke("failing.debit")
+    assert isinstance(failed.error, Rejected) and str(failed.error) == "insufficient funds"
+    assert "step run:failing.debit#0 failed, and so did what is told of that" in caplog.text
+
+
+def test_what_celery_has_formatted_is_not_formatted_again(invoke: Invoke) -> None:
+    step(name="failing.debit")(_debit)
+    trace = invoke("failing.debit").trace
+    first, *_, last = trace.splitlines()
+    assert (first, last) == (
+        "Traceback (most recent call last):",
+        "orchestrator.errors.Rejected: insufficient funds",
+    )
+    assert "in _debit" in trace and "celery/app/trace.py" not in trace
+
+
+def test_of_an_error_that_celery_replaces_its_own_traceback_is_told(invoke: Invoke) -> None:
+    @step(name="failing.tears")
+    def tears() -> None:
+        raise TornError("torn", "here")
+
+    failed = invoke("failing.tears")
+    assert (type(failed.error), failed.trace) == (TornError, "")
