@@ -42,6 +42,7 @@ class Recorder(Protocol):
     def record(self, entry: Entry) -> None: ...
     def abandon(self, key: str) -> None: ...
     def unlock(self, key: str, failed: bool) -> None: ...
+    def unlock_left_blocks(self) -> None: ...
 
 
 scope: ContextVar[str] = ContextVar("orchestrator_scope", default="")  # the blocks of partial rollback around a task
@@ -146,6 +147,7 @@ class SagaCode:
         for at, settled in rows:
             self._undelivered.extend(settled)
             if at is not None:
+                recorder.unlock_left_blocks()  # before code goes on, be it alive or run again
                 self.loop.advance_to((at - self.fold.info.started).total_seconds())
             self._begin()
             self._deliver()

@@ -158,6 +158,7 @@ def test_replaying_any_prefix_of_any_journal_asks_for_nothing_twice(
 
 
 @runs
+@example(["gather", [("locked", "b", 0, ("fickle", "mail", 0, 3)), ("step", "capture", 0)]], 417, None, None)
 @given(programs, seeds, moments, moments)
 def test_catching_up_equals_replaying(program: Program, seed: int, cancel: int | None, deadline: int | None) -> None:
     replayed = _played(program, seed, cancel, deadline)
