@@ -125,16 +125,16 @@ def begin_next(
 ) -> Begun | None:
     """Choose the work that this child goes on with: the first that is due, has no gate to pass and can run here.
 
-    Of several the one with the highest priority.  What is tried again begins alone, so that it is left to be taken.  A
-    run that has many short steps under way begins none here: they are taken in waves, which share a commit, where one
-    that follows another would have a commit each.
+    Of several the one with the highest priority.  What was lost begins alone, so that it is left to be taken.  A run
+    that has many short steps under way begins none here: they are taken in waves, which share a commit, where one that
+    follows another would have a commit each.
     """
     if turn.state in TERMINAL or not scope.may_begin():
         return None
     info, many = execution.info, execution.fold.in_flight >= MANY
     for work in sorted(turn.work, key=lambda work: -(work.priority or info.priority)):
         target, queue = target_of(info, work), work.queue or info.queue
-        here = queue in scope.queues and target in scope.targets and not gate_of(work.call) and not work.attempt
+        here = queue in scope.queues and target in scope.targets and not gate_of(work.call) and "w" not in work.call
         alone = (is_short is None or is_short(work.task)) and not (many and scope.is_short(work.task))
         if here and (work.due is None or work.due <= now) and alone:
             deadline = now + timedelta(seconds=work.call["t"]) if "t" in work.call else None

@@ -311,7 +311,9 @@ class Drainer:
 
     def _comes_alone(self, item: Taken) -> bool:
         """Whether nothing was taken after it, though there may be more."""
-        return item.attempt > 1 or (item.role != "turn" and not self._attempts.is_short(item.task))
+        if item.role == "turn":
+            return item.attempt > 1
+        return not self._attempts.is_short(item.task) or "w" in (item.call or {})
 
     def _perform(self, taken: list[Taken]) -> None:
         """Do what is held, and what that begins in turn.

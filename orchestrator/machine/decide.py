@@ -480,7 +480,7 @@ class Decisions:
     def do_work(self, step: Step, due: datetime | None = None) -> Work:
         """Return the next forward attempt of `step`."""
         asked = step.asked
-        call = self._call(asked.args, asked.timeout)
+        call = self._call(step, asked.args, asked.timeout)
         if asked.heartbeat:
             call["h"] = asked.heartbeat
         if asked.retry and asked.retry[4]:
@@ -496,7 +496,7 @@ class Decisions:
 
     def probe_work(self, step: Step, due: datetime | None = None) -> Work:
         """Return the next attempt of asking what became of `step`."""
-        call = self._call(step.asked.args, step.asked.timeout)
+        call = self._call(step, step.asked.args, step.asked.timeout)
         due = self._not_before_quiet(step, due)
         return Work(step.key, "probe", step.asked.probe, step.asked.queue, call, due, step.probe_attempts)
 
@@ -511,7 +511,7 @@ class Decisions:
         )
         if undo.result:
             args["result"] = step.late_result if step.late else step.result
-        call = self._call(args, undo.timeout)
+        call = self._call(step, args, undo.timeout)
         if step.late:
             call["l"] = step.late
         if self.fold.rollback and self.fold.rollback.undoes:
@@ -523,10 +523,12 @@ class Decisions:
         due = self._not_before_quiet(step, due)
         return Work(step.key, "undo", undo.task, undo.queue or step.asked.queue, call, due, step.undo_attempts)
 
-    def _call(self, args: Json, timeout: float) -> dict[str, Json]:
+    def _call(self, step: Step, args: Json, timeout: float) -> dict[str, Json]:
         call: dict[str, Json] = {"a": args, "t": timeout or START_TO_CLOSE.total_seconds()}
         if self.fold.info.link:
             call["k"] = self.fold.info.link
+        if step.lost:
+            call["w"] = 1
         return call
 
     def _not_before_quiet(self, step: Step, due: datetime | None) -> datetime | None:

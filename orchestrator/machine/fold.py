@@ -263,6 +263,7 @@ class Fold:
 
     def _attempted(self, entry: Attempted) -> None:
         step = self.steps[entry.key]
+        step.lost = not entry.worker  # who would have reported its outcome
         if entry.role == "undo":
             step.undo_attempts = entry.attempt
         elif entry.role == "probe":

@@ -482,7 +482,8 @@ class Work:
     ``a`` arguments, ``t`` timeout and ``h`` heartbeat timeout in seconds, ``x`` names of non-retryable errors,
     ``d`` heartbeat details of the attempt before, ``n`` that a lost attempt certainly had no effect (its transaction is
     gone with it), ``l`` the attempt whose late effect is undone, ``g`` the gate it has to pass, with its limits, ``k``
-    the link of a run that was continued as new, ``u`` the idempotency key of what is undone if another run did it.
+    the link of a run that was continued as new, ``u`` the idempotency key of what is undone if another run did it,
+    ``w`` that the attempt before was lost with its worker, so that this one is begun with no other.
     """
 
     key: str

@@ -17,8 +17,8 @@ class Step:
 
     __slots__ = (
         "abandoned", "asked", "attempts", "backward", "budget_from", "details", "doubt", "error", "forgotten",
-        "forward", "late", "late_result", "left", "order", "parked", "partly", "probe_attempts", "probe_budget_from",
-        "quiet", "result", "signal_id", "undecided", "undo_attempts", "undo_budget_from",
+        "forward", "late", "late_result", "left", "lost", "order", "parked", "partly", "probe_attempts",
+        "probe_budget_from", "quiet", "result", "signal_id", "undecided", "undo_attempts", "undo_budget_from",
     )  # fmt: skip
 
     def __init__(self, asked: Asked, order: int) -> None:
@@ -31,6 +31,7 @@ class Step:
         self.doubt = False
         self.abandoned = False
         self.forgotten = False  # it may have been done in the time that a restore of the database forgot
+        self.lost = False  # nobody knows what became of its last attempt: it may have ended its process
         self.quiet = ""
         self.details: Json = None
         self.result: Json = None

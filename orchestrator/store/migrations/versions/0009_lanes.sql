@@ -86,16 +86,16 @@ BEGIN
     ) THEN 9 ELSE 0 END .. 0 LOOP
         FOREACH v_queue IN ARRAY p_queues LOOP
             -- Rows that somebody else holds are skipped, rows that nobody here can do as well.  What is begun and not
-            -- run burns an attempt if the process dies: a step begins alone, unless it is known to be short and this is
-            -- its first attempt, for it may be what ended the process.  So does a turn whose last holder is gone without
-            -- having committed it (primary key of drainers): the next ones may go the same way, and `attempt` counts
-            -- them.  1 is a turn that was passed on.
+            -- run burns an attempt if the process dies: a step begins alone, unless it is known to be short and its last
+            -- attempt was not lost (`w`), for it may be what ended the process.  So does a turn whose last holder is gone
+            -- without having committed it (primary key of drainers): the next ones may go the same way, and `attempt`
+            -- counts them.  1 is a turn that was passed on.
             FOR run_id, lane, key, role, target, queue, task, attempt, call, fence, deadline_at, now, saga, version,
                 run_queue, input, started_at, run_deadline_at, priority, "position", state, parent, link, since
             IN
                 WITH due AS MATERIALIZED (
                     SELECT d.run_id, d.lane, d.due_at, d.role = 'turn' AS turn,
-                        d.task = ANY (p_short) AND d.attempt = 0 AS short,
+                        d.task = ANY (p_short) AND (d.attempt = 0 OR d.call -> 'w' IS NULL) AS short,
                         d.reserved_at IS NULL AS untried,
                         d.reserved_at IS NOT NULL AND NOT EXISTS (
                             SELECT FROM orchestrator.drainers m JOIN orchestrator.incarnations i ON i.id = m.incarnation
