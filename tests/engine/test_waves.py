@@ -111,6 +111,18 @@ def test_attempts_that_were_lost_together_are_made_again_one_by_one(
     assert set(states(connection).values()) == {"completed"}
 
 
+def test_attempts_whose_failure_was_reported_are_made_again_together(child: Child, connection: Connection) -> None:
+    """They ended no process, and when a provider is back there are many of them."""
+    TRIED.clear()
+    child.drainer._attempts.recent_s[shaky.name] = 0.001
+    seen = begun_beside(child, connection, shaky.name)
+    for name in ("a", "b", "c"):
+        start(connection, only_shaky, name, run_id=name)
+    child.drain()
+    again = [begun for begun, (_, key, attempt) in zip(seen, child.runner.calls, strict=True) if attempt > 1]
+    assert again and set(again) == {3}
+
+
 def test_a_short_step_that_is_interrupted_once_is_still_known_to_be_short(
     child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
