@@ -27,7 +27,7 @@ from orchestrator.store.turns import Taken
 logger = logging.getLogger(__name__)
 _GATHER_S = 0.012  # how long to let short work gather where it comes fast: a wave of 16 costs half of four of 4
 _IN_VAIN, _TRY_AGAIN = 2, 16  # after so many times in vain one look has to do, but each so many-th time
-_LEAD_S, _LEADS_FROM = 0.06, 4  # how long others stand by for a child that took so many at once, until it looks again
+_LEAD_S, _LEADS_FROM = 0.06, 12  # how long others stand by for a child that took so many at once, until it looks again
 _STAND_BY_S = 0.004  # between looks whether it still takes all that comes
 _LEFT_S = 0.03  # how long an outcome may be unread that was left for another process, unless that moves the run
 _LOOK_S = 0.004  # between looks whether it was read

@@ -30,9 +30,13 @@ async def quick(thing: str) -> None:
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> bytearray:
-    """What the children of a worker share; a promise is as good as for ever, for a machine may be busy."""
+    """What the children of a worker share; a promise is as good as for ever, for a machine may be busy.
+
+    Four runs at once are many here.
+    """
     monkeypatch.setattr(lead, "_LONGEST_S", 1000.0)
     monkeypatch.setattr(drain, "_LEAD_S", 1000.0)
+    monkeypatch.setattr(drain, "_LEADS_FROM", 4)
     return bytearray(SIZE)
 
 
