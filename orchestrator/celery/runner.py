@@ -12,13 +12,14 @@ import ctypes
 import inspect
 import logging
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from billiard.einfo import ExceptionInfo
 from celery import Celery, states
@@ -169,6 +170,7 @@ class Runner:
         seconds = (context.deadline - taken.now).total_seconds()
         limit, hangs = _limit.set(seconds), _hangs.set(context.hangs)
         attempt = self._attempts[taken.fence or 0] = self._events.begin(taken)
+        process = os.getpid()
         try:
             guard = contextlib.nullcontext() if isinstance(task, steps_base()) else time_limit(seconds, context.hangs)
             with self._fixups.around_step(), running(context), guard:
@@ -179,6 +181,8 @@ class Runner:
             self._fixups.after_failure()
             return Invocation(error=error)
         finally:
+            if os.getpid() != process:
+                _end_copy(task.name)
             if attempt is not None:
                 self._events.leave(attempt)
             _invoked.reset(invoked)
@@ -211,6 +215,12 @@ class _StepTrace(TraceInfo):
         except BaseException:
             logger.exception("step %s failed, and so did what is told of that; its own error counts", req.id)
             return ExceptionInfo((type(error), error, error.__traceback__))
+
+
+def _end_copy(task: str) -> NoReturn:
+    """End a copy of the worker's child that a step has made; it would drain on the connections of its parent."""
+    logger.error("step %s forked, and its copy came back from the step; end such a copy with os._exit()", task)
+    os._exit(os.EX_SOFTWARE)
 
 
 def _let_replace(task: Any) -> None:

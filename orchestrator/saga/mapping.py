@@ -71,6 +71,8 @@ async def map(
         await _map_pages(plan, tally, items, tuple(args))
     elif args:
         raise UsageError("saga.map: args= are for a paging step; the items here are an iterable")
+    elif isinstance(items, str | bytes):
+        raise UsageError(f"saga.map: text is one item, not many; for one for each letter write list({items!r:.40})")
     else:
         for first, calls in _batches(plan, items):
             tally.add(await _child(plan, plan.spec(first, calls=calls)))

@@ -118,7 +118,8 @@ async def between(first: int, many: int) -> list[int]:
 
 @saga.define
 async def misread(what: str) -> None:
-    await saga.map(double, {"iterable": [1], "too few": numbers}[what], args=(1,))
+    args = () if what == "text" else (1,)
+    await saga.map(double, {"iterable": [1], "too few": numbers, "text": "abc"}[what], args=args)
 
 
 def test_every_item_is_done_once_and_results_come_in_order(child: Child, client: Client) -> None:
@@ -211,8 +212,11 @@ def test_a_paging_step_takes_arguments_of_its_own_after_the_cursor(child: Child,
     assert run(client, child, between, 10, 5).get(timeout=60) == [20, 22, 24, 26, 28]
 
 
-@pytest.mark.parametrize(("what", "why"), [("iterable", "args= are for a paging step"), ("too few", "missing")])
-def test_arguments_that_nobody_takes_park_the_run_with_the_reason(
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [("iterable", "args= are for a paging step"), ("too few", "missing"), ("text", "text is one item, not many")],
+)
+def test_what_makes_no_map_parks_the_run_with_the_reason(
     child: Child, client: Client, connection: Connection, what: str, why: str
 ) -> None:
     run(client, child, misread, what)

@@ -230,6 +230,20 @@ def test_a_plain_task_takes_the_parameters_of_the_step_that_it_undoes_and_no_oth
         sound.with_options(compensate=refund)
 
 
+@step(name="declared.withdraw")
+def withdraw(result: str) -> None: ...
+
+
+def publish(result: str) -> None: ...
+
+
+def test_an_undo_cannot_take_the_result_of_a_step_that_has_a_parameter_of_that_name() -> None:
+    """It would get what the step returned, under the name of what it was given."""
+    with pytest.raises(DefinitionError, match=r"step declared\.publish: .* rename that one"):
+        step(name="declared.publish", compensate=withdraw)(publish)
+    step(name="declared.publish", compensate=give_back.s(1, 2))(publish)
+
+
 # -- names -------------------------------------------------------------------------------------------------------------
 SCRIPT = """
 from orchestrator import saga, step
