@@ -86,15 +86,15 @@ def _used(stack: Stack, side: Side, load: str, many: int, **options: int) -> Met
 
 
 def memory(stack: Stack, scale: Scale) -> list[Row]:
-    """A worker's memory (main, companion and children) after a tenth of the runs and after all."""
-    runs = scale.of(100_000)
+    """A worker's memory (main, companion and children) when it is warm, after 30,000 runs, and after all."""
+    runs, warmed = scale.of(100_000), scale.of(30_000)
     with stack.engine() as engine:
         warm(engine, "three", scale)
-        _in_portions(engine, runs // 10)
+        _in_portions(engine, warmed)
         early = memory_mb(engine.workers[0].pid)
-        _in_portions(engine, runs - runs // 10)
+        _in_portions(engine, runs - warmed)
         late = memory_mb(engine.workers[0].pid)
-    return [Row(f"worker's memory, {runs:,} runs", "MB", [late], "after a tenth", [early], most=1.05)]
+    return [Row(f"worker's memory, {runs:,} runs", "MB", [late], f"after {warmed:,}", [early], most=1.05)]
 
 
 def _in_portions(side: Side, runs: int) -> None:
