@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.cli.source import Source, dotted, helpers, resolve, source_of
+from orchestrator.errors import PayloadError
 from orchestrator.machine.policy import Effect
 from orchestrator.saga import Saga
 from orchestrator.saga import step as saga_step
@@ -33,6 +34,7 @@ RULES = {
     "SG101": Rule("a compensation that is no registered task"),
     "SG102": Rule("a step with neither effect nor compensation declared", warning=True),
     "SG103": Rule("a step after the pivot that can fail for good", warning=True),
+    "SG104": Rule("a compensation whose `result` cannot be None", warning=True),
     "SG201": Rule("the wall clock in saga code"),
     "SG202": Rule("randomness in saga code"),
     "SG203": Rule("input or output in saga code"),
@@ -70,6 +72,29 @@ def check_step(step: Step[Any, Any], registered: Collection[str]) -> Iterator[Fi
     source = source_of(step.function)
     if undo is not None and undo.task not in registered and source is not None:
         yield from _at(source, source.node, "SG101", _unregistered(step.name, undo.task))
+    undoes = step.options.compensate
+    if source is not None and isinstance(undoes, Step) and _can_be_unknown(step) and not _takes_none(undoes):
+        text = (
+            f"step {step.name} is compensated by {undoes.name}, whose `result` cannot be None: where the outcome is "
+            "unknown, because a worker died, the undo fails and the run parks. Let it take None, or declare a probe"
+        )
+        yield from _at(source, source.node, "SG104", text)
+
+
+def _can_be_unknown(step: Step[Any, Any]) -> bool:
+    """Whether it may be undone without anybody knowing what it returned."""
+    decides = step.options.on_unknown or ("probe" if step.probe_step else "compensate")
+    return decides == "compensate" and not step.options.transactional
+
+
+def _takes_none(undo: Step[Any, Any]) -> bool:
+    if "result" not in undo.codec.parameters:
+        return True
+    try:
+        undo.codec.decode_arguments({"result": None}, ["result"])
+    except PayloadError:
+        return False
+    return True
 
 
 def _unregistered(step: str, task: str) -> str:

@@ -30,6 +30,38 @@ def take(n: int) -> int:  # SG101
 
 
 @step
+def refund(result: str) -> None: ...
+
+
+@step(compensate=refund)
+def charge() -> str:  # SG104
+    return "charge"
+
+
+@step(compensate=refund, on_unknown="park")
+def charge_or_park() -> str:
+    return "charge"
+
+
+@step(compensate=refund)
+def charge_with_probe() -> str:
+    return "charge"
+
+
+@charge_with_probe.probe
+def find() -> str | None: ...
+
+
+@step
+def refund_if_there_is_one(result: str | None) -> None: ...
+
+
+@step(compensate=refund_if_there_is_one)
+def charge_carefully() -> str:
+    return "charge"
+
+
+@step
 def bare(n: int) -> int:
     return n
 

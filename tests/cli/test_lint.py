@@ -46,7 +46,7 @@ def test_every_mistake_is_found_on_its_line_and_nothing_else(found: subprocess.C
 
 def test_errors_exit_with_1_and_are_counted(found: subprocess.CompletedProcess[str]) -> None:
     assert found.returncode == 1
-    assert re.fullmatch(r"Found \d+ errors and 5 warnings\.", found.stdout.splitlines()[-1])
+    assert re.fullmatch(r"Found \d+ errors and 6 warnings\.", found.stdout.splitlines()[-1])
 
 
 def test_the_reference_application_is_clean() -> None:
