@@ -144,7 +144,13 @@ def key_names(key: str | Callable[..., Any]) -> list[str]:
 
 
 def check_parameters(other: Step[Any, Any], step: Step[Any, Any], what: str, also: tuple[str, ...]) -> None:
-    """Refuse a compensation or probe of parameters that its step does not have.  Raises: DefinitionError."""
+    """Refuse a compensation or probe of parameters that its step has not, or has as well.  Raises: DefinitionError."""
+    for name in also:
+        if name in other.codec.parameters and name in step.codec.parameters:
+            raise DefinitionError(
+                f"step {step.name}: its {what} {other.name} takes `{name}`, which is what the step returned, but the "
+                "step has a parameter of that name, too; rename that one"
+            )
     unknown = [name for name in other.codec.parameters if name not in (*step.codec.parameters, *also)]
     if unknown:
         raise DefinitionError(

@@ -319,11 +319,6 @@ def _undo_of(step: Step[Any, Any]) -> Undo:
         other = registry.steps.get(other.name, plain)
     if isinstance(other, Step):
         check_parameters(other, step, "compensation", also=("result",))
-        if "result" in other.codec.parameters and "result" in step.codec.parameters:
-            raise DefinitionError(
-                f"step {step.name}: its compensation {other.name} takes `result`, which is what the step returned, but "
-                "the step has a parameter of that name, too; rename that one"
-            )
         if other.options.limit_key is not None and "result" in key_names(other.options.limit_key):
             raise DefinitionError(
                 f"step {step.name}: the limit of its compensation {other.name} counts by `result`, which is not known "
