@@ -108,14 +108,14 @@ def refence(connection: Connection, run_id: str, lane: int, fences: Sequence[int
     return changed
 
 
-# What a probe has answered settles its step, or clears it, and names no attempt.
+# What a probe has answered settles its step, or clears it, and names no attempt.  A success that was refused is late.
 _RECORDED = """
 SELECT EXISTS (
     SELECT FROM orchestrator.journal j CROSS JOIN LATERAL json_array_elements(j.entries) AS e (entry)
     WHERE j.run_id = ANY(%(links)s) AND e.entry ->> 'key' = %(key)s AND (
         %(role)s = 'probe' AND (e.entry ->> 'by' = 'probe' OR e.entry ->> 'e' = 'cleared')
         OR (e.entry ->> 'attempt')::int = %(attempt)s AND e.entry ->> 'worker' = %(worker)s
-        AND %(role)s = CASE e.entry ->> 'e' WHEN 'settled' THEN 'do'
+        AND %(role)s = CASE e.entry ->> 'e' WHEN 'settled' THEN 'do' WHEN 'late' THEN 'do'
             WHEN 'undone' THEN 'undo' WHEN 'attempted' THEN coalesce(e.entry ->> 'role', 'do') END)
 ) OR EXISTS (
     SELECT FROM orchestrator.arrivals

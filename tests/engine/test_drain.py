@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 import time
@@ -16,8 +17,9 @@ import pytest
 from sqlalchemy import Connection as SqlConnection
 from sqlalchemy import text
 
-from orchestrator import Effect, Rejected, RetryPolicy, StoreUnavailableError, saga, step
+from orchestrator import Effect, Rejected, RetryPolicy, StepFailed, StoreUnavailableError, saga, step
 from orchestrator.client import Client
+from orchestrator.engine import advance
 from orchestrator.machine.journal import Cancel, Operate, encode
 from orchestrator.machine.turn import Script
 from orchestrator.settings import Settings
@@ -50,6 +52,11 @@ def act(name: str) -> str:
     return f"{name}!"
 
 
+@step(compensate=take_back, retry=RetryPolicy(maximum_attempts=1))
+def act_once(name: str) -> str:
+    return act(name)
+
+
 @step(effect=Effect.NONE, retry=AT_ONCE)
 def look(n: int) -> int:
     return n
@@ -79,6 +86,13 @@ async def in_a_row(names: list[str]) -> list[str]:
 @saga.define
 async def ordered_and_acted(name: str) -> list[str]:
     return [await saga.step(order, name), await saga.step(act, name)]
+
+
+@saga.define
+async def tried_once(name: str) -> None:
+    with contextlib.suppress(StepFailed):
+        await saga.step(act_once, name)
+    await saga.wait_signal("go on")
 
 
 @saga.define
@@ -354,6 +368,33 @@ def test_a_late_success_after_the_undo_has_begun_orders_the_undo_again_with_its_
     assert DONE[0] == "do a" and DONE[-1] == "undo a a!"
     keys = [c.idempotency_key for c in quick.runner.contexts if c.idempotency_key.split(":")[-1] != "undo"]
     assert keys and all(":undo" in key for key in keys), "the second undo has a key of its own"
+
+
+def test_a_late_success_whose_commit_was_not_answered_is_undone_once(
+    new_child: Callable[..., Child], connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where somebody took it in before the connection was back, it was told, and undone, a second time."""
+    slow, quick = new_child(), new_child()
+
+    def overtake(taken: Any) -> None:
+        slow.runner.before = lambda taken: None
+        lose_the_lease(connection, slow)
+        quick.drain()
+
+    def break_connection(name: str, own: Any = None) -> None:
+        if name == "late.after":
+            monkeypatch.undo()
+            quick.drain()
+            own.close()
+            raise psycopg.OperationalError("the connection was lost")
+
+    slow.runner.before = overtake
+    monkeypatch.setattr(advance, "failpoint", break_connection)
+    start(connection, tried_once, "a")
+    slow.drain()
+    drain_all(connection, quick)
+    assert kinds(connection).count("late") == 1
+    assert DONE == ["undo a None", "do a", "undo a a!"]
 
 
 def test_a_late_success_after_the_end_is_undone_by_a_run_of_its_own(
