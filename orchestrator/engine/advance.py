@@ -304,22 +304,23 @@ class Advancer:
             consumed = [id for id, _ in loaded.arrivals]
             committed = self._write(connection, execution, turn, first, consumed, [taken], holds_turn=False)
             if committed.written:
-                made = partial(self._after, execution=execution, turn=turn, first=first, committed=committed)
+                made = partial(
+                    self._after, execution=execution, turn=turn, first=first, committed=committed, done=[taken]
+                )
                 return lambda after: self._go_on(after, taken.run_id, made(after))
             execution.discard()
         assert taken.fence is not None
         if not arrivals.arrive(connection, taken.run_id, [(taken.lane, taken.fence, encode(outcome))]):
             return None
-        if drivable:
-            return lambda after: self._advance(after, taken.run_id)
-        queue = arrivals.owe_turn(connection, taken.run_id)
+        queue = None if drivable else arrivals.owe_turn(connection, taken.run_id)
 
-        def ring(after: Connection) -> list[Taken]:
+        def go_on(after: Connection) -> list[Taken]:
+            self._admit(after, [taken.call])
             if queue:
                 self._ring(after, queue, 1)
-            return []
+            return self._advance(after, taken.run_id) if drivable else []
 
-        return ring
+        return go_on
 
     def leave(self, connection: Connection, ended: Sequence[tuple[Taken, AttemptEnded]], *, owe: bool = False) -> bool:
         """Leave outcomes of a run as arrivals; a success that the fence refuses is left as a late effect.

@@ -11,6 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy import Connection as SqlConnection
 
 from orchestrator import Effect, RetryPolicy, saga, step
 from orchestrator.engine.pump import Pump
@@ -44,6 +45,16 @@ def take_away(n: int) -> None: ...
 @step(effect=Effect.NONE, concurrency=1, retry=RetryPolicy(initial_interval=timedelta(0), maximum_attempts=3))
 def fails(n: int) -> int:
     raise ConnectionError("no answer")
+
+
+@step(transactional=True, concurrency=1)
+def book(conn: SqlConnection, n: int) -> int:
+    return n
+
+
+@saga.define(name="limits.booked")
+async def booked(n: int) -> int:
+    return sum(await asyncio.gather(*(saga.step(book, i) for i in range(n))))
 
 
 @saga.define(name="limits.rarely")
@@ -184,6 +195,13 @@ def test_what_is_let_in_goes_on_within_the_same_drain(child: Child, connection: 
     child.drain()
     assert state(connection) == "completed"
     assert [moment.what for moment in moments(tmp_path)] == ["begin", "end"] * 6
+
+
+def test_who_has_committed_with_its_own_rows_lets_in_the_next_at_once(child: Child, connection: Any) -> None:
+    """The next transactional step waited for a pump to come by, a second each."""
+    start(connection, booked, 4)
+    child.drain()
+    assert state(connection) == "completed"
 
 
 def test_each_retry_stands_in_line_again(child: Child, connection: Any) -> None:
