@@ -58,6 +58,7 @@ class Session:
                 if self._worker.stopping():
                     raise OrphanedError("this worker was declared dead while it was stopping")
                 raise DeclaredDeadError("this worker was declared dead and is taking a new incarnation; try again")
+            liveness.outlast(self.connection, identity.incarnation, identity.child)
             self.advancer = Advancer(
                 self._worker.script_of,
                 self._scope,

@@ -311,6 +311,19 @@ def enter(connection: Connection, incarnation: int, child: int, queues: Sequence
     return Paused(*map(frozenset, row)) if row else None
 
 
+# Which statements hold it, shared, until they are committed: take_3 and its like in 0009_lanes.sql.
+_OUTLAST = "SELECT pg_advisory_xact_lock(hashint8extended(%(incarnation)s, %(child)s))"
+
+
+def outlast(connection: Connection, incarnation: int, child: int) -> None:
+    """Wait until nothing more can be begun for a child over a connection that it has lost.
+
+    A commit may take longer than a child waits for its answer: where a synchronous standby is away, or a disk stands
+    still.  What is begun by it after that, nobody would know of.
+    """
+    connection.execute(_OUTLAST, {"incarnation": incarnation, "child": child})
+
+
 def leave(connection: Connection, incarnation: int, child: int) -> None:
     """Take the mark back, after the starts that have counted on it; the function leave_2 of 0007_lean_statements.sql.
 

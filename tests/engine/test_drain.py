@@ -19,7 +19,7 @@ from sqlalchemy import text
 
 from orchestrator import Effect, Rejected, RetryPolicy, StepFailed, StoreUnavailableError, saga, step
 from orchestrator.client import Client
-from orchestrator.engine import advance
+from orchestrator.engine import advance, session
 from orchestrator.machine.journal import Cancel, Operate, encode
 from orchestrator.machine.turn import Script
 from orchestrator.settings import Settings
@@ -675,6 +675,34 @@ def test_a_step_whose_begin_was_not_answered_is_run_in_the_attempt_that_was_begu
     assert connection.execute(begun).fetchone() == (0,)
     assert (state(connection), DONE) == ("completed", ["do a"])
     assert child.runner.calls[-1] == ("do", child.runner.calls[-1][1], 1) and "attempted" not in kinds(connection)
+
+
+@pytest.mark.parametrize("how", ["INSERT", "UPDATE"], ids=["with a turn", "taken"])
+def test_a_step_whose_begin_is_committed_after_its_answer_was_given_up_is_run(
+    child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A commit may take longer than a child waits, where a synchronous standby is away; nobody ran what it had begun."""
+    monkeypatch.setattr(session, "WORKER_PATIENCE_S", 0.3)
+    connection.execute(
+        f"""CREATE FUNCTION stall() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN
+                IF NEW.fence IS NOT NULL THEN
+                    PERFORM pg_advisory_xact_lock_shared(42);
+                END IF;
+                RETURN NULL;
+            END $$;
+            CREATE CONSTRAINT TRIGGER stall AFTER {how} ON orchestrator.work
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION stall();
+            SELECT pg_advisory_lock(42)"""
+    )
+    start(connection, side_by_side, 2)
+    thread = child.in_background()
+    thread.join(1.5)
+    connection.execute("SELECT pg_advisory_unlock(42)")
+    thread.join(20)
+    drain_all(connection, child)
+    assert state(connection) == "completed"
+    assert sorted(attempt for _, _, attempt in child.runner.calls) == [1, 1]
 
 
 def test_a_step_of_a_later_link_whose_begin_was_not_answered_is_not_taken_for_the_one_that_ran_before_it(

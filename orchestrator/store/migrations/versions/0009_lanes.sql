@@ -77,6 +77,8 @@ DECLARE
     v_taken integer := 0;
     v_alone boolean := false;
 BEGIN
+    -- Whoever comes back after a lost connection waits for what was begun over it, see store.liveness.outlast.
+    PERFORM pg_advisory_xact_lock_shared(hashint8extended(p_incarnation, p_child));
     -- Index work_due, once per level of priority that can be there, so that what sleeps is never looked at; nor, with
     -- p_back, what was due longer ago, of which nothing was left: while somebody holds an old snapshot (a dump, a long
     -- report), entries of rows that are gone stay in the index.
@@ -276,6 +278,10 @@ BEGIN
     now := coalesce(p_now, orchestrator.now());
     written := false;
     owed := false;
+    IF p_next IS NOT NULL AND p_done_lane IS NULL THEN
+        -- No row of an attempt tells whoever comes back after a lost connection what was begun, see take_3.
+        PERFORM pg_advisory_xact_lock_shared(hashint8extended(p_incarnation, p_child));
+    END IF;
     -- 1. The run's row, by its position.  With other work of the run about, others may be committing: do not wait.
     IF p_shared THEN
         PERFORM FROM orchestrator.runs WHERE id = p_run AND position = p_position FOR NO KEY UPDATE SKIP LOCKED;
@@ -369,6 +375,9 @@ DECLARE
 BEGIN
     -- What commit_turn_1 does for one turn, for many at once: a statement's start-up is most of what a turn costs.  What
     -- none of the turns needs is NULL, and not set up.
+    IF p_next IS NOT NULL THEN
+        PERFORM pg_advisory_xact_lock_shared(hashint8extended(p_incarnation, p_child)); -- see take_3
+    END IF;
     -- 1. The runs' rows, by their position, in the order of their ids; who is at work on one is not waited for.  Then the
     -- journal.
     WITH turn AS MATERIALIZED (
