@@ -14,9 +14,10 @@ from orchestrator.store.arrivals import owe_turn
 from orchestrator.store.connection import CLOCK, Connection
 from orchestrator.store.turns import Taken
 
+# The time of the whole attempt is never put off: code that swallows its StepTimeout and beats on has to come to an end.
 _HEARTBEAT = f"""
 UPDATE orchestrator.work SET details = coalesce(%(details)s::json, details),
-    expires_at = {CLOCK} + make_interval(secs => least((call ->> 't')::float8 + 5, (call ->> 'h')::float8))
+    expires_at = least(deadline_at + interval '5 s', {CLOCK} + make_interval(secs => (call ->> 'h')::float8))
 WHERE run_id = %(run_id)s AND lane = %(lane)s AND fence = %(fence)s RETURNING stop
 """
 

@@ -13,7 +13,7 @@ from orchestrator.client import Client
 from orchestrator.store import liveness
 from orchestrator.store.connection import Connection
 from tests.engine.proxy import Proxy
-from tests.engine.stage import Child, run, start, state
+from tests.engine.stage import QUEUE, Child, run, start, state
 
 THRICE = RetryPolicy(timedelta(0), 1.0, timedelta(0), 3)
 TOLD: list[Any] = []
@@ -146,3 +146,30 @@ def test_a_heartbeat_that_does_not_reach_the_database_fails_nothing(
     child.drain()
     assert (state(connection), heard) == ("completed", [3 if "breaks" in how else 1])
     assert connection.execute("SELECT output FROM orchestrator.runs").fetchone() == ([how, 1],)
+
+
+@step(effect=Effect.NONE, start_to_close_timeout=timedelta(seconds=10), retry=RetryPolicy(maximum_attempts=1))
+def linger(n: int) -> int:
+    step.current().heartbeat(n)
+    return n
+
+
+@saga.define
+async def lingering(n: int) -> int:
+    return await saga.step(linger, n)
+
+
+def test_a_heartbeat_does_not_put_off_the_end_of_an_attempts_time(child: Child, connection: Connection) -> None:
+    """Code that swallows its StepTimeout and beats on was never given up, and held its run and its child for ever."""
+
+    def overrun(taken: Any) -> None:
+        connection.execute("UPDATE orchestrator.work SET deadline_at = orchestrator.now() - interval '8 s'")
+
+    def look(taken: Any) -> None:
+        given_back.extend(liveness.give_back_expired(connection))
+
+    given_back: list[str] = []
+    child.runner.before, child.runner.after = overrun, look
+    start(connection, lingering, 1)
+    child.drain()
+    assert given_back == [QUEUE]
