@@ -35,10 +35,10 @@ def heartbeat(
 
 
 # After a lost connection: what this child holds begun, which may be more than it was told (primary key, index
-# work_begun).
+# work_begun).  Whoever is about to take some of it is waited for, the lost connection itself as well.
 _HELD = f"""
 SELECT run_id, lane, key, role, target, queue, task, attempt, call, fence, deadline_at, {CLOCK}
-FROM orchestrator.work WHERE begun_by = %(incarnation)s AND child = %(child)s
+FROM orchestrator.work WHERE begun_by = %(incarnation)s AND child = %(child)s ORDER BY run_id, lane FOR UPDATE
 """
 
 

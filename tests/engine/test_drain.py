@@ -681,7 +681,7 @@ def test_a_step_whose_begin_was_not_answered_is_run_in_the_attempt_that_was_begu
 def test_a_step_whose_begin_is_committed_after_its_answer_was_given_up_is_run(
     child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """A commit may take longer than a child waits, where a synchronous standby is away; nobody ran what it had begun."""
+    """Where a synchronous standby is away a commit takes longer than a child waits; nobody ran what it had begun."""
     monkeypatch.setattr(session, "WORKER_PATIENCE_S", 0.3)
     connection.execute(
         f"""CREATE FUNCTION stall() RETURNS trigger LANGUAGE plpgsql AS $$

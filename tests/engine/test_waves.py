@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from orchestrator import Effect, RetryPolicy, saga, step
-from orchestrator.engine import drain
+from orchestrator.engine import drain, session
 from orchestrator.machine.journal import Cancel, encode
 from orchestrator.store import arrivals, attempts, liveness
 from orchestrator.store.connection import Connection
@@ -355,6 +355,38 @@ def test_what_was_left_to_others_and_not_answered_is_run_once(
     assert set(states(connection).values()) == {"completed"}
     ran = [*child.runner.calls, *other.runner.calls]
     assert len(ran) == 6 and {attempt for _, _, attempt in ran} == {1}
+
+
+def test_what_is_left_to_others_by_a_commit_that_was_given_up_is_run_once(
+    child: Child, new_child: Callable[..., Child], connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child looked what it still had before that was committed, and ran what others came to have as well."""
+    monkeypatch.setattr(session, "WORKER_PATIENCE_S", 0.3)
+    connection.execute(
+        """CREATE FUNCTION stall() RETURNS trigger LANGUAGE plpgsql AS $$
+           BEGIN
+               IF OLD.fence IS NOT NULL AND NEW.fence IS NULL THEN
+                   PERFORM pg_advisory_xact_lock_shared(42);
+               END IF;
+               RETURN NULL;
+           END $$;
+           CREATE CONSTRAINT TRIGGER stall AFTER UPDATE ON orchestrator.work
+           DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION stall();
+           SELECT pg_advisory_lock(42)"""
+    )
+    other = new_child()
+    hang(child, "b", lambda: None)
+    for name in ("a", "b", "c"):
+        start(connection, quick, name, run_id=name)
+    thread = child.in_background()
+    thread.join(1.5)
+    connection.execute("SELECT pg_advisory_unlock(42)")
+    other.drain()
+    thread.join(20)
+    other.drain()
+    assert set(states(connection).values()) == {"completed"}
+    ran = [(taken.run_id, taken.key) for taken in (*child.runner.contexts, *other.runner.contexts)]
+    assert sorted(ran) == sorted({*ran}) and len(ran) == 6
 
 
 def test_a_shared_commit_that_was_not_answered_makes_no_step_run_twice(
