@@ -68,14 +68,15 @@ class Attempts:
 
     def attempt(self, taken: Taken, hangs: Callable[[], None] | None = None) -> AttemptEnded:
         """Run the code of one attempt; if it takes long, `hangs` is called in its midst."""
-        self._run_already.add(_attempt_of(taken))
         if taken.role == "once":
             connection, advancer = self._session.ready()
             function = advancer.function_of(connection, taken)
+            self._run_already.add(_attempt_of(taken))
             failpoint("once.before", connection)
             invocation = _run_once(function)
             failpoint("once.after", connection)
             return self._outcome(taken, invocation)
+        self._run_already.add(_attempt_of(taken))
         if self.recent_s.get(taken.task, 1.0) > _SHORT_S:
             self._session.lend()
         began = time.monotonic()
@@ -92,8 +93,8 @@ class Attempts:
     def _run_in_transaction(self, taken: Taken, context: StepContext) -> list[Taken]:
         after: list[AfterCommit] = []
         reported: list[AttemptEnded] = []
-        self._run_already.add(_attempt_of(taken))
         _, advancer = self._session.ready()
+        self._run_already.add(_attempt_of(taken))
         self._session.lend()
 
         def settle(connection: Connection, invocation: Invocation) -> None:

@@ -20,6 +20,7 @@ from sqlalchemy import text
 from orchestrator import Effect, Rejected, RetryPolicy, StepFailed, StoreUnavailableError, saga, step
 from orchestrator.client import Client
 from orchestrator.engine import advance, session
+from orchestrator.engine.attempts import Attempts
 from orchestrator.machine.journal import Cancel, Operate, encode
 from orchestrator.machine.turn import Script
 from orchestrator.settings import Settings
@@ -93,6 +94,11 @@ async def tried_once(name: str) -> None:
     with contextlib.suppress(StepFailed):
         await saga.step(act_once, name)
     await saga.wait_signal("go on")
+
+
+@saga.define
+async def once_only(n: int) -> int:
+    return await saga.once("n", lambda: n)
 
 
 @saga.define
@@ -703,6 +709,26 @@ def test_a_step_whose_begin_is_committed_after_its_answer_was_given_up_is_run(
     drain_all(connection, child)
     assert state(connection) == "completed"
     assert sorted(attempt for _, _, attempt in child.runner.calls) == [1, 1]
+
+
+@pytest.mark.parametrize("what", ["function_of", "ready"])
+def test_a_connection_that_cannot_be_had_before_the_code_runs_costs_no_attempt(
+    child: Child, connection: Connection, table: None, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def begin(self: Attempts, taken: Taken) -> list[Taken]:
+        monkeypatch.setattr(owner, what, fail)
+        return run(self, taken)
+
+    def fail(*_: Any) -> Any:
+        monkeypatch.undo()
+        raise StoreUnavailableError("all database connections of this worker were in use")
+
+    run, owner = Attempts.run, advance.Advancer if what == "function_of" else session.Session
+    monkeypatch.setattr(Attempts, "run", begin)
+    start(connection, *((once_only, 1) if what == "function_of" else (written, ["a"])))
+    child.drain()
+    assert state(connection) == "completed"
+    assert "attempted" not in kinds(connection)
 
 
 def test_a_step_of_a_later_link_whose_begin_was_not_answered_is_not_taken_for_the_one_that_ran_before_it(
