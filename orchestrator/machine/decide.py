@@ -321,13 +321,15 @@ class Decisions:
     # -- requests that wait for somebody else --------------------------------------------------------------------------
     def answer(self) -> None:
         """Give those who wait what has come for them, the oldest request first."""
+        if self.fold.ended:
+            return  # somebody terminated it in this very turn
         for step in list(self.fold.waiting.values()):
             if step.settled:
                 continue  # a scope within one that was looked at just before, and which gave it up
             if step.asked.kind == "signal" and self.fold.signals.get(step.asked.task):
                 signal = self.fold.signals[step.asked.task][0]
                 self.record(Settled(step.key, "succeeded", result=signal.payload, by=signal.id))
-            elif step.asked.kind == "scope" and not self.fold.ended:
+            elif step.asked.kind == "scope":
                 blocks.undo_scope(self, step)
 
     def give_up(self, step: Step) -> None:

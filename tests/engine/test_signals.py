@@ -10,7 +10,7 @@ import pytest
 from orchestrator import Effect, PayloadError, UsageError, saga, step
 from orchestrator.client import Client
 from orchestrator.store.connection import Connection
-from tests.engine.stage import Child
+from tests.engine.stage import Child, kinds
 
 
 @dataclass
@@ -71,6 +71,17 @@ def test_a_signal_to_a_run_that_has_ended_is_refused(child: Child, client: Clien
     child.drain()
     with pytest.raises(UsageError, match="completed already and cannot be signalled"):
         result.signal("approved", Approval(by="ann"))
+
+
+def test_a_run_that_is_terminated_as_its_signal_comes_has_nothing_on_record_after_its_end(
+    child: Child, client: Client, connection: Connection
+) -> None:
+    result = client.start(declared, (1,), {}, {"task_id": "run"})
+    child.drain()
+    result.signal("approved", Approval("ann"))
+    result.terminate()
+    child.drain()
+    assert kinds(connection) == ["asked", "signal", "operator", "ended"]
 
 
 def test_what_a_run_shows_is_seen_while_it_runs(child: Child, client: Client, connection: Connection) -> None:
