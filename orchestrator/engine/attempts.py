@@ -36,6 +36,14 @@ class _LostFence(Exception):
     """The transaction of a transactional step is to be rolled back: its attempt was taken away."""
 
 
+class _NotStored(Exception):
+    """The transaction of a transactional step is to be rolled back: what it returned cannot be stored."""
+
+    def __init__(self, outcome: AttemptEnded) -> None:
+        super().__init__(outcome.key)
+        self.outcome = outcome
+
+
 class Attempts:
     """Runs and records the attempts of one child."""
 
@@ -99,6 +107,8 @@ class Attempts:
 
         def settle(connection: Connection, invocation: Invocation) -> None:
             outcome = self._outcome(taken, invocation, harmless=True)
+            if outcome.verdict != "succeeded":  # its result cannot be stored: its rows must not stay without it
+                raise _NotStored(outcome)
             found = advancer.record_within(connection, taken, outcome)
             if found is None:
                 raise _LostFence
@@ -111,6 +121,8 @@ class Attempts:
             # The outcome counts only if the commit did not happen; recording finds out.
             outcome = self._outcome(taken, Invocation(error=error), harmless=True)
             return self.record(taken, outcome, broken=True)
+        except _NotStored as refused:
+            return self._recorded_after_rollback(taken, refused.outcome)
         except _LostFence:
             logger.warning(
                 "run %s step %s: attempt %s to %s has lost its fence, its transaction is rolled back",
@@ -120,7 +132,9 @@ class Attempts:
         if invocation.error is None and after:
             self._runner.finished(taken, reported[0])
             return self._after_transaction(taken, reported[0], after[0])
-        outcome = self._outcome(taken, invocation, harmless=True)
+        return self._recorded_after_rollback(taken, self._outcome(taken, invocation, harmless=True))
+
+    def _recorded_after_rollback(self, taken: Taken, outcome: AttemptEnded) -> list[Taken]:
         begun = self.record(taken, outcome)
         self._runner.finished(taken, outcome)
         return begun

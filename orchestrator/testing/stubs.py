@@ -128,8 +128,8 @@ class Cast:
         if work.role == "probe":
             given = {name: value for name, value in given.items() if name in codec.parameters}
         args, kwargs = codec.decode_call(given)
-        function = self._own(work, declared, connection) if stub is _NOBODY else _as_function(stub)
         encode = None if work.role == "undo" else codec.encode_result
+        function = self._own(work, declared, connection, encode) if stub is _NOBODY else _as_function(stub)
         return _Part(function, args, kwargs, duration, encode)
 
     def _stub(self, name: str) -> tuple[Any, timedelta]:
@@ -140,20 +140,27 @@ class Cast:
         return (stub.outcome, stub.duration) if isinstance(stub, After) else (stub, NO_TIME)
 
     @staticmethod
-    def _own(work: Asked, declared: Step[Any, Any] | None, connection: Any) -> Callable[..., Any]:
+    def _own(
+        work: Asked, declared: Step[Any, Any] | None, connection: Any, encode: Callable[[Any], Json] | None
+    ) -> Callable[..., Any]:
         if declared is None:
             return _celery_task(work.task)
         if not declared.options.transactional:
             return declared.function
         if connection is None:
             raise UsageError(f"step {declared.name} is transactional: stub it, or pass connection= to testing.run()")
-        return _in_transaction(declared.function, connection)
+        return _in_transaction(declared.name, declared.function, connection, encode)
 
 
-def _in_transaction(function: Callable[..., Any], connection: Any) -> Callable[..., Any]:
+def _in_transaction(
+    name: str, function: Callable[..., Any], connection: Any, encode: Callable[[Any], Json] | None
+) -> Callable[..., Any]:
     def play(*args: Any, **kwargs: Any) -> Any:
         with getattr(connection, "begin_nested", nullcontext)():
-            return _finished(function(connection, *args, **kwargs))
+            value = _finished(function(connection, *args, **kwargs))
+            if encode is not None:
+                check(encode(value), what=f"the result of {name}")  # as in production: or its rows are taken back
+            return value
 
     return play
 

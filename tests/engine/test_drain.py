@@ -73,10 +73,13 @@ def find_order(name: str) -> str | None:
     return f"{name} found"
 
 
+UNFIT = {"NUL": "a\0b", "half a pair": "\ud800", "too much": "x" * 300_000}
+
+
 @step(transactional=True, retry=AT_ONCE)
 def write(conn: SqlConnection, name: str) -> str:
     conn.execute(text("INSERT INTO written VALUES (:name)"), {"name": name})
-    return f"{name} written"
+    return UNFIT.get(name, f"{name} written")
 
 
 @saga.define
@@ -466,6 +469,19 @@ def test_a_stale_transactional_step_is_rolled_back(
     assert state(connection) == "completed"
     assert connection.execute("SELECT name FROM written").fetchall() == [("a",)]
     assert "late" not in kinds(connection)
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_transactional_step_whose_result_cannot_be_stored_leaves_no_row(
+    child: Child, connection: Connection, table: None, name: str
+) -> None:
+    start(connection, written, ["a", name])
+    drain_all(connection, child)
+    assert state(connection) == "failed"
+    query = "SELECT error ->> 'message' FROM orchestrator.runs"
+    (message,) = connection.execute(query).fetchone()  # type: ignore[misc]
+    assert "ended rejected after 3 attempt(s): PayloadError" in message
+    assert connection.execute("SELECT name FROM written").fetchall() == [("a",)]
 
 
 # -- commits whose answer is lost --------------------------------------------------------------------------------------

@@ -87,6 +87,17 @@ def book(connection: Any, n: int) -> int:
     return n
 
 
+@step(transactional=True, retry=RetryPolicy(maximum_attempts=1))
+def scribble(connection: Any) -> str:
+    connection.rows.append(1)
+    return "a\0b"
+
+
+@saga.define
+async def scribbling() -> str:
+    return await saga.step(scribble)
+
+
 @saga.define
 async def checkout(order: Order) -> Charge:
     taken = await saga.step(charge, order)
@@ -363,6 +374,13 @@ def test_a_transactional_step_that_raises_is_taken_back_and_leaves_no_doubt() ->
     run = testing.run(booking, -3, connection=ledger)
     assert (run.state, ledger.rows) == ("failed", [])
     assert _names(run) == [("book", "do")] * 2
+
+
+def test_a_transactional_step_whose_result_cannot_be_stored_is_taken_back() -> None:
+    ledger = Ledger()
+    run = testing.run(scribbling, connection=ledger)
+    assert (run.state, ledger.rows) == ("failed", [])
+    assert "PayloadError" in run.error["message"]
 
 
 def test_a_transactional_step_needs_a_stub_or_a_connection() -> None:
