@@ -28,6 +28,7 @@ from orchestrator.errors import (
     SchemaError,
     StoreUnavailableError,
     UsageError,
+    as_typed,
 )
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import Arrival, Cancel, Operate, Signal, Terminate, encode
@@ -290,7 +291,7 @@ class Client:
         if not parked:
             raise UsageError(
                 f"run {run_id} is not parked, it is {outcome.state}: there is nothing to {action}; what it waits for "
-                f"tells `saga explain {run_id}`"
+                f"tells `saga explain {as_typed(run_id)}`"
             )
         if key not in parked:
             what = f"{key!r} of run {run_id} is not parked" if key else f"run {run_id} is not parked as a whole"

@@ -26,6 +26,7 @@ copy, because they cross process boundaries. This module must never import anyth
 from __future__ import annotations
 
 import re
+import shlex
 import traceback
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -268,6 +269,14 @@ def from_user_code(trace: TracebackType | None) -> TracebackType | None:
 
 
 _NOT_USER_CODE = {"asyncio", "celery", "orchestrator"}
+
+
+_PLAIN: Final = re.compile(r"[\w@%+=:,.][\w@%+=:,./#~-]*", re.ASCII)
+
+
+def as_typed(text: str) -> str:
+    """Return an id or a name as one types it in a shell: as it is, or quoted where the shell would read it otherwise."""
+    return text if _PLAIN.fullmatch(text) else shlex.quote(text)
 
 
 def message_of(described: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.codec import Json
-from orchestrator.errors import SagaCancelled, SagaFailed, UnknownSagaError, UsageError, message_of
+from orchestrator.errors import SagaCancelled, SagaFailed, UnknownSagaError, UsageError, as_typed, message_of
 from orchestrator.machine.states import TERMINAL
 from orchestrator.saga import Saga
 from orchestrator.saga import registry as sagas
@@ -189,7 +189,7 @@ class SagaResult:
         return outcome
 
     def _late(self, timeout: float | None) -> TimeoutError:
-        how = f"it may be parked or go on: ask again, or see `saga explain {self.id}`"
+        how = f"it may be parked or go on: ask again, or see `saga explain {as_typed(self.id)}`"
         return TimeoutError(f"run {self.id} was not finished within {timeout} s; {how}")
 
     def _value(self, outcome: runs.Outcome, propagate: bool) -> Any:

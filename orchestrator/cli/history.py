@@ -13,6 +13,7 @@ from rich.text import Text
 from orchestrator.cli import words
 from orchestrator.cli.command import Command, as_json, console, print_json, reading, run_argument, run_of
 from orchestrator.cli.timeline import Event, events, took
+from orchestrator.errors import as_typed
 from orchestrator.machine.journal import encode
 from orchestrator.machine.states import TERMINAL
 from orchestrator.store import runs
@@ -43,7 +44,7 @@ def history(ctx: click.Context, run_id: str, traceback: bool, full: bool, json_:
     for part in _parts(found, run["started_at"], traceback):
         out.print(part, soft_wrap=isinstance(part, Text))
     if run["state"] not in TERMINAL:
-        click.echo(f"\nIt is {run['state']}; what it waits for: saga explain {run_id}")
+        click.echo(f"\nIt is {run['state']}; what it waits for: saga explain {as_typed(run_id)}")
 
 
 def _heading(run: dict[str, Any], full: bool) -> Text:

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from orchestrator.cli.command import Command, JsonType, as_json, client_of, full_name, print_json, run_argument
 from orchestrator.client import Client
-from orchestrator.errors import UsageError
+from orchestrator.errors import UsageError, as_typed
 from orchestrator.saga import registry as sagas
 
 reason_option = click.option("--reason", default="", help="Why; kept in the run's history.")
@@ -30,7 +30,7 @@ def _say(json_: bool, run_id: str, action: str, sentence: str, **more: Any) -> N
     if json_:
         print_json({"id": run_id, "ordered": action, **more})
     else:
-        click.echo(f"{sentence} Watch it with: saga show {run_id}")
+        click.echo(f"{sentence} Watch it with: saga show {as_typed(run_id)}")
 
 
 @_order

@@ -5,12 +5,14 @@ Owns the diagnosis behind ``explain``.  Must never read the database or print: w
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
 from orchestrator.cli import words
+from orchestrator.errors import as_typed
 from orchestrator.machine.fold import Fold
 from orchestrator.machine.journal import Operated, Parked
 from orchestrator.machine.record import Step
@@ -104,10 +106,10 @@ def _paused(case: Case) -> Iterator[Reason]:
             continue
         then = "nothing of it is taken" if pause.kind == "queue" else "its runs ask for nothing new"
         text = f"{_capital(pause.kind)} {pause.name} is paused by {_who(pause)}: {then} until it is resumed."
-        yield Reason("paused", text, "", (f"saga resume --{pause.kind} {pause.name}",))
+        yield Reason("paused", text, "", (f"saga resume --{pause.kind} {as_typed(pause.name)}",))
     if case.fold.rollback is None and "" in case.fold.pauses:
         text = f"Paused by {_who(case.fold.pauses[''])}. It asks for nothing new until it is resumed."
-        yield Reason("paused", text, "", (f"saga resume {case.run['id']}",))
+        yield Reason("paused", text, "", (f"saga resume {as_typed(str(case.run['id']))}",))
 
 
 def _who(paused: Pause | Operated) -> str:
@@ -120,15 +122,15 @@ def _waiting(case: Case) -> Iterator[Reason]:
     if fold.reported and not fold.revoked:
         parent = fold.info.parent
         text = f"It is done, and stays revocable until its parent {parent} has ended."
-        yield Reason("reported", text, "", (f"saga explain {parent}",))
+        yield Reason("reported", text, "", (f"saga explain {as_typed(parent)}",))
     for key, step in fold.waiting.items():
         if step.asked.kind == "signal":
-            hint = f"saga signal {run_id} {step.asked.task} PAYLOAD"
+            hint = f"saga signal {as_typed(run_id)} {as_typed(step.asked.task)} PAYLOAD"
             yield Reason("signal", f"It waits for signal {step.asked.task}.", key, (hint,))
         elif step.asked.kind == "lock":
             ahead = case.ahead.get(key, [])
             behind = f", behind {', '.join(ahead)}" if ahead else ""
-            hints = (f"saga explain {ahead[0]}",) if ahead else ()
+            hints = (f"saga explain {as_typed(ahead[0])}",) if ahead else ()
             yield Reason("lock", f"It waits for lock {step.asked.task}{behind}.", key, hints)
     for key, step in fold.steps.items() if fold.info.parent else ():
         if step.is_pivot and not step.settled and key not in fold.granted:
@@ -137,7 +139,7 @@ def _waiting(case: Case) -> Iterator[Reason]:
         if step.in_flight:
             child = fold.info.child(step.key)
             doing = "is undone" if step.backward is Backward.ASKED else "ends"
-            yield Reason("child", f"It waits until its child {child} {doing}.", step.key, (f"saga explain {child}",))
+            yield Reason("child", f"It waits until its child {child} {doing}.", step.key, (f"saga explain {as_typed(child)}",))
 
 
 def _parked_run(entry: Parked, forward: bool) -> str:
@@ -153,12 +155,13 @@ def _parked_run(entry: Parked, forward: bool) -> str:
 
 
 def _run_hints(run_id: str, forward: bool) -> tuple[str, ...]:
+    run_id = as_typed(run_id)
     last = f"saga resolve {run_id} --result JSON" if forward else f"saga cancel {run_id}"
     return (f"saga retry {run_id}", last, f"saga history {run_id} --traceback")
 
 
 def _key_hints(entry: Parked, run_id: str) -> tuple[str, ...]:
-    target = f"{run_id} '{entry.key}'"
+    target = f"{as_typed(run_id)} {shlex.quote(entry.key)}"
     if entry.role == "undo":
         return (
             f"saga retry {target}      # try the undo again",

@@ -29,7 +29,7 @@ from orchestrator.cli.command import (
     saga_named,
 )
 from orchestrator.cli.example import example_call
-from orchestrator.errors import PayloadError, SagaFailed
+from orchestrator.errors import PayloadError, SagaFailed, as_typed
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.result import SagaResult
 from orchestrator.saga import Saga
@@ -215,7 +215,7 @@ def show(ctx: click.Context, run_id: str, json_: bool) -> None:
         out.print()
         out.print(_work_table(work, now))
     if run["state"] not in TERMINAL:
-        click.echo(f"\nWhy it stands there: saga explain {run_id}")
+        click.echo(f"\nWhy it stands there: saga explain {as_typed(run_id)}")
 
 
 def _facts(run: dict[str, Any], now: datetime) -> list[tuple[str, str | Text]]:

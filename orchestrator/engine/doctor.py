@@ -14,6 +14,7 @@ from enum import StrEnum
 from itertools import chain
 
 from orchestrator.engine.schedules import SENT
+from orchestrator.errors import as_typed
 from orchestrator.store.doctor import Living, Old, Server, Size, Stuck, Waiting
 from orchestrator.store.pauses import Pause
 from orchestrator.store.restores import Lineage
@@ -343,7 +344,7 @@ def _of_pauses(facts: Facts) -> Iterator[Finding]:
             Level.ADVICE,
             f"{pause.kind} {pause.name} is paused by {pause.by}{reason} since {_words(facts.server.clock - pause.at)}",
             "nothing is taken from it" if pause.kind == "queue" else "its runs ask for nothing new, and none begins",
-            f"saga resume --{pause.kind} {pause.name}, when it may go on",
+            f"saga resume --{pause.kind} {as_typed(pause.name)}, when it may go on",
         )
 
 

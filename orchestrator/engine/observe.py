@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any, cast
 
 from orchestrator import telemetry
+from orchestrator.errors import as_typed
 from orchestrator.machine.fold import Fold
 from orchestrator.machine.journal import Attempted, Ended, Entry, Parked, Settled, Undone
 from orchestrator.machine.turn import Turn
@@ -25,7 +26,7 @@ def tell(fold: Fold, turn: Turn) -> None:
         if type(entry) is Parked:
             what = f"the {entry.role} of {entry.key}" if entry.key else f"as a whole, {entry.role}"
             told = "run %s of %s is parked (%s) and waits for a person; `saga explain %s` says why, and what helps"
-            logger.warning(told, fold.info.id, fold.info.saga, what, fold.info.id)
+            logger.warning(told, fold.info.id, fold.info.saga, what, as_typed(fold.info.id))
     if not telemetry.observed():
         return
     if turn.position == 0:

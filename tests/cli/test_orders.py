@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import getpass
 import json
+import shlex
+import uuid
 
 import pytest
 
@@ -62,6 +64,23 @@ def test_pause_holds_a_run_says_who_and_why_and_resume_lets_it_go(worked: Termin
     assert "operator: pause by ann “the bank is closed”" in worked.ok("history", asleep)
     worked.ok("resume", asleep, "--by", "bob")
     worked.until(asleep, "running")
+
+
+def test_a_command_that_is_printed_can_be_typed_as_it_is(worked: Terminal) -> None:
+    """A run of a schedule has its name in its id, and that may have spaces in it."""
+    run_id = f"shop/it's every night@{uuid.uuid4()}; $HOME"
+    worked.start("checkout", "bad-norefund", "--id", run_id)
+    worked.until(run_id, "parked")
+    (reason,) = worked.json("explain", run_id)["reasons"]
+    assert len(reason["hints"]) == 3
+    for hint in reason["hints"]:
+        assert shlex.split(hint, comments=True)[2:] == [run_id, "tests.cli.shop.charge#0"]
+        assert hint in worked.ok("explain", run_id)
+    for command in ("show", "history"):
+        last = worked.ok(command, run_id).splitlines()[-1]
+        assert shlex.split(last.partition(": ")[2]) == ["saga", "explain", run_id]
+    told = worked.ok("skip", run_id)
+    assert shlex.split(told.rpartition("with: ")[2]) == ["saga", "show", run_id]
 
 
 def test_a_saga_is_paused_and_resumed_by_its_name(terminal: Terminal) -> None:
