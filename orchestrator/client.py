@@ -218,9 +218,10 @@ class Client:
     def cancel(self, run_id: str, reason: str = "", by: str = "") -> None:
         """Ask a run to stop and compensate; it does so in its own time.
 
-        Raises: UnknownRunError; UsageError if the run has ended or is past its pivot.
+        Raises: UnknownRunError; UsageError if the run has ended, is past its pivot, or is a child that is done.
         """
         outcome = self._open(run_id, "cancelled")
+        self._check_not_done(outcome, "cancelled")
         if outcome.past_pivot:
             raise UsageError(
                 f"run {run_id} is past its point of no return (its pivot succeeded) and can only go forward"
@@ -276,6 +277,8 @@ class Client:
             raise UsageError(f"a run is paused as a whole: leave out the key {key!r:.100}")
         if action == "pause" and runs.goes_back(outcome.state, outcome.error, outcome.past_pivot):
             raise UsageError(f"run {outcome.id} is being undone, which cannot be paused")
+        if action == "pause":
+            self._check_not_done(outcome, "paused")
         if action == "resume":
             with self.pool.connection() as connection:
                 held = pauses.pauses_of(connection, outcome.saga)
@@ -283,6 +286,15 @@ class Client:
                 raise UsageError(
                     f"run {outcome.id} is paused with all runs of {outcome.saga}, by {held[0].by}; resume those"
                 )
+
+    def _check_not_done(self, outcome: runs.Outcome, what: str) -> None:
+        with self.pool.connection() as connection:
+            root = runs.root_if_done(connection, outcome.id)
+        if root:
+            raise UsageError(
+                f"run {outcome.id} is done and only waits to be completed, or undone, with run {root}, so it cannot be "
+                f"{what} alone"
+            )
 
     def _check_parked(self, outcome: runs.Outcome, action: str, key: str) -> None:
         run_id = outcome.id

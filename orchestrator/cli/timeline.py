@@ -221,6 +221,8 @@ def _cancel(tale: _Tale, entry: CancelAsked, at: datetime) -> tuple[str, ...]:
 
 
 def _cancel_refused(tale: _Tale, entry: CancelRefused, at: datetime) -> tuple[str, ...]:
+    if entry.cause == "reported":
+        return "!", "yellow", "cancel refused: a child that is done is undone only with its parent"
     what = "cancel refused" if entry.cause == "cancel" else "the deadline changes nothing"
     return "!", "yellow", f"{what}: the point of no return was passed"
 

@@ -185,10 +185,10 @@ class CancelAsked:
 
 @dataclass(frozen=True, slots=True)
 class CancelRefused:
-    """The point of no return was passed."""
+    """The point of no return was passed; or a child is done already, and undone only with its parent."""
 
     tag: ClassVar[str] = "cancel refused"
-    cause: str = "cancel"
+    cause: str = "cancel"  # cancel, deadline, reported
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,6 +192,20 @@ def task_of(connection: Connection, run_id: str, key: str) -> str:
     return asked.task if isinstance(asked, Asked) else ""
 
 
+# Primary keys of runs and journal: all rows of the one run, if it is a child at all.
+_DONE_CHILD = """
+SELECT r.root_id FROM orchestrator.runs r
+WHERE r.id = %(id)s AND r.root_id <> r.id AND r.state = 'running'
+    AND EXISTS (SELECT FROM orchestrator.history h WHERE h.run_id = r.id AND h.kind = 'reported')
+"""
+
+
+def root_if_done(connection: Connection, run_id: str) -> str:
+    """Return the root of a child that is done and revocable; the empty string for any other run."""
+    row = connection.execute(_DONE_CHILD, {"id": run_id}).fetchone()
+    return str(row[0]) if row else ""
+
+
 _OUTSTANDING = f"""
 SELECT w.key, w.role, w.target, w.queue, w.task, w.attempt, w.due_at, w.reserved_at, w.begun_by IS NOT NULL, w.begun_at,
     w.deadline_at, w.expires_at, w.stop, i.node, i.dead_at IS NOT NULL,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from orchestrator.cli.timeline import events
-from orchestrator.machine.journal import Asked, Carried, CodeBegan, Operated, Parked, Unasked, encode
+from orchestrator.machine.journal import Asked, CancelRefused, Carried, CodeBegan, Operated, Parked, Unasked, encode
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -24,6 +24,16 @@ def test_history_says_by_which_error_a_scope_was_left_that_cannot_be_undone_and_
         ("the run parked: it cannot be undone",),
         ("operator: retry by ann",),
         ("scope#0 is taken back: code that is tried again need not ask for it",),
+    ]
+
+
+def test_history_says_why_a_cancel_was_refused() -> None:
+    refused = [CancelRefused(), CancelRefused("deadline"), CancelRefused("reported")]
+    told = [event.text for event in events([(0, START, [encode(entry) for entry in refused])])]
+    assert told == [
+        "cancel refused: the point of no return was passed",
+        "the deadline changes nothing: the point of no return was passed",
+        "cancel refused: a child that is done is undone only with its parent",
     ]
 
 

@@ -22,7 +22,7 @@ from orchestrator import (
     step,
 )
 from orchestrator.client import Client
-from orchestrator.machine.journal import LateSuccess, encode
+from orchestrator.machine.journal import Cancel, LateSuccess, encode
 from orchestrator.store import arrivals
 from orchestrator.store.connection import Connection
 from tests.engine.stage import Child, entries, kinds, run, state, states, until
@@ -282,7 +282,11 @@ def test_a_family_that_is_paused_can_be_cancelled(child: Child, client: Client, 
 def test_a_child_that_is_done_cannot_be_cancelled_alone(child: Child, client: Client, connection: Connection) -> None:
     run(client, child, parent, "wait")
     one = next(run_id for run_id in states(connection) if run_id != "run")
-    client.cancel(one)
+    with pytest.raises(UsageError, match="is done .* with run run, so it cannot be cancelled alone"):
+        client.cancel(one)
+    with pytest.raises(UsageError, match="is done .* with run run, so it cannot be paused alone"):
+        client.operate(one, "pause")
+    arrivals.leave(connection, one, encode(Cancel()))  # it was told before it was done
     child.drain()
     assert states(connection)[one] == "running"
     assert "cancel refused" in kinds(connection, one)
