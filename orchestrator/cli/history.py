@@ -35,23 +35,25 @@ def history(ctx: click.Context, run_id: str, traceback: bool, full: bool, json_:
     with reading(ctx) as connection:
         run = run_of(connection, run_id)
         rows = runs.history(connection, run_id)
+        now = runs.inbox(connection, run_id).now
     found = events(rows, 0 if full else _ROOM)
     if json_:
         print_json([_json(event) for event in found])
         return
     out = console(ctx)
-    out.print(_heading(run, full))
+    out.print(_heading(run, full, now))
     for part in _parts(found, run["started_at"], traceback):
         out.print(part, soft_wrap=isinstance(part, Text))
     if run["state"] not in TERMINAL:
         click.echo(f"\nIt is {run['state']}; what it waits for: saga explain {as_typed(run_id)}")
 
 
-def _heading(run: dict[str, Any], full: bool) -> Text:
+def _heading(run: dict[str, Any], full: bool, now: datetime) -> Text:
     text = Text(run["saga"], style="bold")
     text.append(f" version {run['version']}, run {run['id']}\n", style="not bold")
     call = words.arguments(run["input"], 0 if full else _ROOM)
-    text.append(f"started {words.moment(run['started_at'])} with ({call})\n", style="not bold")
+    began = "started" if run["started_at"] <= (run["finished_at"] or now) else "its start was set for"
+    text.append(f"{began} {words.moment(run['started_at'])} with ({call})\n", style="not bold")
     return text
 
 
@@ -87,8 +89,9 @@ def _indented(text: str, by: int) -> str:
 
 
 def _offset(length: timedelta) -> str:
-    seconds = max(0.0, length.total_seconds())
-    return f"+{seconds:.3f} s" if seconds < 60 else f"+{words.duration(length)}"
+    seconds = length.total_seconds()
+    sign = "-" if seconds <= -0.0005 else "+"  # what it was told before its start
+    return f"{sign}{abs(seconds):.3f} s" if abs(seconds) < 60 else f"{sign}{words.duration(length)}"
 
 
 def _json(event: Event) -> dict[str, Any]:

@@ -78,8 +78,11 @@ def reasons(case: Case) -> list[Reason]:
 # -- ended, parked -----------------------------------------------------------------------------------------------------
 def _ended(case: Case) -> Iterator[Reason]:
     run = case.run
-    length = words.duration(run["finished_at"] - run["started_at"])
-    text = f"It ended {run['state']} at {case.clock(run['finished_at'])}, after {length}: nothing of it is outstanding."
+    length = run["finished_at"] - run["started_at"]
+    when = f"after {words.duration(length)}"
+    if length < timedelta(0):
+        when = f"before its start, which was set for {case.clock(run['started_at'])}"
+    text = f"It ended {run['state']} at {case.clock(run['finished_at'])}, {when}: nothing of it is outstanding."
     yield Reason("ended", text)
     if run["error"]:
         yield Reason("error", _sentence(f"What ended it: {words.error(run['error'])}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import click
@@ -189,7 +189,9 @@ def _print_list(ctx: click.Context, found: list[dict[str, Any]], now: datetime) 
 
 
 def _took(run: dict[str, Any]) -> str:
-    return words.duration(run["finished_at"] - run["started_at"])
+    """Return how long an ended run took; nothing if it was told to end before its start."""
+    length = run["finished_at"] - run["started_at"]
+    return words.duration(length) if length >= timedelta(0) else ""
 
 
 # -- show --------------------------------------------------------------------------------------------------------------
@@ -223,11 +225,14 @@ def _facts(run: dict[str, Any], now: datetime) -> list[tuple[str, str | Text]]:
         ("run", run["id"]),
         ("saga", f"{run['saga']}, version {run['version']}"),
         ("state", Text(run["state"], style=STATE_STYLES.get(run["state"], ""))),
-        ("started" if run["started_at"] <= now else "starts",
+        ("started" if run["started_at"] <= (run["finished_at"] or now) else "starts",
          f"{words.moment(run['started_at'])} ({words.ago(run['started_at'], now)})"),
     ]  # fmt: skip
     if run["finished_at"]:
-        facts.append(("finished", f"{words.moment(run['finished_at'])}, took {_took(run)}"))
+        took = _took(run)
+        facts.append(
+            ("finished", f"{words.moment(run['finished_at'])}, {f'took {took}' if took else 'before its start'}")
+        )
     elif run["deadline_at"]:
         facts.append(("deadline", f"{words.moment(run['deadline_at'])} ({words.ago(run['deadline_at'], now)})"))
     facts.append(("queue", run["queue"] + (f", priority {run['priority']}" if run["priority"] else "")))
@@ -242,7 +247,8 @@ def _facts(run: dict[str, Any], now: datetime) -> list[tuple[str, str | Text]]:
     if run["parent_id"]:
         facts.append(("parent", run["parent_id"]))
     facts += [("left", f"{item['key']} ({item['outcome']}), not undone") for item in run["left_effects"]]
-    facts += [("parked", _parked(item)) for item in run["parked"]]
+    if run["state"] not in TERMINAL:  # the row of one that was terminated still tells what had parked
+        facts += [("parked", _parked(item)) for item in run["parked"]]
     return facts
 
 

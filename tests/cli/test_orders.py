@@ -83,6 +83,13 @@ def test_a_command_that_is_printed_can_be_typed_as_it_is(worked: Terminal) -> No
     assert shlex.split(told.rpartition("with: ")[2]) == ["saga", "show", run_id]
 
 
+def test_what_had_parked_waits_for_nobody_once_the_run_is_terminated(worked: Terminal, undo_parked: str) -> None:
+    assert "parked " in worked.ok("show", undo_parked)
+    worked.ok("terminate", undo_parked)
+    worked.until(undo_parked, "terminated")
+    assert "parked " not in worked.ok("show", undo_parked)
+
+
 def test_a_saga_is_paused_and_resumed_by_its_name(terminal: Terminal) -> None:
     run_id = terminal.start("checkout", "1")
     said = terminal.ok("pause", "--saga", "checkout", "--by", "ann", "--reason", "a bad deploy")

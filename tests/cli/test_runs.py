@@ -206,6 +206,21 @@ def test_history_tells_input_attempts_output_and_undo_in_order(worked: Terminal,
     assert max(map(len, said.splitlines())) <= 80
 
 
+def test_a_run_that_is_cancelled_before_its_start_took_no_time(worked: Terminal) -> None:
+    run_id = worked.start("nap", "1", "--countdown", "5400")
+    worked.ok("cancel", run_id)
+    worked.until(run_id, "cancelled")
+    lines = worked.ok("show", run_id).splitlines()
+    assert [line.split()[0] for line in lines if "(in " in line] == ["starts"]
+    assert [line for line in lines if line.startswith("finished") and line.rstrip().endswith(", before its start")]
+    assert ", before its start, which was set for " in worked.json("explain", run_id)["reasons"][0]["text"]
+    told = worked.ok("history", run_id).splitlines()
+    assert told[1].startswith("its start was set for ") and told[3].startswith("-1 h")
+    [listed] = [line for line in worked.ok("list", "--state", "cancelled").splitlines() if run_id[:20] in line]
+    assert listed.partition("cancelled")[2].split()[:3] == ["in", "1", "h"]
+    assert len(listed.partition("cancelled")[2].split()) <= 5, "it took nothing"
+
+
 def test_history_shows_tracebacks_when_asked(worked: Terminal, compensated: str) -> None:
     assert "Traceback (most recent call last)" in worked.ok("history", compensated, "--traceback")
 
