@@ -333,7 +333,8 @@ class Client:
             if declared is not None:
                 declared.codec.decode_result(value)
         except PayloadError as error:
-            raise UsageError(f"run {outcome.id}: this is nothing that {declared.name} returns: {error}") from None
+            flaw = explain(error.__cause__ or error)
+            raise UsageError(f"run {outcome.id}: this is nothing that {declared.name} returns: {flaw}") from None
 
     def pause(self, *, saga: Any = "", queue: str = "", reason: str = "", by: str = "") -> bool:
         """Pause a saga (its name), with all its runs and those to come, or a queue; False if it is paused already.

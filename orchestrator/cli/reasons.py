@@ -67,7 +67,7 @@ def reasons(case: Case) -> list[Reason]:
     found = [*_paused(case), *_parked(case)]
     found += _waiting(case)
     for item in case.work:
-        found += _of_turn(case, item) if item.role == "turn" else _of_work(case, item)
+        found += _of_turn(case, item, bool(found)) if item.role == "turn" else _of_work(case, item)
     found += _unread(case)
     return found or [
         Reason("between", "Nothing of it is outstanding: a turn of it is being taken right now. Ask again in a moment; "
@@ -179,24 +179,29 @@ def _key_hints(entry: Parked, run_id: str) -> tuple[str, ...]:
 
 
 # -- the next turn -----------------------------------------------------------------------------------------------------
-def _of_turn(case: Case, item: Outstanding) -> Iterator[Reason]:
+def _of_turn(case: Case, item: Outstanding, waits: bool) -> Iterator[Reason]:
     if item.due_at - case.now > LINE / 2:
         return  # put aside, because its saga is paused
     if item.due_at > case.now:
-        yield from _sleeping(case, item)
+        yield from _sleeping(case, item, waits)
         return
     soon = Reason("turn", "Its next turn is due right now and about to be taken.")
     yield from _due(case, item, "its next turn", soon)
 
 
-def _sleeping(case: Case, item: Outstanding) -> Iterator[Reason]:
+def _sleeping(case: Case, item: Outstanding, waits: bool) -> Iterator[Reason]:
+    """Say when its turn is due; `waits` tells that something else is known for which it stands there."""
     due, deadline = item.due_at, case.run["deadline_at"]
     if case.run["state"] == RunState.PENDING:
         yield Reason("start", f"It has not started: its start is set for {case.clock(due)}, by eta or countdown.")
-    elif deadline is not None and due >= deadline and not case.fold.deadline_passed:
+        return
+    if case.run["started_at"] > case.now:  # it was paused before its start
+        start = case.clock(case.run["started_at"])
+        yield Reason("start", f"It has not started: its start is set for {start}, by eta or countdown.")
+    if deadline is not None and due >= deadline and not case.fold.deadline_passed:
         if case.fold.rollback is not None:
             return  # it is being undone already: the deadline changes nothing
-        others = any(other.role != "turn" for other in case.work) or case.fold.is_parked or case.run["parked"]
+        others = waits or any(other.role != "turn" for other in case.work)
         after = "nothing changes, because it is past its pivot" if case.run["past_pivot"] else "it is undone"
         text = f"Its deadline is {case.clock(deadline)}; then {after}."
         yield Reason("deadline", text if others else f"It waits for nothing but its deadline. {text}")

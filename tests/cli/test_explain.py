@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.cli.reasons import Case, Reason, reasons
 from orchestrator.machine.fold import Fold, RunInfo
-from orchestrator.machine.journal import Asked, Attempted, CancelRefused, DeadlinePassed, Parked, Undo
+from orchestrator.machine.journal import Asked, Attempted, CancelRefused, DeadlinePassed, Operated, Parked, Undo
 from orchestrator.store import liveness
 from orchestrator.store.pauses import Pause
 from orchestrator.store.runs import Inbox, Outstanding, Serving
@@ -132,7 +132,7 @@ SERVING = Serving("w@here", ["celery"], ["shop.charge", "shop@1"], 2, NOW, 0)
 
 def _case(work: Outstanding, **changes: Any) -> Case:
     run = {"id": "r", "saga": "shop", "version": 1, "state": "running", "position": 3, "deadline_at": None,
-           "past_pivot": False, "parked": []}  # fmt: skip
+           "past_pivot": False, "parked": [], "started_at": NOW}  # fmt: skip
     fold = Fold(RunInfo("r", "shop", 1, {}, NOW, "celery"))
     fold.apply_row(NOW, [Asked(KEY, "shop.charge", {}, undo=Undo("shop.refund"))])
     return replace(Case(run, fold, [work], Inbox(0, None, NOW), [SERVING]), **changes)
@@ -259,6 +259,23 @@ def test_a_start_that_is_set_for_later_of_a_run_that_was_told_something() -> Non
     case = _case(_work(key="", role="turn", target="shop@1", due_at=NOW + timedelta(hours=1)))
     case.run.update(state="pending", position=2)
     assert _only(case).code == "start"
+
+
+def test_a_start_that_is_set_for_later_of_a_run_that_was_paused() -> None:
+    case = _case(_work(key="", role="turn", target="shop@1", due_at=_ago(-7200)))
+    case.run.update(state="paused", started_at=_ago(-3600), deadline_at=_ago(-7200))
+    case.fold.apply_row(NOW, [Operated("pause", by="ann")])
+    assert [reason.code for reason in reasons(case)] == ["paused", "start", "deadline"]
+    assert "start is set for" in reasons(case)[1].text and "in 1 h" in reasons(case)[1].text
+
+
+def test_a_run_that_waits_for_a_signal_is_not_said_to_wait_for_nothing_but_its_deadline() -> None:
+    case = _case(_work(key="", role="turn", target="shop@1", due_at=_ago(-3600)))
+    case.run["deadline_at"] = _ago(-3600)
+    case.fold.apply_row(NOW, [Asked("signal:go#0", "go", {}, kind="signal")])
+    signal, deadline = reasons(case)
+    assert (signal.code, deadline.code) == ("signal", "deadline")
+    assert deadline.text.startswith("Its deadline is ")
 
 
 def test_a_timer_after_a_deadline_that_has_only_alarmed() -> None:
