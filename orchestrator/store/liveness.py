@@ -79,7 +79,7 @@ def declare_dead(
 # `quiet` is empty when the process is known to be gone; otherwise an effect may land until the attempt's deadline.
 _LOST = """
 WITH lost AS (
-    SELECT run_id, lane, key, role, attempt, fence, deadline_at, begun_at, (call ->> 'n') IS NOT NULL AS harmless
+    SELECT run_id, lane, key, role, attempt, fence, deadline_at, begun_at, expires_at, (call ->> 'n') IS NOT NULL AS harmless
     FROM orchestrator.work
     WHERE begun_by IS NOT NULL AND {which} LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 ), gone AS (
@@ -94,7 +94,7 @@ SELECT run_id, json_build_object(
     'verdict', CASE WHEN harmless THEN 'failed' ELSE 'doubt' END, 'began', begun_at, 'details', details,
     'quiet', CASE WHEN %(known_dead)s OR harmless OR deadline_at IS NULL THEN '' ELSE to_char(
         deadline_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"') END,
-    'error', %(error)s::json)
+    'error', CASE WHEN %(overdue)s::json IS NOT NULL AND expires_at < {CLOCK} THEN %(overdue)s ELSE %(error)s END::json)
 FROM gone ORDER BY run_id, lane RETURNING run_id
 """
 _OF_DEAD = "begun_by IN (SELECT id FROM orchestrator.incarnations WHERE id = %(incarnation)s AND dead_at IS NOT NULL)"
@@ -114,12 +114,17 @@ EXPIRED: dict[str, Any] = {
 }
 
 
+# A child that hangs is ended by its companion, and a child that is ended looks like one that died.
+OVERDUE: dict[str, Any] = EXPIRED | {"message": f"{EXPIRED['message']}; its process was ended"}
+
+
 def _give_back(connection: Connection, which: str, values: dict[str, Any]) -> list[str]:
     """Turn lost attempts into arrivals and make their runs' turns due; returns the queues to ring, one per run."""
     failpoint("give_back.before", connection)
     with connection.transaction():
         failpoint("give_back.begun", connection)
-        rows = connection.execute(_LOST.format(which=which), values).fetchall()
+        values = {"overdue": None, **values}
+        rows = connection.execute(_LOST.format(which=which, CLOCK=CLOCK), values).fetchall()
         if rows:
             failpoint("give_back.arrived", connection)
         queues = [owe_turn(connection, run_id, values.get("now")) for run_id in sorted({row[0] for row in rows})]
@@ -152,6 +157,7 @@ def give_back_child(
         "limit": 500,
         "known_dead": True,
         "error": dumps(LOST),
+        "overdue": dumps(OVERDUE),
         "incarnation": incarnation,
         "child": child,
         "keep": list(keep),

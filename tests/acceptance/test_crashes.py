@@ -246,7 +246,7 @@ def test_heartbeat_details_reach_the_attempt_after_a_killed_one(own_worker: Work
 
 @pytest.mark.own_process
 def test_a_missed_heartbeat_gives_the_attempt_back_and_replaces_the_child_that_hangs(
-    own_worker: Worker, world: World
+    own_worker: Worker, world: World, sql_of: psycopg.Connection[Any]
 ) -> None:
     plans = [Plan(name="t", kind="train", do=["hang", "ok"])]
     result = sagas.sequence.apply_async((plans,), queue=own_worker.queue)
@@ -254,6 +254,9 @@ def test_a_missed_heartbeat_gives_the_attempt_back_and_replaces_the_child_that_h
     assert result.get(timeout=60) == ["t done"]
     assert [(e.attempt, e.told) for e in world.effects(result) if e.what == "from"] == [(1, None), (2, {"epoch": 1})]
     until(lambda: f"pool child {hangs}" in own_worker.said, "the child is replaced")
+    query = "SELECT entry -> 'error' ->> 'message' FROM orchestrator.history WHERE run_id = %s AND kind = 'attempted'"
+    [(told,)] = sql_of.execute(query, [result.id]).fetchall()
+    assert told.startswith("the attempt missed its heartbeat")
 
 
 # -- broker and database that go away ----------------------------------------------------------------------------------

@@ -177,6 +177,24 @@ def test_a_thousand_arrivals_of_runs_that_are_gone_keep_no_forgotten_run_waiting
     assert [row[0] for row in work(connection)] == [""], "its turn is due"
 
 
+@pytest.mark.parametrize(
+    ("expires", "told"), [(timedelta(seconds=-1), "missed its heartbeat"), (timedelta(minutes=1), "is gone")]
+)
+def test_a_child_that_was_ended_because_it_hung_is_not_called_lost(
+    child: Child, connection: Connection, expires: timedelta, told: str
+) -> None:
+    start(connection, in_a_row, ["a"], run_id="r")
+    connection.execute(
+        "INSERT INTO orchestrator.work (run_id, lane, key, role, target, queue, task, due_at, attempt, call, fence, "
+        "incarnation, child, begun_at, deadline_at, expires_at) VALUES ('r', 1, 'k', 'do', 't', 'celery', 't', now(), "
+        "1, '{\"a\": {}, \"t\": 300}', 1, %s, 100, now(), now() + interval '5 min', orchestrator.now() + %s)",
+        [child.incarnation, expires],
+    )
+    liveness.give_back_child(connection, child.incarnation, 100)
+    (arrival,) = connection.execute("SELECT arrival FROM orchestrator.arrivals").fetchone()  # type: ignore[misc]
+    assert told in arrival["error"]["message"] and not arrival["quiet"]
+
+
 def test_a_child_that_died_is_given_back_at_once_and_the_others_are_not(
     new_child: Callable[..., Child], connection: Connection
 ) -> None:
