@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 import click
@@ -10,6 +12,7 @@ from rich.text import Text
 from orchestrator.cli.command import STATE_STYLES, Command, as_json, console, print_json, reading, run_argument, run_of
 from orchestrator.cli.reasons import Case, Reason, reasons
 from orchestrator.engine.folding import fold_of
+from orchestrator.machine.journal import Attempted, decode_entry
 from orchestrator.store import runs
 from orchestrator.store.connection import Connection
 from orchestrator.store.pauses import pauses_of
@@ -47,11 +50,19 @@ def read_case(connection: Connection, run_id: str) -> Case:
     """Read all that is known of a run, in one snapshot.  Raises: UnknownRunError."""
     with runs.snapshot(connection):
         run = run_of(connection, run_id)
-        fold = fold_of(run, runs.history(connection, run_id))
+        rows = runs.history(connection, run_id)
+        fold = fold_of(run, rows)
         work = runs.outstanding(connection, run_id)
         ahead = runs.ahead(connection, run_id)
         held = pauses_of(connection, run["saga"], [item.queue for item in work])
-        return Case(run, fold, work, runs.inbox(connection, run_id), runs.serving(connection), held, ahead)
+        inbox, workers = runs.inbox(connection, run_id), runs.serving(connection)
+        return Case(run, fold, work, inbox, workers, held, ahead, last_errors(rows))
+
+
+def last_errors(rows: Iterable[tuple[int, datetime, list[Any]]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return by key and role with what its last attempt failed; the fold keeps none of undos and probes."""
+    decoded = (decode_entry(form) for _, _, entries in rows for form in entries if form.get("e") == Attempted.tag)
+    return {(entry.key, entry.role): entry.error for entry in decoded if isinstance(entry, Attempted)}
 
 
 def _json(reason: Reason) -> dict[str, Any]:

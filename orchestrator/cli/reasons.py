@@ -14,7 +14,7 @@ from typing import Any
 from orchestrator.cli import words
 from orchestrator.errors import as_typed
 from orchestrator.machine.fold import Fold
-from orchestrator.machine.journal import Operated, Parked
+from orchestrator.machine.journal import CancelAsked, Operated, Parked
 from orchestrator.machine.record import Step
 from orchestrator.machine.states import TERMINAL, Backward, RunState
 from orchestrator.store.gates import LINE
@@ -47,6 +47,7 @@ class Case:
     workers: list[Serving]
     pauses: list[Pause] = field(default_factory=list)
     ahead: dict[str, list[str]] = field(default_factory=dict)  # by the key of a lock: runs before this one, in order
+    errors: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # of last attempts, by key and role
 
     @property
     def now(self) -> datetime:
@@ -64,7 +65,7 @@ def reasons(case: Case) -> list[Reason]:
     """Return why the run stands where it stands, the most telling first; never empty."""
     if case.run["state"] in TERMINAL:
         return list(_ended(case))
-    found = [*_paused(case), *_parked(case)]
+    found = [*_paused(case), *_stopped(case), *_parked(case)]
     found += _waiting(case)
     for item in case.work:
         found += _of_turn(case, item, bool(found)) if item.role == "turn" else _of_work(case, item)
@@ -115,7 +116,15 @@ def _paused(case: Case) -> Iterator[Reason]:
         yield Reason("paused", text, "", (f"saga resume {as_typed(str(case.run['id']))}",))
 
 
-def _who(paused: Pause | Operated) -> str:
+def _stopped(case: Case) -> Iterator[Reason]:
+    """A decision to go back is put off for as long as nobody knows whether its pivot has succeeded."""
+    fold = case.fold
+    if isinstance(fold.stop, CancelAsked) and fold.rollback is None and fold.pivots_in_flight:
+        text = f"It was told to stop by {_who(fold.stop)}. That is decided by what becomes of its pivot, which is under way."
+        yield Reason("stopped", text)
+
+
+def _who(paused: Pause | Operated | CancelAsked) -> str:
     return (paused.by or "an unnamed caller") + (f" ({paused.reason})" if paused.reason else "")
 
 
@@ -270,7 +279,7 @@ def _in_line(item: Outstanding) -> Reason:
 
 def _later(case: Case, item: Outstanding, step: Step | None) -> Reason:
     due = case.clock(item.due_at)
-    error = words.error(step.error) if step and item.role in ("do", "once") and step.error else ""
+    last = case.errors.get((item.key, "do" if item.role == "once" else item.role))
     if step is not None and step.quiet and item.role in ("undo", "probe"):
         quiet = datetime.fromisoformat(step.quiet)
         if abs(quiet - item.due_at) < _MOMENT:
@@ -279,7 +288,7 @@ def _later(case: Case, item: Outstanding, step: Step | None) -> Reason:
             )
             return Reason("quiet", text, item.key)
     nth = _attempt(item, step, item.attempt + 1)
-    said = f" The last attempt failed: {error}." if error else ""
+    said = f" The last attempt failed: {words.error(last)}." if last else ""
     left = words.duration(item.due_at - case.now)
     problem = _taker_problem(case, item, _name(item))
     more = f" Then: {problem.text[0].lower()}{problem.text[1:]}" if problem else ""

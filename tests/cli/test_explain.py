@@ -10,9 +10,20 @@ from typing import Any
 import psycopg
 import pytest
 
+from orchestrator.cli.explain import last_errors
 from orchestrator.cli.reasons import Case, Reason, reasons
 from orchestrator.machine.fold import Fold, RunInfo
-from orchestrator.machine.journal import Asked, Attempted, CancelRefused, DeadlinePassed, Operated, Parked, Undo
+from orchestrator.machine.journal import (
+    Asked,
+    Attempted,
+    CancelAsked,
+    CancelRefused,
+    DeadlinePassed,
+    Operated,
+    Parked,
+    Undo,
+    encode,
+)
 from orchestrator.store import liveness
 from orchestrator.store.pauses import Pause
 from orchestrator.store.runs import Inbox, Outstanding, Serving
@@ -276,6 +287,21 @@ def test_a_run_that_waits_for_a_signal_is_not_said_to_wait_for_nothing_but_its_d
     signal, deadline = reasons(case)
     assert (signal.code, deadline.code) == ("signal", "deadline")
     assert deadline.text.startswith("Its deadline is ")
+
+
+@pytest.mark.parametrize("role", ["do", "undo", "probe"])
+def test_a_retry_of_anything_tells_the_last_error(role: str) -> None:
+    case = _case(_work(role=role, attempt=2, due_at=_ago(-4)))
+    rows = [(1, NOW, [encode(Attempted(KEY, n, {"type": "Bad", "message": f"no. {n}"}, role)) for n in (1, 2)])]
+    case = replace(case, errors=last_errors(rows))
+    assert _only(case).text.endswith(" The last attempt failed: Bad: no. 2.")
+
+
+def test_a_cancel_that_waits_for_a_pivot() -> None:
+    case = _case(_work(**RUNNING))
+    case.fold.apply_row(NOW, [Asked("pay#0", "shop.pay", {}, effect="pivot"), CancelAsked("ann", "too dear")])
+    assert reasons(case)[0].code == "stopped"
+    assert reasons(case)[0].text.startswith("It was told to stop by ann (too dear). That is decided by")
 
 
 def test_a_timer_after_a_deadline_that_has_only_alarmed() -> None:
