@@ -275,7 +275,7 @@ _PLAIN: Final = re.compile(r"[\w@%+=:,.][\w@%+=:,./#~-]*", re.ASCII)
 
 
 def as_typed(text: str) -> str:
-    """Return an id or a name as one types it in a shell: as it is, or quoted where the shell would read it otherwise."""
+    """Return an id or a name as one types it in a shell: quoted where the shell would read it otherwise."""
     return text if _PLAIN.fullmatch(text) else shlex.quote(text)
 
 

@@ -120,7 +120,8 @@ def _stopped(case: Case) -> Iterator[Reason]:
     """A decision to go back is put off for as long as nobody knows whether its pivot has succeeded."""
     fold = case.fold
     if isinstance(fold.stop, CancelAsked) and fold.rollback is None and fold.pivots_in_flight:
-        text = f"It was told to stop by {_who(fold.stop)}. That is decided by what becomes of its pivot, which is under way."
+        told = f"It was told to stop by {_who(fold.stop)}."
+        text = f"{told} That is decided by what becomes of its pivot, which is under way."
         yield Reason("stopped", text)
 
 
@@ -151,7 +152,9 @@ def _waiting(case: Case) -> Iterator[Reason]:
         if step.in_flight:
             child = fold.info.child(step.key)
             doing = "is undone" if step.backward is Backward.ASKED else "ends"
-            yield Reason("child", f"It waits until its child {child} {doing}.", step.key, (f"saga explain {as_typed(child)}",))
+            yield Reason(
+                "child", f"It waits until its child {child} {doing}.", step.key, (f"saga explain {as_typed(child)}",)
+            )
 
 
 def _parked_run(entry: Parked, forward: bool) -> str:

@@ -79,7 +79,8 @@ def declare_dead(
 # `quiet` is empty when the process is known to be gone; otherwise an effect may land until the attempt's deadline.
 _LOST = """
 WITH lost AS (
-    SELECT run_id, lane, key, role, attempt, fence, deadline_at, begun_at, expires_at, (call ->> 'n') IS NOT NULL AS harmless
+    SELECT run_id, lane, key, role, attempt, fence, deadline_at, begun_at, expires_at,
+        (call ->> 'n') IS NOT NULL AS harmless
     FROM orchestrator.work
     WHERE begun_by IS NOT NULL AND {which} LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 ), gone AS (

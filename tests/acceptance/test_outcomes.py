@@ -156,7 +156,9 @@ def test_on_unknown_park_waits_for_a_person_who_vouches_for_a_result(world: Worl
     result = sagas.sequence.delay([plan("x", "late", kind="park")])
     item = parked(result)
     assert item["key"] == "tests.acceptance.steps.act_or_park#0" and "unknown" in item["why"]
-    with pytest.raises(UsageError, match=r"nothing that tests\.acceptance\.steps\.act_or_park returns: .* valid string\.$"):
+    with pytest.raises(
+        UsageError, match=r"nothing that tests\.acceptance\.steps\.act_or_park returns: .* valid string\.$"
+    ):
         result.resolve(item["key"], {"receipt": 7}, by="ann", reason="called the bank")
     result.resolve(item["key"], "by hand", by="ann", reason="called the bank")
     assert result.get(timeout=60) == ["by hand"]

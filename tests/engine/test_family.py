@@ -282,9 +282,9 @@ def test_a_family_that_is_paused_can_be_cancelled(child: Child, client: Client, 
 def test_a_child_that_is_done_cannot_be_cancelled_alone(child: Child, client: Client, connection: Connection) -> None:
     run(client, child, parent, "wait")
     one = next(run_id for run_id in states(connection) if run_id != "run")
-    with pytest.raises(UsageError, match="is done .* with run run, so it cannot be cancelled alone"):
+    with pytest.raises(UsageError, match=r"is done .* with run run, so it cannot be cancelled alone"):
         client.cancel(one)
-    with pytest.raises(UsageError, match="is done .* with run run, so it cannot be paused alone"):
+    with pytest.raises(UsageError, match=r"is done .* with run run, so it cannot be paused alone"):
         client.operate(one, "pause")
     arrivals.leave(connection, one, encode(Cancel()))  # it was told before it was done
     child.drain()
