@@ -17,7 +17,11 @@ from orchestrator.errors import ConfigurationError, StoreUnavailableError
 
 Connection = psycopg.Connection[Any]
 READ_ONLY = psycopg.errors.ReadOnlySqlTransaction
-UNAVAILABLE = (psycopg.OperationalError, psycopg.InterfaceError, READ_ONLY)  # a standby takes no writes
+# A standby takes no writes.  A process that stood still within a transaction has lost its connection.
+UNAVAILABLE = (
+    psycopg.OperationalError, psycopg.InterfaceError, READ_ONLY, psycopg.errors.IdleInTransactionSessionTimeout,
+    psycopg.errors.TransactionTimeout,
+)  # fmt: skip
 CLOCK = "coalesce(%(now)s::timestamptz, orchestrator.now())"  # the database's, unless a caller names the moment
 REFUSED = psycopg.Error  # what is not a lost connection: a statement that the database refused
 
@@ -88,8 +92,10 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
     Raises: StoreUnavailableError, ConfigurationError.
     """
     # Plans are kept, and every statement has its index: one that was planned while the tables were empty must not go on
-    # scanning them when they are full.  The driver reads instants in the form of ISO alone.
+    # scanning them when they are full.  The driver reads instants in the form of ISO alone.  Who stands still within a
+    # transaction, for its machine is paused or gone, keeps the rows that it has locked for half a minute at the most.
     kept = "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c timezone=UTC -c datestyle=ISO"
+    kept += " -c idle_in_transaction_session_timeout=30s"
     try:
         given = conninfo_to_dict(dsn).get("options")  # which ours would take the place of
         options: Any = {"options": f"{given} {kept}" if given else kept} if prepare else {}

@@ -571,6 +571,39 @@ def end_backends_of_children(connection: Connection) -> None:
     )
 
 
+def test_who_stands_still_within_a_transaction_keeps_its_rows_for_no_longer_than_half_a_minute(
+    child: Child, connection: Connection
+) -> None:
+    """Where a machine is paused, or gone without a word, Postgres hears of it after two hours by its defaults."""
+    start(connection, tried_once, "a")
+    child.drain()
+    own = child.drainer._session.connection
+    assert own is not None
+    assert own.execute("SHOW idle_in_transaction_session_timeout").fetchone() == ("30s",)
+
+
+def test_an_outcome_is_recorded_although_its_child_stood_still_within_the_transaction(
+    child: Child, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Postgres has ended its session: the drain ended, and what it had begun was in doubt."""
+
+    def stand_still(name: str, own: Any = None) -> None:
+        if name == "arrive.left":
+            monkeypatch.undo()
+            own.execute("SELECT set_config('idle_in_transaction_session_timeout', '100', true)")
+            time.sleep(0.3)
+
+    def lock_the_run(taken: Any) -> None:
+        child.runner.before = lambda taken: None
+        monkeypatch.setattr(advance, "failpoint", stand_still)
+        monkeypatch.setattr(turns, "commit_turn", lambda *args: turns.Committed(False, False, None))
+
+    child.runner.before = lock_the_run
+    start(connection, in_a_row, ["a"])
+    child.drain()
+    assert (state(connection), DONE) == ("completed", ["do a"])
+
+
 def test_a_terminated_backend_costs_no_step(child: Child, connection: Connection) -> None:
     def terminate(taken: Any) -> None:
         if "#1" in taken.key:
