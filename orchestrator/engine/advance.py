@@ -121,7 +121,7 @@ class Advancer:
     ) -> list[Taken]:
         """Record what came of an attempt, with its turn if possible; returns the work that was begun by it."""
         try:
-            loaded = self._runs.known(connection, taken.run_id, taken.position)
+            loaded = None if _was_lost(taken) else self._runs.known(connection, taken.run_id, taken.position)
             made = self._attempt(connection, loaded, [outcome], done=[taken], may_begin=may_begin) if loaded else None
         except CodeMissing:
             self.leave(connection, [(taken, outcome)], owe=True)
@@ -295,7 +295,7 @@ class Advancer:
         drivable = True
         loaded = None
         try:
-            loaded = self._runs.known(connection, taken.run_id, taken.position)
+            loaded = None if _was_lost(taken) else self._runs.known(connection, taken.run_id, taken.position)
             execution, turn = self._computer.turn(connection, loaded, [outcome]) if loaded else (None, NO_TURN)
         except CodeMissing:
             execution, turn, drivable = None, NO_TURN, False
@@ -550,3 +550,11 @@ def _unless_refused() -> Iterator[None]:
         raise
     except REFUSED:
         logger.exception("turns could not be committed together; each is tried alone")
+
+
+def _was_lost(taken: Taken) -> bool:
+    """Tell whether the attempt before was lost with its process, which saga code may have ended that followed on it.
+
+    Its outcome is recorded before that code is run again: it is counted against the turn then, and not the step.
+    """
+    return "w" in (taken.call or {})

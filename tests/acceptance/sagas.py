@@ -163,7 +163,11 @@ async def blocking(how: str) -> str:
 
 @saga.define
 async def deadly(name: str) -> str:
-    """Ends the process that gets there, until it is deployed again."""
+    """Ends the process that gets there, until it is deployed again; some after a step."""
+    if name == "after a step":
+        await perform(Plan(name="first"))
+    if name == "after a transaction":
+        await saga.step(steps.misbehave, "fine")
     if not (steps.world() / f"mended {name}").exists():
         os.kill(os.getpid(), signal.SIGKILL)
     await perform(Plan(name=name))

@@ -466,6 +466,20 @@ def test_a_turn_that_always_ends_its_process_is_parked_and_takes_no_other_run_al
     assert deadly.get(timeout=60) == "deadly no more"
 
 
+@pytest.mark.own_process
+@pytest.mark.parametrize("name", ["after a step", "after a transaction"])
+def test_code_that_ends_its_process_after_a_step_is_not_taken_for_the_step(
+    world: World, own_worker: Worker, name: str
+) -> None:
+    deadly = sagas.deadly.apply_async((name,), queue=own_worker.queue)
+    item = parked(deadly)
+    assert (item["key"], item["role"]) == ("", "code") and "10 processes in a row have ended" in item["why"]
+    (world.folder / f"mended {name}").touch()
+    deadly.retry()
+    assert deadly.get(timeout=60) == f"{name} no more"
+    assert world.told(deadly) in (["do first", "do first", f"do {name}"], [f"do {name}"])
+
+
 def test_a_code_error_parks_and_the_mended_code_goes_on(world: World, own_worker: Any) -> None:
     result = sagas.broken.apply_async(("a",), queue=own_worker.queue)
     item = parked(result)
