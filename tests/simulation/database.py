@@ -18,7 +18,8 @@ CREATE OR REPLACE FUNCTION orchestrator.now() RETURNS timestamptz LANGUAGE sql S
 """
 _EMPTY = """
 TRUNCATE orchestrator.runs, orchestrator.journal, orchestrator.arrivals, orchestrator.work, orchestrator.incarnations,
-    orchestrator.drainers, transactional_effects RESTART IDENTITY
+    orchestrator.drainers, orchestrator.locks, orchestrator.gates, orchestrator.pauses, orchestrator.paused_runs,
+    transactional_effects RESTART IDENTITY
 """
 
 

@@ -29,6 +29,7 @@ MUST_HAPPEN = {
     *("step overran its time", "cancel", "terminate", "retry", "skip", "resolve"),
     *("turns that shared a statement", "fence taken anew"),
     *("effects", "fenced", "redispatches", "late success", "parked"),
+    *("pause", "pause saga", "pause queue", "go on", "news", "revoked", "unlocked", "signal"),
 }
 """What must have been there at least once in a whole set of seeds."""
 _CRUCIAL = ("COMMIT", "commit_turn", "take_3", "arrivals", "SET fence")
@@ -50,6 +51,10 @@ class Faults:
         self._rate_of_fates = random.choice([0.0, 0.01, 0.03, 0.1])
         self._rate_of_stalls = random.choice([0.0, 0.1, 0.3])
         self._rate_of_events = random.choice([0.002, 0.01, 0.03])
+        if simulation.has_families:  # which live longer, and of which more can be asked
+            self.left = random.choice([0, 10, 20, 40])
+            self._events += ["order"] * random.choice([0, 3, 9])
+            self._rate_of_events = random.choice([0.005, 0.02, 0.05])
         self._focus = focus
         if focus:
             self.left, self._fates, self._rate_of_events = 20, _FATES, 0.0

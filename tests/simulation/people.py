@@ -18,12 +18,13 @@ from orchestrator.errors import StoreUnavailableError, UnknownRunError, UsageErr
 from orchestrator.settings import Settings
 from tests.machine.programs import Program
 from tests.simulation.scheduler import Process
-from tests.simulation.steps import simulated
+from tests.simulation.steps import SAGAS, simulated
 
 if TYPE_CHECKING:
     from tests.simulation.world import Simulation
 
 _ORDERS = ("cancel", "cancel", "terminate", "retry", "skip", "resolve")
+_OF_FAMILIES = (*_ORDERS, "news", "news", "pause", "pause", "pause saga", "pause queue", "go on")
 
 
 class People:
@@ -94,7 +95,9 @@ class People:
         """Let somebody order something, to the point or not; False if there is no run yet."""
         if not self.acknowledged:
             return False
-        run_id, order = self._random.choice(self.acknowledged), self._random.choice(_ORDERS)
+        known = self._simulation.run_ids() if self._simulation.has_families else self.acknowledged
+        orders = _OF_FAMILIES if self._simulation.has_families else _ORDERS
+        run_id, order = self._random.choice(known), self._random.choice(orders)
         self._as_process(f"operator of {run_id}", lambda client: self._order(client, run_id, order))
         return True
 
@@ -102,11 +105,41 @@ class People:
         try:
             if order in ("cancel", "terminate"):
                 getattr(client, order)(run_id, "by chance", "ann")
+            elif order == "news":
+                client.signal(run_id, "news", "news", f"news {self._random.randint(1, 9)}")
+            elif order == "pause":
+                client.operate(run_id, "pause", by="ann")
+            elif order.startswith("pause "):
+                self._pause(client, order)
+            elif order == "go on":
+                self._lift(client, run_id)
             else:
                 self._mend(client, run_id, order)
             self.done[order] += 1
         except (UsageError, UnknownRunError, StoreUnavailableError):
             return
+
+    def _pause(self, client: Client, order: str) -> None:
+        if order == "pause saga":
+            client.pause(saga=self._random.choice(SAGAS).partition("@")[0], by="ann")
+        else:
+            client.pause(queue=self._random.choice("ab"), by="ann")
+
+    def _lift(self, client: Client, run_id: str) -> None:
+        """End every pause that concerns a run, and those of queues."""
+        for target in SAGAS:
+            client.resume(saga=target.partition("@")[0], by="ann")
+        for queue in "ab":
+            client.resume(queue=queue, by="ann")
+        client.operate(run_id, "resume", by="ann")
+
+    def tell(self, run_id: str) -> None:
+        """Let somebody send a run the news."""
+        self._as_process(f"teller of {run_id}", lambda client: self._order(client, run_id, "news"))
+
+    def go_on(self, run_id: str) -> None:
+        """Let an operator end the pauses that keep a run from going on."""
+        self._as_process(f"operator of {run_id}", lambda client: self._order(client, run_id, "go on"))
 
     def mend(self, run_id: str) -> None:
         """Let an operator look after a parked run."""
@@ -118,7 +151,7 @@ class People:
         for item in sorted(parked, key=lambda item: item["key"] == ""):  # the run as a whole comes last
             key = str(item["key"])
             if not key:
-                if item["role"] in ("drift", "code"):
+                if item["role"] in ("drift", "code") and "continue_as_new() with work" not in item["why"]:
                     self._simulation.broke(f"run {run_id} parked by {item['role']}: {item['why']}")
                 client.operate(run_id, "resolve", "", by="ann", reason="as good as done", value=[])
             elif item["role"] == "undo" or order == "retry":

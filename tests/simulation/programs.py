@@ -15,6 +15,11 @@ from tests.simulation import steps
 
 _SECONDS = (0, 0, 1, 2, 5, 3600)
 _PAUSES = (1, 2, 4000, 9000)
+_BRANCHES = (
+    "leaf", "leaf", "sequence", "gather", "group", "first", "all", "tolerant", "tolerant", "timeout", "wait_for",
+    "scope", "scope", "locked", "locked", "child", "child", "hurried", "stray", "disowned",
+)  # fmt: skip
+_LEAVES = ("leaf", "leaf", "leaf", "hear", "gate", "gated", "urgent", "mapped", "paged")
 
 
 class Programs:
@@ -56,6 +61,65 @@ class Programs:
             return [word, next(self._numbers)]
         step: Any = self._step(sorted(steps.UNDOABLE) * 2 + ["look", "jot", "haul", "mail", "tell"])
         return step if word == "step" else [word, *step[1:], random.choice(_SECONDS)]
+
+    # -- families ------------------------------------------------------------------------------------------------------
+    def draw_family(self) -> Program:
+        """Return a program that has children, blocks, maps, signals or further links as well."""
+        random = self._random
+        parts = [self._member(random.randint(1, 3)) for _ in range(random.randint(1, 3))]
+        if random.random() < 0.15:
+            parts += [self._step(sorted(steps.PIVOTS)), self._member(1)]
+        if random.random() < 0.15:
+            parts.append(["fail"])
+        if random.random() < 0.2:
+            parts.append(["again", self.draw_family()])
+        return ["sequence", parts]
+
+    def _member(self, depth: int) -> Program:
+        random = self._random
+        if depth == 0:
+            return self._leaf_of_family()
+        word = random.choice(_BRANCHES)
+        match word:
+            case "leaf":
+                return self._leaf_of_family()
+            case "sequence" | "gather" | "group" | "first" | "all":
+                return [word, [self._member(depth - 1) for _ in range(random.randint(1, 3))]]
+            case "timeout" | "wait_for":
+                return [word, random.choice(_SECONDS), self._member(depth - 1)]
+            case "locked":
+                return [word, random.choice("ab"), random.choice((*_SECONDS, None)), self._member(depth - 1)]
+            case "stray" | "disowned":
+                return [word, self._member(depth - 1), random.choice(_SECONDS)]
+            case "tolerant":
+                within = random.choice(["child", "hurried", "scope", ""])
+                return [word, [within, self._member(depth - 1)] if within else self._member(depth - 1)]
+            case _:
+                return [word, self._member(depth - 1)]
+
+    def _leaf_of_family(self) -> Program:
+        random = self._random
+        match random.choice(_LEAVES):
+            case "hear":
+                return ["hear", random.choice((*_SECONDS, None))]
+            case "gate":
+                return ["gate", random.choice("ab")]
+            case "gated":
+                return self._step(sorted(steps.GATED))
+            case "urgent":
+                return ["urgent", *self._step(sorted(steps.UNDOABLE))[1:], random.randint(1, 9)]
+            case "mapped" | "paged" as word:
+                return self._map(word)
+            case _:
+                return self._leaf()
+
+    def _map(self, word: str) -> Program:
+        random = self._random
+        task = random.choice([*steps.UNDOABLE, *steps.GATED, "look", "tell"])
+        many = random.randint(1, 5)
+        first, *_ = itertools.islice(self._numbers, 2 * many)
+        options = {"tolerate": random.choice([0, 0.5, 9]), "concurrency": random.choice([1, 2, 100]), "page": 2}
+        return [word, task, first, many, options]
 
     def _step(self, names: list[str]) -> Program:
         return ["step", self._random.choice(names), next(self._numbers)]

@@ -1,10 +1,11 @@
-"""Steps of every kind, and the one saga of the simulation.
+"""Steps of every kind, the saga of the simulation and one that is its child and in a hurry.
 
 Owns the declarations.  What the functions do is the provider's of the seed that is being played.
 """
 
 from __future__ import annotations
 
+import asyncio
 from datetime import timedelta
 from typing import Any
 
@@ -132,21 +133,103 @@ def write_down(connection: Connection, n: int) -> str:
     return f"row-{n}"
 
 
+@step(retry=_SOON, start_to_close_timeout=_TIME, concurrency=2)
+def unload(n: int) -> None:
+    _provider[0].undo(n)
+
+
+@step(compensate=unload, retry=_SOON, start_to_close_timeout=_TIME, concurrency=1)
+def load(n: int) -> str:
+    """Pass a gate, on the way back too."""
+    _provider[0].do(n)
+    return f"load-{n}"
+
+
+@step(effect=Effect.NONE, retry=_SOON, start_to_close_timeout=_TIME, rate_limit="2/s")
+def peek(n: int) -> int:
+    _provider[0].do(n)
+    return n
+
+
+@step(effect=Effect.NONE, retry=_SOON, start_to_close_timeout=_TIME)
+def numbers(cursor: int | None, first: int, pages: int) -> tuple[list[int], int | None]:
+    """Return two numbers at a time, from `first` on."""
+    page = cursor or 0
+    _provider[0].work(first)
+    return [first + 2 * page, first + 2 * page + 1], page + 1 if page + 1 < pages else None
+
+
 UNDOABLE = {s.__name__: s for s in (charge, reserve, wire, careful, write_down)}
 PIVOTS = {s.__name__: s for s in (settle, capture)}
-STEPS = UNDOABLE | PIVOTS | {s.__name__: s for s in (look, jot, haul, mail, tell)}
-AT_THE_PROVIDER = {s.name for s in (charge, reserve, wire, careful, mail, settle, capture, tell)}
-UNLOGGED = {write_down.name, strike_out.name, find_wire.name, find_capture.name}
-TASKS = [s.name for s in (*STEPS.values(), refund, release, strike_out, find_wire, find_capture)]
+GATED = {s.__name__: s for s in (load, peek)}
+STEPS = UNDOABLE | PIVOTS | GATED | {s.__name__: s for s in (look, jot, haul, mail, tell)}
+AT_THE_PROVIDER = {s.name for s in (charge, reserve, wire, careful, mail, settle, capture, tell, load)}
+UNLOGGED = {write_down.name, strike_out.name, find_wire.name, find_capture.name, numbers.name}
+TASKS = [s.name for s in (*STEPS.values(), refund, release, strike_out, unload, find_wire, find_capture, numbers)]
 
 
 async def _once(n: int) -> Any:
     return await saga.once(f"n{n}", lambda: _provider[0].once(n))
 
 
-LANGUAGE = Language(STEPS, once=_once)
+async def _child(program: Program) -> Any:
+    return await saga.child(simulated, program)
+
+
+async def _hurried(program: Program) -> Any:
+    return await saga.child(hurried, program)
+
+
+async def _stray(program: Program, seconds: int) -> None:
+    saga.child(simulated, program)
+    await asyncio.sleep(seconds)
+
+
+async def _disowned(program: Program, seconds: int) -> None:
+    request = saga.child(simulated, program)
+    await asyncio.sleep(seconds)
+    request.cancel()
+
+
+async def _again(program: Program) -> None:
+    saga.continue_as_new(program)
+
+
+async def _gate(name: str) -> int:
+    return saga.version(name, 1, 2)
+
+
+async def _all(programs: list[Program]) -> list[str]:
+    done = await asyncio.gather(*map(LANGUAGE.perform, programs), return_exceptions=True)
+    return [type(each).__name__ for each in done]
+
+
+async def _urgent(name: str, n: int, priority: int) -> Any:
+    return await saga.step(STEPS[name].with_options(priority=priority), n)
+
+
+async def _mapped(name: str, first: int, many: int, options: dict[str, Any]) -> int:
+    return (await saga.map(STEPS[name], range(first, first + many), **options)).failed
+
+
+async def _paged(name: str, first: int, pages: int, options: dict[str, Any]) -> int:
+    return (await saga.map(STEPS[name], numbers, args=(first, pages), **options)).failed
+
+
+LANGUAGE = Language(
+    STEPS, once=_once, child=_child, hurried=_hurried, stray=_stray, disowned=_disowned, again=_again, gate=_gate,
+    all=_all, urgent=_urgent, mapped=_mapped, paged=_paged,
+)  # fmt: skip
 
 
 @saga.define(name="tests.simulated")
 async def simulated(program: Program) -> Any:
     return await LANGUAGE.perform(program)
+
+
+@saga.define(name="tests.hurried", deadline=timedelta(seconds=4), on_code_error="compensate")
+async def hurried(program: Program) -> Any:
+    return await LANGUAGE.perform(program)
+
+
+SAGAS = [simulated.target, hurried.target, "orchestrator.map@1"]

@@ -16,7 +16,7 @@ from tests.simulation.kept import KEPT, PutBack
 from tests.simulation.verdict import Verdict
 
 Play = Callable[..., Verdict]
-MUST_BE_REACHED = {"completed", "failed", "compensated", "cancelled", "terminated"}
+MUST_BE_REACHED = {"completed", "failed", "compensated", "cancelled", "terminated", "continued"}
 ENOUGH = 200
 
 

@@ -31,7 +31,7 @@ from orchestrator.store.transaction import Transactions
 from orchestrator.store.turns import Taken
 from tests.simulation.provider import limit
 from tests.simulation.scheduler import Process
-from tests.simulation.steps import TASKS, simulated
+from tests.simulation.steps import SAGAS, TASKS
 
 if TYPE_CHECKING:
     from tests.simulation.world import Simulation
@@ -55,7 +55,7 @@ class Runner:
 
     def invoke(self, taken: Taken, context: StepContext) -> Invocation:
         self._scheduler.tell(f"{self.worker}: runs {taken.role} of {taken.run_id} {taken.key}, attempt {taken.attempt}")
-        self._world.ran(taken.run_id, taken.key, taken.role, taken.attempt)
+        self._world.ran(taken.run_id, taken.call.get("k", 0), taken.key, taken.role, taken.attempt)
         declared = registry_of_steps.steps[taken.task]
         now = self._scheduler.monotonic
         inside, current = limit.set(now + taken.call["t"]), current_step.set(context)
@@ -101,7 +101,7 @@ class Runner:
 
     def finished(self, taken: Taken, outcome: AttemptEnded) -> None:
         if taken.refused and taken.role == "do":
-            self._world.refused.append((taken.run_id, taken.key, taken.attempt))
+            self._world.refused.append((taken.run_id, taken.call.get("k", 0), taken.key, taken.attempt))
 
 
 class Child:
@@ -199,7 +199,7 @@ class Node:
         self.queues = queues
         self.slots = slots
         self.knows_saga = knows_saga
-        self.targets = [*TASKS, simulated.target] if knows_saga else list(TASKS)
+        self.targets = [*TASKS, *SAGAS] if knows_saga else list(TASKS)
         self.settings = Settings.from_environment({}, database_url=world.database_url, **settings)
         self.children: list[Child] = []
         self.lead = bytearray(SIZE)

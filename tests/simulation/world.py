@@ -16,10 +16,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psycopg
+
 from tests.machine.programs import Program
 from tests.proof.checker import NOTHING, check
 from tests.proof.effects import EffectLog
-from tests.simulation import steps
+from tests.simulation import steps, watch
 from tests.simulation.broker import Broker
 from tests.simulation.faults import Faults
 from tests.simulation.network import Network, Sessions
@@ -28,11 +30,12 @@ from tests.simulation.programs import Programs
 from tests.simulation.provider import Provider
 from tests.simulation.scheduler import Scheduler
 from tests.simulation.surroundings import surrounded
-from tests.simulation.verdict import Verdict, left_at_the_provider
+from tests.simulation.verdict import Verdict, disagreements
 from tests.simulation.workers import Node
 
 _OBJECT = re.compile(r"<psycopg[^>]*>")  # which says its address, and the server's port
 _MOST_MOVES = 60_000
+_WATCHED = 50  # moves between two looks whether the laws hold that must do so at any moment
 _QUIET_S = 400.0  # of time that creeps, after the last fault
 _UNSETTLED = """
 SELECT id FROM orchestrator.runs WHERE finished_at IS NULL
@@ -40,21 +43,34 @@ UNION SELECT run_id FROM orchestrator.arrivals UNION SELECT run_id FROM orchestr
 """
 _NEXT = """
 SELECT extract(epoch FROM min(CASE WHEN fence IS NULL THEN due_at ELSE expires_at + interval '2.1 s' END)
-    - orchestrator.now())::float8 FROM orchestrator.work
+    - orchestrator.now())::float8 FROM orchestrator.work WHERE due_at < orchestrator.now() + interval '100 years'
 """
 _ENTRIES = """
 SELECT CASE kind WHEN 'late' THEN 'late success' ELSE kind END, count(*) FROM orchestrator.history
-WHERE kind IN ('late', 'parked') GROUP BY kind
+WHERE kind IN ('late', 'parked', 'revoked', 'unlocked', 'signal', 'carried') GROUP BY kind
 UNION SELECT 'correcting run', count(*) FROM orchestrator.runs WHERE id LIKE '%/late/%' HAVING count(*) > 0
 """
 _PARKED = """
 SELECT r.id FROM orchestrator.runs r WHERE r.state = 'parked' OR (r.parked <> '[]' AND r.finished_at IS NULL
     AND NOT EXISTS (SELECT FROM orchestrator.work w WHERE w.run_id = r.id AND w.key <> ''))
 """
+_PAUSED = """
+SELECT min(id) FROM orchestrator.runs WHERE finished_at IS NULL AND EXISTS (SELECT FROM orchestrator.pauses)
+HAVING min(id) IS NOT NULL
+UNION SELECT id FROM orchestrator.runs WHERE state = 'paused' ORDER BY 1
+"""
+_LINKS = """
+SELECT id, CASE WHEN state = 'continued' THEN parent_id ELSE id END, link FROM orchestrator.runs
+"""
 
 
 class Stuck(Exception):
     """The system does not come to rest."""
+
+
+def has_families(seed: int) -> bool:
+    """Tell whether the runs of a seed may use everything that saga code can; those of the others ask for steps only."""
+    return Random(f"family of {seed}").random() < 0.25
 
 
 class Simulation:
@@ -65,6 +81,7 @@ class Simulation:
     ) -> None:
         random = self.random = Random(seed)
         self.seed = seed
+        self.has_families = not focus and has_families(seed)
         self.database_url = database_url
         self.scheduler = Scheduler(Random(random.random()))
         self._schedule = hashlib.sha256()
@@ -78,7 +95,7 @@ class Simulation:
         self.faults = Faults(self, Random(random.random()), focus)
         self.programs: dict[str, Program] = {}
         self.people = People(self, random, self._runs())
-        self.refused: list[tuple[str, str, int]] = []
+        self.refused: list[tuple[str, int, str, int]] = []  # run, link, key, attempt
         self.broken: list[str] = []
         self.pids: set[int] = set()
         self.new_pid = itertools.count(100)
@@ -103,7 +120,7 @@ class Simulation:
             if self.random.random() < 0.2:
                 options["deadline"] = self.random.choice([0.5, 3.0, 3000.0, 6000.0])
             run_id = f"run-{number}"
-            self.programs[run_id] = programs.draw(short=burst)
+            self.programs[run_id] = programs.draw_family() if self.has_families else programs.draw(short=burst)
             runs.append((run_id, self.programs[run_id], options))
         return runs
 
@@ -150,7 +167,13 @@ class Simulation:
         (entry,) = self.network.ask(
             "SELECT entry FROM orchestrator.history WHERE run_id = %s AND key = %s AND kind = 'asked'", run_id, key
         )
-        return int(entry["args"]["n"]), key.partition("#")[0].rsplit(".", 1)[-1]
+        task = entry.get("task", key.partition("#")[0])
+        return int(entry["args"]["n"]), task.rsplit(".", 1)[-1]
+
+    def run_ids(self) -> list[str]:
+        """Return the runs that have not ended, or else those that were started."""
+        found = self.network.rows("SELECT id FROM orchestrator.runs WHERE finished_at IS NULL ORDER BY id")
+        return [run_id for (run_id,) in found] or self.people.acknowledged
 
     def killed(self, process: Any) -> None:
         """Do for the killed what the kernel does: tell those who watch."""
@@ -213,6 +236,10 @@ class Simulation:
             if not node.up:
                 node.start()
         self.scheduler.move()
+        if self.has_families and self.scheduler.moves % _WATCHED == 0:
+            for law in watch.broken(self.network):
+                if law not in self.broken:
+                    self.broke(law)
         if self.scheduler.moves > _MOST_MOVES:
             raise Stuck(f"{_MOST_MOVES} moves: {self._standing()}")
 
@@ -235,7 +262,14 @@ class Simulation:
         parked = [run_id for (run_id,) in self.network.rows(_PARKED)]
         for run_id in parked:
             self.people.mend(run_id)
+        paused = [run_id for (run_id,) in self.network.rows(_PAUSED)] if self.has_families else []
+        for run_id in paused:
+            self.people.go_on(run_id)
+        parked += paused
         (seconds,) = self.network.ask(_NEXT)
+        if self.has_families and not parked and seconds is None:
+            for run_id in self.run_ids():  # which may wait for it without end
+                self.people.tell(run_id)
         if not parked and seconds is not None and seconds > 0.3:
             self.scheduler.jump(seconds)
             self.network.show_time()
@@ -247,18 +281,25 @@ class Simulation:
         return f"runs {runs}; work {work}; arrivals {arrivals}"
 
     # -- verdict -------------------------------------------------------------------------------------------------------
+    def _refused(self) -> list[tuple[str, str, int]]:
+        """Return the attempts that were refused, each with the row that its link is kept under now."""
+        with psycopg.connect(self.database_url) as connection:
+            rows = connection.execute(_LINKS).fetchall()
+        names = {(run_id, link): id for id, run_id, link in rows}
+        return [(names.get((run_id, link), run_id), key, attempt) for run_id, link, key, attempt in self.refused]
+
     def _judge(self) -> Verdict:
         report = check(
             self.database_url,
             effect_log=self.effect_log,
             acknowledged=self.people.acknowledged,
-            refused=self.refused,
+            refused=self._refused(),
             unlogged=steps.UNLOGGED,
             demand=NOTHING,
         )
         broken = [*self.broken, *map(str, report.violations)]
-        broken += left_at_the_provider(self.database_url, self.provider)
-        if self.network.deadlocks:
+        broken += disagreements(self.database_url, self.provider)
+        if self.network.deadlocks and not self.has_families:  # whose turns post to other runs, and try again
             broken.append(f"{self.network.deadlocks} deadlocks")
         states = {name.removeprefix("state "): n for name, n in report.seen.items() if name.startswith("state ")}
         happened = (
