@@ -33,7 +33,7 @@ def kept(seed: int, focus: str = "") -> Callable[[PutBack], PutBack]:
     return register
 
 
-@kept(13, "set_config")
+@kept(18, "set_config")
 def a_connection_that_breaks_in_a_transaction_ends_the_drain(patch: pytest.MonkeyPatch) -> None:
     """And puts all that was begun with it in doubt."""
     begun = Transactions._begun
@@ -47,7 +47,7 @@ def a_connection_that_breaks_in_a_transaction_ends_the_drain(patch: pytest.Monke
     patch.setattr(Transactions, "_begun", unforeseen)
 
 
-@kept(169, "SELECT coalesce")
+@kept(88, "SELECT coalesce")
 def arrivals_are_read_before_the_position(patch: pytest.MonkeyPatch) -> None:
     """One that another turn takes in between is taken twice."""
     load = turns.load
