@@ -91,8 +91,7 @@ class Transactions:
         try:
             failpoint("transaction.worked", connection)
             if wants_session:
-                handed.flush()
-                handed.expunge_all()
+                _write_out(handed)
             while (nested := connection.get_nested_transaction()) not in (inner, None) and nested.is_active:
                 nested.commit()  # a Session's own savepoint: SQLAlchemy warns of one that is left open
             inner.commit()
@@ -135,6 +134,20 @@ class Transactions:
     def dispose(self) -> None:
         """Close what is idle."""
         self._engine.dispose()
+
+
+def _write_out(session: Session) -> None:
+    """Write what a session holds as a part of the step's code: whatever is raised by that fails its attempt."""
+    try:
+        if not session.is_active:
+            raise UsageError(
+                "what its Session had written was rolled back as one of its flushes failed, and the step caught that "
+                "error and returned; let it pass, or put what may fail into `with session.begin_nested():`"
+            )
+        session.flush()
+        session.expunge_all()
+    except Exception as error:
+        raise TransactionFailed(error) from error
 
 
 _IDLE_TIMEOUT = text("SELECT set_config('idle_in_transaction_session_timeout', :timeout, true)")

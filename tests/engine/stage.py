@@ -15,6 +15,7 @@ from typing import Any
 import psycopg
 
 from orchestrator import saga as sagas
+from orchestrator.celery.runner import wants_session
 from orchestrator.client import Client
 from orchestrator.codec import FunctionCodec
 from orchestrator.engine.commit import Identity, Scope
@@ -74,7 +75,7 @@ class Calls:
 
         timeout = timedelta(seconds=taken.call["t"])
         try:
-            return self._transactions.run(False, timeout, work, finish)
+            return self._transactions.run(wants_session(steps.steps[taken.task]), timeout, work, finish)
         except _RolledBack as failed:
             return failed.invocation
         except TransactionFailed as failed:

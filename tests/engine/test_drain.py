@@ -15,7 +15,9 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import Connection as SqlConnection
-from sqlalchemy import text
+from sqlalchemy import event, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from orchestrator import Effect, Rejected, RetryPolicy, StepFailed, StoreUnavailableError, saga, step
 from orchestrator.client import Client
@@ -82,6 +84,34 @@ def write(conn: SqlConnection, name: str) -> str:
     return UNFIT.get(name, f"{name} written")
 
 
+class Base(DeclarativeBase): ...
+
+
+class Written(Base):
+    __tablename__ = "written"
+    name: Mapped[str] = mapped_column(primary_key=True)
+
+
+@step(transactional=True, retry=AT_ONCE)
+def write_by_session(session: Session, name: str) -> str:
+    session.add(Written(name=name))
+    session.flush()
+    if name == "twice":
+        session.expunge_all()
+        session.add(Written(name=name))
+        with contextlib.suppress(IntegrityError):
+            session.flush()
+    if name == "late":
+        session.add(Written(name="refused as it is written"))
+    return f"{name} written"
+
+
+@event.listens_for(Written, "before_insert")
+def refuse_writing(mapper: Any, connection: Any, written: Written) -> None:
+    if written.name.startswith("refused"):
+        raise ValueError(written.name)
+
+
 @saga.define
 async def in_a_row(names: list[str]) -> list[str]:
     return [await saga.step(act, name) for name in names]
@@ -115,6 +145,11 @@ async def written(names: list[str]) -> list[str]:
 
 
 @saga.define
+async def written_by_session(names: list[str]) -> list[str]:
+    return [await saga.step(write_by_session, name) for name in names]
+
+
+@saga.define
 async def written_and_looked_at(name: str) -> int:
     await saga.step(write, name)
     return sum(await asyncio.gather(saga.step(look, 1), saga.step(look, 2)))
@@ -145,6 +180,11 @@ async def collecting(n: int) -> int:
 @pytest.fixture
 def table(connection: Connection) -> None:
     connection.execute("CREATE TABLE written (name text)")
+
+
+@pytest.fixture
+def unique(connection: Connection, table: None) -> None:
+    connection.execute("ALTER TABLE written ADD PRIMARY KEY (name)")
 
 
 def drain_all(connection: Connection, *children: Child) -> None:
@@ -481,6 +521,20 @@ def test_a_transactional_step_whose_result_cannot_be_stored_leaves_no_row(
     query = "SELECT error ->> 'message' FROM orchestrator.runs"
     (message,) = connection.execute(query).fetchone()  # type: ignore[misc]
     assert "ended rejected after 3 attempt(s): PayloadError" in message
+    assert connection.execute("SELECT name FROM written").fetchall() == [("a",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("twice", "UsageError: what its Session had written was rolled back"), ("late", "ValueError: refused")],
+)
+def test_a_session_whose_rows_are_not_all_written_fails_its_step(
+    child: Child, connection: Connection, unique: None, name: str, why: str
+) -> None:
+    start(connection, written_by_session, ["a", name])
+    drain_all(connection, child)
+    (message,) = connection.execute("SELECT error ->> 'message' FROM orchestrator.runs").fetchone()  # type: ignore[misc]
+    assert (state(connection), f"ended rejected after 3 attempt(s): {why}" in message) == ("failed", True)
     assert connection.execute("SELECT name FROM written").fetchall() == [("a",)]
 
 
