@@ -99,7 +99,7 @@ class Runner:
     ) -> Invocation:
         """Run a transactional step; its rows and what `settle` writes commit together.
 
-        Raises: CommitUnknown; whatever `settle` raises, after a rollback.
+        Raises: CommitUnknown, TransactionEnded; whatever `settle` raises, after a rollback.
         """
         task = self._app.tasks.get(taken.task)
         try:

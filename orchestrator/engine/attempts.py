@@ -22,13 +22,13 @@ from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import is_among
 from orchestrator.step import NOT_ITS_OWN, StepContext, StepStopped
 from orchestrator.store import attempts, liveness
-from orchestrator.store.connection import UNAVAILABLE, CommitUnknown, Connection
+from orchestrator.store.connection import UNAVAILABLE, CommitUnknown, Connection, TransactionEnded
 from orchestrator.store.turns import Taken
 
 logger = logging.getLogger(__name__)
 _TOGETHER_S = 0.01  # steps shorter than this may share a commit
 _SHORT_S = 0.02  # opening a connection takes about half of this
-_NOT_ITS_OWN = (*NOT_ITS_OWN, CommitUnknown)
+_NOT_ITS_OWN = (*NOT_ITS_OWN, CommitUnknown, TransactionEnded)
 _RECORDING_S = 600.0  # how long a child tries to record an outcome before it leaves it in doubt
 
 
@@ -121,6 +121,8 @@ class Attempts:
             # The outcome counts only if the commit did not happen; recording finds out.
             outcome = self._outcome(taken, Invocation(error=error), harmless=True)
             return self.record(taken, outcome, broken=True)
+        except TransactionEnded as error:
+            return self._recorded_after_rollback(taken, self._outcome(taken, Invocation(error=error)))
         except _NotStored as refused:
             return self._recorded_after_rollback(taken, refused.outcome)
         except _LostFence:

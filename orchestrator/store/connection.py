@@ -30,6 +30,10 @@ class CommitUnknown(Exception):
     """The connection was lost at COMMIT: nobody knows yet whether it happened."""
 
 
+class TransactionEnded(Exception):
+    """A step's own code has ended its transaction, and not the engine: what it wrote before may stay."""
+
+
 class TransactionFailed(Exception):
     """The transaction was rolled back for a reason that shows only when it ends; `reason` says which."""
 

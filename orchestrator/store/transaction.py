@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, NestedTransaction, RootTransaction, create_engine, text
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
-from orchestrator.store.connection import ATTENTIVE, REFUSED, CommitUnknown, TransactionFailed
+from orchestrator.store.connection import ATTENTIVE, REFUSED, CommitUnknown, TransactionEnded, TransactionFailed
 from orchestrator.store.connection import Connection as Psycopg
 from orchestrator.store.permits import Permits
 
@@ -47,7 +47,8 @@ class Transactions:
         """Call `work` with a connection (or Session) under a savepoint, then `settle`, then commit.
 
         `settle` gets the driver's connection and what `work` returned, and says whether to commit.
-        Raises: CommitUnknown, TransactionFailed; whatever `settle` raises, after a rollback.
+        Raises: CommitUnknown, TransactionEnded, TransactionFailed; whatever else `work` or `settle` raise, after a
+        rollback.
         """
         with self._permitted(), self._connected() as connection:
             value = self._begun(connection, wants_session, timeout, work, settle)
@@ -86,22 +87,27 @@ class Transactions:
         handed: Any = (
             Session(bind=connection, join_transaction_mode="create_savepoint") if wants_session else connection
         )
-        with _without_endings(handed):
-            value = work(handed)
+        try:
+            with _without_endings(connection, handed):
+                value = work(handed)
+        except Exception as error:
+            _refuse_ended(connection, outer, inner, error)
+            raise
         try:
             failpoint("transaction.worked", connection)
             if wants_session:
                 _write_out(handed)
-            while (nested := connection.get_nested_transaction()) not in (inner, None) and nested.is_active:
-                nested.commit()  # a Session's own savepoint: SQLAlchemy warns of one that is left open
-            inner.commit()
+            for nested in _innermost_first(connection, inner):
+                nested.commit()
             driver = _driver(connection)
             if not str(driver.info.parameter_status("DateStyle")).startswith("ISO"):
                 driver.execute("SET LOCAL datestyle TO 'ISO'")  # which is the only one that the driver reads
             if not settle(driver, value):
                 outer.rollback()
             failpoint("transaction.settled", connection)
-        except (DBAPIError, REFUSED) as error:
+        except (SQLAlchemyError, REFUSED) as error:
+            if _was_ended(connection, outer, error):
+                raise _ended() from error
             raise TransactionFailed(error) from error
         return value
 
@@ -161,21 +167,65 @@ def _is_serialization(error: OperationalError) -> bool:
     return getattr(error.orig, "sqlstate", "") in ("40001", "40P01")
 
 
+def _innermost_first(connection: Connection, inner: NestedTransaction) -> Iterator[NestedTransaction]:
+    """Give the savepoints down to that of the engine; a Session's own is one, and SQLAlchemy warns if it stays open."""
+    while (nested := connection.get_nested_transaction()) not in (inner, None) and nested.is_active:
+        yield nested
+    yield inner
+
+
+def _refuse_ended(
+    connection: Connection, outer: RootTransaction, inner: NestedTransaction, error: BaseException
+) -> None:
+    """Go back to the savepoint, which the server knows of only while the transaction lasts.  Raises: TransactionEnded.
+
+    There are more ways to end it than can be taken from user code: a statement, the driver, what SQLAlchemy began.
+    """
+    try:
+        for nested in _innermost_first(connection, inner):
+            if nested.is_active:  # SQLAlchemy knows of it when what it began was ended, and warns
+                nested.rollback()
+        ended = _was_ended(connection, outer, None)
+    except (SQLAlchemyError, REFUSED) as refused:
+        ended = _was_ended(connection, outer, refused)
+    if ended:
+        raise _ended() from error
+
+
+def _was_ended(connection: Connection, outer: RootTransaction, error: BaseException | None) -> bool:
+    """Tell whether user code has ended the transaction; one whose connection was lost it has not, and left nothing."""
+    if connection.closed or connection.invalidated:
+        return False
+    return not outer.is_active or getattr(getattr(error, "orig", None), "sqlstate", "") in _NO_SAVEPOINT
+
+
+def _ended() -> TransactionEnded:
+    return TransactionEnded(
+        "the step has committed its transaction by itself, or rolled it back, so that what it wrote before may stay; "
+        "leave that to the saga, with whose record of the step it commits, and use begin_nested() for a part"
+    )
+
+
+_NO_SAVEPOINT = ("3B001", "25P01")  # there is no such savepoint, or no transaction at all
+
+
 class _without_endings:  # noqa: N801 - a context manager reads like a function
-    """For as long as user code runs, commit, rollback and close on its connection raise."""
+    """For as long as user code runs, what ends its transaction, or a Session in it, raises."""
 
-    _NAMES = ("commit", "rollback", "close")
+    _NAMES = ("commit", "rollback", "close", "reset")
 
-    def __init__(self, handed: Any) -> None:
+    def __init__(self, *handed: Any) -> None:
         self._handed = handed
 
     def __enter__(self) -> None:
-        for name in self._NAMES:
-            setattr(self._handed, name, _refusal(name))
+        for handed in self._handed:
+            for name in self._NAMES:
+                setattr(handed, name, _refusal(name))
 
     def __exit__(self, *exc: object) -> None:
-        for name in self._NAMES:
-            self._handed.__dict__.pop(name, None)
+        for handed in self._handed:
+            for name in self._NAMES:
+                handed.__dict__.pop(name, None)
 
 
 def _refusal(name: str) -> Callable[..., None]:

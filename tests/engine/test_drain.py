@@ -106,6 +106,33 @@ def write_by_session(session: Session, name: str) -> str:
     return f"{name} written"
 
 
+ENDINGS: dict[str, Callable[[SqlConnection], object]] = {
+    "a statement": lambda connection: connection.execute(text("COMMIT")),
+    "the driver": lambda connection: connection.connection.commit(),
+    "what it began": lambda connection: connection.get_transaction().commit(),  # type: ignore[union-attr]
+}
+
+
+@step(transactional=True, compensate=take_back, retry=RetryPolicy(maximum_attempts=1))
+def commit_by_itself(connection: SqlConnection, name: str, then: str) -> str:
+    write.function(connection, name)
+    ENDINGS[name](connection)
+    if then == "writes on":
+        write.function(connection, name)
+    if then == "is rejected":
+        raise Rejected("though it is written")
+    return name
+
+
+@step(transactional=True, retry=AT_ONCE)
+def end_session(session: Session, name: str) -> None:
+    session.add(Written(name=name))
+    session.flush()
+    if name == "commit":
+        session.connection().commit()
+    session.reset()
+
+
 @event.listens_for(Written, "before_insert")
 def refuse_writing(mapper: Any, connection: Any, written: Written) -> None:
     if written.name.startswith("refused"):
@@ -142,6 +169,16 @@ async def side_by_side(n: int) -> int:
 @saga.define
 async def written(names: list[str]) -> list[str]:
     return [await saga.step(write, name) for name in names]
+
+
+@saga.define
+async def committed_by_itself(name: str, then: str) -> str:
+    return await saga.step(commit_by_itself, name, then)
+
+
+@saga.define
+async def session_ended(name: str) -> None:
+    await saga.step(end_session, name)
 
 
 @saga.define
@@ -536,6 +573,30 @@ def test_a_session_whose_rows_are_not_all_written_fails_its_step(
     (message,) = connection.execute("SELECT error ->> 'message' FROM orchestrator.runs").fetchone()  # type: ignore[misc]
     assert (state(connection), f"ended rejected after 3 attempt(s): {why}" in message) == ("failed", True)
     assert connection.execute("SELECT name FROM written").fetchall() == [("a",)]
+
+
+@pytest.mark.parametrize("then", ["returns", "writes on", "is rejected"])
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_step_that_commits_its_transaction_by_itself_is_in_doubt_and_undone(
+    child: Child, connection: Connection, table: None, name: str, then: str
+) -> None:
+    start(connection, committed_by_itself, name, then)
+    drain_all(connection, child)
+    assert connection.execute("SELECT name FROM written").fetchall() == [(name,)]
+    (attempted,) = [entry for entry in entries(connection) if entry["e"] == "attempted"]
+    assert "TransactionEnded" in str(attempted["error"])
+    assert (state(connection), DONE) == ("compensated", [f"undo {name} None"])
+
+
+@pytest.mark.parametrize("name", ["commit", "reset"])
+def test_neither_a_session_is_reset_nor_its_connection_committed(
+    child: Child, connection: Connection, table: None, name: str
+) -> None:
+    start(connection, session_ended, name)
+    drain_all(connection, child)
+    (message,) = connection.execute("SELECT error ->> 'message' FROM orchestrator.runs").fetchone()  # type: ignore[misc]
+    assert f"UsageError: {name}() on the connection of a transactional step" in message
+    assert connection.execute("SELECT name FROM written").fetchall() == []
 
 
 # -- commits whose answer is lost --------------------------------------------------------------------------------------
