@@ -48,8 +48,8 @@ class StepOptions:
     celery: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.queue is None:  # Celery's way to leave it to the app's routes
-            object.__setattr__(self, "queue", "")
+        # None is Celery's way to leave it to the app's routes, and one of kombu's queues stands for its name.
+        object.__setattr__(self, "queue", getattr(self.queue, "name", self.queue or ""))
 
 
 def check_options(step: Step[Any, Any]) -> None:

@@ -128,12 +128,9 @@ class Orchestrator:
 
     def _route(self, task: str) -> str:
         """Return the queue that the app sends a task to: that of the task itself, or by the app's routes."""
-        own = getattr(self.app._tasks.get(task), "queue", None)
-        if own:
-            return str(own)
-        route = self.app.amqp.router.route({}, task)
-        queue = route.get("queue")
-        name = getattr(queue, "name", queue) or self.app.conf.task_default_queue
+        known = self.app._tasks.get(task)
+        queue = getattr(known, "queue", None) or self.app.amqp.router.route({}, task).get("queue")
+        name = getattr(queue, "name", queue) or self.app.conf.task_default_queue  # it may be one of kombu's queues
         return str(name)
 
     # -- starting ------------------------------------------------------------------------------------------------------

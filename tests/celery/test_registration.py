@@ -12,6 +12,7 @@ from celery import Celery, Task, chain, chord, group
 from celery.app.trace import build_tracer
 from celery.exceptions import Reject, Retry
 from celery.utils.time import rate
+from kombu import Queue
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator import Orchestrator, PayloadError, UsageError, saga, step, testing
@@ -95,6 +96,23 @@ def test_routes_may_be_configured_after_the_steps_are_declared() -> None:
         assert (charge.queue, refund.queue) == ("payments", "others")
         undo = charge.arm({})
         assert undo is not None and undo.queue == "others"
+
+
+@pytest.mark.filterwarnings("ignore::celery.exceptions.CDeprecationWarning")
+def test_the_queue_of_a_task_may_be_given_as_kombu_has_queues() -> None:
+    with Celery("kombus", broker="memory://", set_as_current=False) as app:
+        orchestrator = Orchestrator(app, database_url="postgresql://host/db")
+
+        @app.task(name="kombus.refund", queue=Queue("payments"), shared=False)
+        def refund() -> None: ...
+
+        @step(name="kombus.charge", queue=Queue("charges"), compensate=refund)
+        def charge() -> None: ...
+
+        assert orchestrator._route("kombus.refund") == "payments"
+        assert (charge.queue, charge.with_options(queue=Queue("fast")).queue) == ("charges", "fast")
+        undo = charge.arm({})
+        assert undo is not None and undo.queue == "payments"
 
 
 def test_a_plain_task_that_undoes_is_due_on_the_queue_that_the_app_routes_it_to() -> None:
