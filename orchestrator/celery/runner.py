@@ -58,6 +58,7 @@ class _RolledBack(Exception):
 
 
 _invoked: ContextVar[str] = ContextVar("orchestrator_invoked", default="")  # the task that the engine runs
+_asked: ContextVar[list[Retry] | None] = ContextVar("orchestrator_asked", default=None)  # what `retry` did not raise
 _limit: ContextVar[float] = ContextVar("orchestrator_limit", default=0.0)
 _hangs: ContextVar[Callable[[], None] | None] = ContextVar("orchestrator_hangs", default=None)
 _HANGS_AFTER_S = 1.0
@@ -155,6 +156,7 @@ class Runner:
         tracer = self._tracers.get(taken.task)
         if tracer is None:
             _let_replace(task)
+            _hear_retry(task)
             options = {"loader": self._app.loader, "hostname": self.worker, "app": self._app, "Info": _StepTrace}
             tracer = build_tracer(taken.task, task, **options)
             self._tracers[taken.task] = tracer
@@ -166,7 +168,8 @@ class Runner:
             "headers": {},  # none of its own; a Context without them looks through all its names for some, each time
             **self._events.representations,
         }  # fmt: skip
-        invoked = _invoked.set(task.name)
+        asked: list[Retry] = []
+        invoked, hears = _invoked.set(task.name), _asked.set(asked)
         seconds = (context.deadline - taken.now).total_seconds()
         limit, hangs = _limit.set(seconds), _hangs.set(context.hangs)
         attempt = self._attempts[taken.fence or 0] = self._events.begin(taken)
@@ -186,10 +189,13 @@ class Runner:
             if attempt is not None:
                 self._events.leave(attempt)
             _invoked.reset(invoked)
+            _asked.reset(hears)
             _limit.reset(limit)
             _hangs.reset(hangs)
         if traced.info is not None:
             self._fixups.after_failure()
+        elif asked:  # it wants to be called again, whatever it returned
+            return _again(asked[-1])
         return _translate(taken, traced)
 
 
@@ -232,6 +238,20 @@ def _let_replace(task: Any) -> None:
             return on_replace(sig)
 
     task.on_replace = replace
+
+
+def _hear_retry(task: Any) -> None:
+    """Hear of ``retry(throw=False)``: Celery sends the message of the next attempt by then, and the task goes on."""
+    given = task.retry
+
+    def retry(*args: Any, **options: Any) -> Any:
+        wanted = given(*args, **options)
+        asked = _asked.get()
+        if asked is not None and _invoked.get() == task.name:
+            asked.append(wanted)
+        return wanted
+
+    task.retry = retry
 
 
 def steps_base() -> type:
@@ -398,7 +418,7 @@ def _translate(taken: Taken, traced: Any) -> Invocation:
             return Invocation(error=error)
     raised = info.retval
     if info.state == states.RETRY and isinstance(raised, Retry):
-        return Invocation(error=raised.exc or raised, pause=_seconds(raised.when))
+        return _again(raised)
     if info.state == states.IGNORED:
         return Invocation(None)
     if isinstance(raised, Reject):
@@ -407,6 +427,10 @@ def _translate(taken: Taken, traced: Any) -> Invocation:
         return Invocation(error=RuntimeError(str(raised)))
     told = traced.retval  # of the exception itself, or of one in its place that can be pickled
     return Invocation(error=raised, trace=told.traceback if getattr(told, "exception", None) is raised else "")
+
+
+def _again(wanted: Retry) -> Invocation:
+    return Invocation(error=wanted.exc or wanted, pause=_seconds(wanted.when))
 
 
 def _seconds(when: Any) -> float | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.exceptions import Retry
 
 from orchestrator import Rejected, step
 from tests.celery.conftest import Invoke
@@ -69,3 +70,29 @@ def test_of_an_error_that_celery_replaces_its_own_traceback_is_told(invoke: Invo
 
     failed = invoke("failing.tears")
     assert (type(failed.error), failed.trace) == (TornError, "")
+
+
+def test_a_task_that_asks_to_be_tried_again_and_goes_on_is_tried_again(app: Celery, invoke: Invoke) -> None:
+    """In Celery it runs again, whether it returns after that or not; in a saga its first result was the last."""
+
+    @app.task(name="failing.polls", bind=True, max_retries=None, shared=False)
+    def polls(self: Any, *_: Any) -> str:
+        self.retry(countdown=7, exc=ConnectionError("not yet"), throw=False)
+        return "went on"
+
+    asked = invoke("failing.polls")
+    assert isinstance(asked.error, ConnectionError) and asked.pause == 7
+
+
+def test_what_a_task_asked_for_does_not_count_for_the_next_attempt(app: Celery, invoke: Invoke) -> None:
+    asks = [True, False]
+
+    @app.task(name="failing.once", bind=True, shared=False)
+    def once(self: Any, *_: Any) -> str:
+        if asks.pop(0):
+            self.retry(throw=False)
+        return "done"
+
+    assert isinstance(invoke("failing.once").error, Retry)
+    ended = invoke("failing.once")
+    assert (ended.error, ended.result) == (None, "done")
