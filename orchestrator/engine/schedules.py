@@ -243,7 +243,7 @@ class _Deciding:
         """Decide a slot, unless that was done before."""
         state, because = self._verdict(origin)
         if self._write(slot, origin, state, because) and state in ("started", "running"):
-            self._start(slot, self.decisions[-1].run_id, slot if origin == "schedule" else None)
+            self._start(slot, self.decisions[-1].run_id)
 
     def _write(self, slot: datetime, origin: str, state: str, because: str | None) -> bool:
         own_id = run_id(self._app, self._schedule.name, slot)
@@ -290,19 +290,36 @@ class _Deciding:
                 queue = arrivals.leave(self._connection, each.run_id, order, self._now, anyone=True)
                 self.rings[queue or ""] += 1
 
-    def _start(self, slot: datetime, own_id: str, since: datetime | None) -> None:
-        """Start the run of a slot; `since` is from when on it may have run already, had the database not been set back.
+    def _start(self, slot: datetime, own_id: str, waited_since: datetime | None = None) -> None:
+        """Start the run of a slot.
 
-        Such a run hears of the restore before anything else, as those do that were there.
+        One that may have run already, had the database not been set back, hears of the restore before anything else, as
+        those do that were there.
         """
         assert self._schedule.start is not None
         new = self._schedule.start(own_id, slot)
-        is_new = runs.start(self._connection, new, self._now)
-        if is_new and since and self._restored and since <= self._restored[0]:
-            told = encode(Restore(self._restored[1]))
-            arrivals.leave(self._connection, own_id, told, self._now, anyone=True)
+        if runs.start(self._connection, new, self._now) and (by := self._restored_by(slot, waited_since)):
+            arrivals.leave(self._connection, own_id, encode(Restore(by)), self._now, anyone=True)
         self.rings[new.queue] += 1
+
+    def _restored_by(self, slot: datetime, waited_since: datetime | None) -> str:
+        """Return who looked after the restore that may have forgotten the run of a slot; the empty string if none may.
+
+        It may have begun if it waited when the database was set back; or if its instant lies after the last slot that
+        was decided by then.  Who fires it now is no matter: beat that makes up for it, at once or later, or a person.
+        """
+        if self._restored is None:
+            return ""
+        began_at, by = self._restored
+        if waited_since and waited_since <= began_at:
+            return by
+        return by if slot <= began_at and (self._known is None or slot > self._known) else ""
 
     @cached_property
     def _restored(self) -> tuple[datetime, str] | None:
         return restores.last(self._connection)
+
+    @cached_property
+    def _known(self) -> datetime | None:
+        assert self._restored is not None
+        return store.last_decided(self._connection, self._app, self._schedule.name, self._restored[0])

@@ -226,6 +226,18 @@ def decide(
     return row is not None
 
 
+_LAST_DECIDED = """
+SELECT slot FROM orchestrator.slots
+WHERE app = %s AND schedule = %s AND origin = 'schedule' AND at <= %s ORDER BY slot DESC LIMIT 1
+"""
+
+
+def last_decided(connection: Connection, app: str, name: str, by: datetime) -> datetime | None:
+    """Return the last slot that beat had decided by an instant; None if that is not known (primary key of slots)."""
+    row = connection.execute(_LAST_DECIDED, (app, name, by)).fetchone()
+    return row[0] if row else None
+
+
 def change(connection: Connection, app: str, name: str, slot: datetime, state: str, because: str | None = None) -> None:
     """Write down what has become of a slot that was open."""
     connection.execute(

@@ -286,6 +286,40 @@ def test_a_slot_that_waited_when_a_restore_came_may_have_run_and_its_run_hears_o
     assert told_of_a_restore(connection) == [second.run_id]
 
 
+def test_a_slot_that_beat_makes_up_for_after_a_restore_hears_of_it_also_when_it_has_to_wait(
+    connection: Connection,
+) -> None:
+    hourly = schedule(overlap=Overlap.QUEUE, catch_up=CatchUp(each=EVER))
+    lead(connection, BEGIN, hourly)
+    (first,) = fire(connection, hourly, BEGIN + HOUR)
+    restores.begin(connection, "ann", BEGIN + 3 * HOUR)
+    second, third, fourth = fire(connection, hourly, BEGIN + 4 * HOUR)
+    for ended, next_one in ((first, second), (second, third), (third, fourth)):
+        end(connection, ended.run_id)
+        assert began(fire(connection, hourly, BEGIN + 4 * HOUR)) == [next_one.slot]
+    assert told_of_a_restore(connection) == [second.run_id, third.run_id]
+
+
+@pytest.mark.parametrize("overlap", [Overlap.ALLOW, Overlap.QUEUE])
+def test_a_backfill_of_slots_that_a_restore_may_have_forgotten_tells_their_runs_of_it(
+    connection: Connection, overlap: Overlap
+) -> None:
+    hourly = daily("0 * * * *", "Europe/Berlin", overlap=overlap)
+    lead(connection, BEGIN, hourly)
+    (first,) = fire(connection, hourly, BEGIN + HOUR)
+    end(connection, first.run_id)
+    assert store.pause(connection, "app", hourly.name, "ann", "the database was set back", BEGIN + HOUR + MINUTE)
+    restores.begin(connection, "ann", BEGIN + 3 * HOUR)
+    assert store.resume(connection, "app", hourly.name, catch_up=False, now=BEGIN + 3 * HOUR + MINUTE)
+    told = App.backfill(connection, hourly, BEGIN, BEGIN + 3 * HOUR, BEGIN + 3 * HOUR + MINUTE)
+    for each in told:
+        fire(connection, hourly, BEGIN + 3 * HOUR + MINUTE)
+        end(connection, each.run_id)
+    _, *forgotten = [each.run_id for each in told]
+    assert told_of_a_restore(connection) == forgotten and len(forgotten) == 2
+    assert told[0].slot == BEGIN, "that one lies before what is on record, and had not fired"
+
+
 # -- people ------------------------------------------------------------------------------------------------------------
 def test_a_paused_schedule_fires_nothing_and_goes_on_after_the_pause_or_catches_up(connection: Connection) -> None:
     hourly = schedule()
