@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -165,6 +166,21 @@ def test_without_an_archive_that_can_be_written_nothing_goes(
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot write to the archive"):
         prune(connection, Chosen(NOTHING), archive=tmp_path / "file")
+    assert (ids(connection), count(connection, "pruned")) == (["run"], 0)
+
+
+def test_an_archive_that_gets_full_keeps_what_it_was_to_hold(
+    connection: Connection, child: Child, tmp_path: Path
+) -> None:
+    start(connection, plain, "x" * 20_000)
+    child.drain()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # as a disk that is full
+    try:
+        with pytest.raises(UsageError, match=r"cannot write to the archive: .*; what it was to hold stays"):
+            prune(connection, Chosen(NOTHING), archive=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (ids(connection), count(connection, "pruned")) == (["run"], 0)
 
 
