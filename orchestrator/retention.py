@@ -218,6 +218,8 @@ def _write(file: BinaryIO, connection: Connection, batch: Sequence[Member]) -> N
         file.flush()
         os.fsync(file.fileno())
     except OSError as error:
+        with contextlib.suppress(OSError):  # it tries again to write what it holds
+            file.close()
         raise UsageError(f"prune: cannot write to the archive: {error.strerror}; what it was to hold stays") from None
 
 

@@ -172,10 +172,10 @@ def test_without_an_archive_that_can_be_written_nothing_goes(
 def test_an_archive_that_gets_full_keeps_what_it_was_to_hold(
     connection: Connection, child: Child, tmp_path: Path
 ) -> None:
-    start(connection, plain, "x" * 20_000)
+    start(connection, plain, "x")
     child.drain()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # as a disk that is full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # as a disk that is full
     try:
         with pytest.raises(UsageError, match=r"cannot write to the archive: .*; what it was to hold stays"):
             prune(connection, Chosen(NOTHING), archive=tmp_path)
