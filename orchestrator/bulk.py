@@ -93,8 +93,13 @@ class Order:
     reason: str
     step: str = ""
 
-    def refusal(self, run: Found, held: Collection[str] = ()) -> str:
-        """Say why it makes no sense for a run; the empty string if it does.  `held` are the sagas that are paused."""
+    def refusal(self, run: Found, held: Collection[str] = (), done: Collection[str] = ()) -> str:
+        """Say why it makes no sense for a run; the empty string if it does.
+
+        `held` are the sagas that are paused, `done` the children that are done.
+        """
+        if run.id in done:
+            return "done, and completed or undone with the run above only"
         if self.action == "cancel" and run.past_pivot:
             return "past its point of no return"
         if self.action == "pause" and runs.goes_back(run.state, run.error, run.past_pivot):
@@ -152,9 +157,10 @@ def give(
     held = {each.name for each in pauses.listed(connection) if each.kind == "saga" and not each.lifted}
     for page in _pages(connection, chosen):
         told = []
+        done = runs.done_children(connection, [run.id for run in page]) if order.action in ("cancel", "pause") else {}
         for run in page:
             effects.found[run.saga, run.state] += 1
-            if refusal := order.refusal(run, held):
+            if refusal := order.refusal(run, held, done):
                 effects.refused[refusal] += 1
             else:
                 told.append(run)

@@ -289,7 +289,7 @@ class Client:
 
     def _check_not_done(self, outcome: runs.Outcome, what: str) -> None:
         with self.pool.connection() as connection:
-            root = runs.root_if_done(connection, outcome.id)
+            root = runs.done_children(connection, [outcome.id]).get(outcome.id)
         if root:
             raise UsageError(
                 f"run {outcome.id} is done and only waits to be completed, or undone, with run {root}, so it cannot be "

@@ -192,18 +192,17 @@ def task_of(connection: Connection, run_id: str, key: str) -> str:
     return asked.task if isinstance(asked, Asked) else ""
 
 
-# Primary keys of runs and journal: all rows of the one run, if it is a child at all.
-_DONE_CHILD = """
-SELECT r.root_id FROM orchestrator.runs r
-WHERE r.id = %(id)s AND r.root_id <> r.id AND r.state = 'running'
-    AND EXISTS (SELECT FROM orchestrator.history h WHERE h.run_id = r.id AND h.kind = 'reported')
+# Primary keys of runs and journal: all rows of those that are children.  LIMIT keeps the view from being read whole.
+_DONE_CHILDREN = """
+SELECT r.id, r.root_id FROM orchestrator.runs r
+WHERE r.id = ANY (%s) AND r.root_id <> r.id AND r.state = 'running'
+    AND (SELECT true FROM orchestrator.history h WHERE h.run_id = r.id AND h.kind = 'reported' LIMIT 1)
 """
 
 
-def root_if_done(connection: Connection, run_id: str) -> str:
-    """Return the root of a child that is done and revocable; the empty string for any other run."""
-    row = connection.execute(_DONE_CHILD, {"id": run_id}).fetchone()
-    return str(row[0]) if row else ""
+def done_children(connection: Connection, run_ids: Sequence[str]) -> dict[str, str]:
+    """Return those of these runs that are children, done and revocable, each with its root."""
+    return dict(connection.execute(_DONE_CHILDREN, (list(run_ids),)).fetchall())
 
 
 _OUTSTANDING = f"""

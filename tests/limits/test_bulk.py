@@ -51,6 +51,17 @@ async def settled(n: int) -> None:
     await asyncio.sleep(3600)
 
 
+@saga.define(name="bulk.child")
+async def child_of_one(n: int) -> None:
+    await saga.step(charge, n)
+
+
+@saga.define(name="bulk.parent")
+async def parent(n: int) -> None:
+    await saga.child(child_of_one, n)
+    await asyncio.sleep(3600)
+
+
 @pytest.fixture(autouse=True)
 def provider_is_down() -> Iterator[None]:
     global broken
@@ -159,6 +170,18 @@ def test_a_run_whose_undoing_is_parked_is_not_said_to_be_paused(many: None, clie
         client.operate("fails-0", "pause")
     effects = client.bulk("pause", saga=fails)
     assert (effects.told, effects.refused) == (0, {"being undone": 3})
+
+
+@pytest.mark.parametrize("action", ["cancel", "pause"])
+def test_a_child_that_is_done_is_not_said_to_be_told(
+    child: Child, client: Client, connection: Any, action: bulk.Action
+) -> None:
+    client.start(parent, (1,), {}, {"task_id": "above", "queue": QUEUE})
+    child.drain()
+    effects = client.bulk(action, saga="bulk.child")
+    assert (effects.total, effects.told) == (1, 0)
+    assert dict(effects.refused) == {"done, and completed or undone with the run above only": 1}
+    assert client.bulk(action, saga="bulk.parent").told == 1
 
 
 def test_runs_that_are_paused_with_their_saga_are_not_said_to_go_on(
