@@ -216,7 +216,10 @@ def _checked(found: Iterable[Any], after: str) -> list[Looked]:
     rows = list(found)
     for each in rows:
         if not _is_looked(each):
-            raise UsageError(f"it returned {each!r:.200}; a check yields Looked: key and problem text, amount Decimal")
+            raise UsageError(
+                f"it returned {each!r:.200}; a check yields Looked: key and problem text, amount Decimal; a key holds "
+                "neither NUL nor half of a surrogate pair"
+            )
     keys = [each.key for each in rows]
     if len(rows) > PAGE or len(set(keys)) < len(keys) or after in keys:
         raise UsageError(f"it does not page: it must return at most `limit` keys, each once, beyond {after!r:.80}")
@@ -228,7 +231,12 @@ def _is_looked(each: Any) -> bool:
         return False
     key, problem, amount, currency = (getattr(each, name) for name in ("key", "problem", "amount", "currency"))
     texts = isinstance(key, str) and isinstance(problem, str | None) and isinstance(currency, str | None)
-    return texts and bool(key) and (amount is None or (isinstance(amount, Decimal) and amount.is_finite()))
+    return texts and _is_storable(key) and (amount is None or (isinstance(amount, Decimal) and amount.is_finite()))
+
+
+def _is_storable(key: str) -> bool:
+    """Tell whether a key can be written down as how far a check has come."""
+    return bool(key) and "\0" not in key and key.encode(errors="replace").decode() == key
 
 
 def _words(error: Exception) -> str:

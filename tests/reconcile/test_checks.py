@@ -130,6 +130,14 @@ def test_a_check_that_fails_is_an_error_and_the_others_go_on(connection: Connect
         while True:
             yield Looked("a")
 
+    @reconcile.check
+    def a_key_with_nul(connection: Any, after: str, limit: int) -> Iterator[Looked]:
+        yield Looked("a\0b", "is bad")
+
+    @reconcile.check
+    def half_a_key(connection: Any, after: str, limit: int) -> Iterator[Looked]:
+        yield Looked("a\ud800", "is bad")
+
     report = run(connection, list(reconcile.checks), tmp_path)
     errors = {each.name: each.error for each in report.checks}
     assert errors.pop("a good one") is None
@@ -138,6 +146,7 @@ def test_a_check_that_fails_is_an_error_and_the_others_go_on(connection: Connect
         "a number as key": "key and problem text",
         "writes": "read-only", "it raises": "ValueError: no", "garbage": "a check yields Looked",
         "no money": "amount Decimal", "never ends": "does not page",
+        "a key with nul": "neither NUL", "half a key": "surrogate",
     }  # fmt: skip
     assert errors.pop("one page") is None  # a page that is not full is the last
     assert {name: word for name, word in words.items() if word not in (errors[name] or "")} == {}
