@@ -211,6 +211,16 @@ def test_one_that_was_cut_short_is_noticed(terminal: Terminal, sql: psycopg.Conn
     assert "restore-unfinished" not in examine(terminal)[2]
 
 
+def test_who_put_back_a_copy_on_the_same_server_hears_what_to_say(
+    terminal: Terminal, sql: psycopg.Connection[Any]
+) -> None:
+    terminal.ok("start", "checkout", ORDER)
+    said = " ".join(terminal.ok("doctor", "--after-restore").split())
+    assert "or an older copy of it (a dump, a template) was put back on the same server, say --snapshot too." in said
+    assert "1 runs had not ended" in terminal.ok("doctor", "--after-restore", "--snapshot")
+    assert sql.execute("SELECT count(*) FROM orchestrator.arrivals").fetchone() == (1,)
+
+
 @pytest.mark.parametrize(
     "options", [["--dry-run"], ["--snapshot"], ["--after-restore", "--nothing-lost"], ["--nothing-lost", "--dry-run"]]
 )
