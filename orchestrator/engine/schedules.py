@@ -243,7 +243,9 @@ class _Deciding:
         """Decide a slot, unless that was done before."""
         state, because = self._verdict(origin)
         if self._write(slot, origin, state, because) and state in ("started", "running"):
-            self._start(slot, self.decisions[-1].run_id)
+            is_new = self._start(slot, self.decisions[-1].run_id)
+            if origin == "backfill" and not is_new:
+                self.decisions.pop()  # it has fired, so long ago that its row is gone, and is known by its run
 
     def _write(self, slot: datetime, origin: str, state: str, because: str | None) -> bool:
         own_id = run_id(self._app, self._schedule.name, slot)
@@ -290,17 +292,20 @@ class _Deciding:
                 queue = arrivals.leave(self._connection, each.run_id, order, self._now, anyone=True)
                 self.rings[queue or ""] += 1
 
-    def _start(self, slot: datetime, own_id: str, waited_since: datetime | None = None) -> None:
-        """Start the run of a slot.
+    def _start(self, slot: datetime, own_id: str, waited_since: datetime | None = None) -> bool:
+        """Start the run of a slot; False if it is there, or was until it was pruned.
 
         One that may have run already, had the database not been set back, hears of the restore before anything else, as
         those do that were there.
         """
         assert self._schedule.start is not None
         new = self._schedule.start(own_id, slot)
-        if runs.start(self._connection, new, self._now) and (by := self._restored_by(slot, waited_since)):
+        if not runs.start(self._connection, new, self._now):
+            return False
+        if by := self._restored_by(slot, waited_since):
             arrivals.leave(self._connection, own_id, encode(Restore(by)), self._now, anyone=True)
         self.rings[new.queue] += 1
+        return True
 
     def _restored_by(self, slot: datetime, waited_since: datetime | None) -> str:
         """Return who looked after the restore that may have forgotten the run of a slot; the empty string if none may.

@@ -354,6 +354,21 @@ def test_a_backfill_fires_what_has_not_fired_and_only_once(connection: Connectio
     assert App.backfill(connection, nightly, since, until, BEGIN + 4 * DAY) == []
 
 
+def test_a_backfill_does_not_say_that_it_started_what_fired_so_long_ago_that_only_its_run_is_known(
+    connection: Connection,
+) -> None:
+    hourly = daily("0 * * * *", "Europe/Berlin")
+    lead(connection, BEGIN, hourly)
+    assert len(began(fire(connection, hourly, BEGIN + HOUR))) == 1
+    now = BEGIN + HOUR + 40 * DAY
+    store.settle(connection, "app", hourly.name, now)
+    assert store.forget(connection, "app", 30 * DAY, now=now) == 1
+    told = App.backfill(connection, hourly, BEGIN, BEGIN + 2 * HOUR, now)
+    assert began(told) == [BEGIN, BEGIN + 2 * HOUR]
+    (count,) = connection.execute("SELECT count(*) FROM orchestrator.runs").fetchone() or (0,)
+    assert count == 3
+
+
 def test_a_backfill_of_a_schedule_that_must_not_overlap_runs_in_order(connection: Connection) -> None:
     hourly = schedule(overlap=Overlap.SKIP)
     lead(connection, BEGIN, hourly)
