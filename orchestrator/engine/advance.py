@@ -364,6 +364,10 @@ class Advancer:
         failpoint("late.after", connection)
         if queue:
             self._ring(connection, queue, 1)
+        elif taken.role == "do":
+            logger.error("run %s step %s: attempt %s to do has succeeded, and its run is not there any more: it was "
+                         "pruned. Nothing undoes what it did; look whether that must stay",
+                         taken.run_id, taken.key, taken.attempt)  # fmt: skip
 
     def function_of(self, connection: Connection, taken: Taken) -> Callable[[], Any] | None:
         """Return the function of a ``saga.once`` that was begun here."""

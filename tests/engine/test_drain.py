@@ -25,6 +25,7 @@ from orchestrator.engine import advance, session
 from orchestrator.engine.attempts import Attempts
 from orchestrator.machine.journal import Cancel, Operate, encode
 from orchestrator.machine.turn import Script
+from orchestrator.retention import Chosen, prune
 from orchestrator.settings import Settings
 from orchestrator.store import arrivals, liveness, runs, turns
 from orchestrator.store.connection import Connection
@@ -507,6 +508,28 @@ def test_a_late_success_after_the_end_is_undone_by_a_run_of_its_own(
     (did,) = [context.idempotency_key for context in contexts if not context.undoes]
     undid = {context.idempotency_key: context.undoes for context in contexts if context.undoes}
     assert list(undid.values()) == [did, did], "each undo has a key of its own, and can find what was done"
+
+
+def test_a_late_success_of_a_run_that_was_pruned_is_told_in_the_log(
+    new_child: Callable[..., Child], connection: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow, quick = new_child(), new_child()
+
+    def overtake(taken: Any) -> None:
+        slow.runner.before = lambda taken: None
+        lose_the_lease(connection, slow)
+        with connection.transaction():
+            arrivals.leave(connection, "run", encode(Cancel("ann", "")))
+        quick.drain()
+        assert prune(connection, Chosen(timedelta(0))).total == 1
+
+    slow.runner.before = overtake
+    start(connection, in_a_row, ["a"])
+    slow.drain()
+    assert DONE == ["undo a None", "do a"]
+    assert connection.execute("SELECT count(*) FROM orchestrator.arrivals").fetchone() == (0,)
+    (told,) = [line.getMessage() for line in caplog.records if line.levelname == "ERROR"]
+    assert "has succeeded, and its run is not there any more" in told and "Nothing undoes what it did" in told
 
 
 def test_a_correcting_run_needs_no_saga_code(new_child: Callable[..., Child], connection: Connection) -> None:
