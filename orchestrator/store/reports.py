@@ -6,6 +6,7 @@ never count anything twice.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,6 +15,8 @@ from typing import Any
 from orchestrator.codec import dumps
 from orchestrator.failpoints import failpoint
 from orchestrator.store.connection import CLOCK, Connection
+
+_LONGEST_WANTED = 2000  # bytes; an entry of a B-tree has at most 2704
 
 # One that was begun a day ago and never finished is given up: it would mix two days.
 _GIVE_UP = f"""
@@ -31,7 +34,7 @@ _CHECKS = (
 
 def open_report(connection: Connection, names: Sequence[str], now: datetime | None = None) -> tuple[int, datetime]:
     """Return the report on these checks that is not finished, or a new one (index reports_open)."""
-    values = {"wanted": dumps([*sorted(names)]), "now": now}
+    values = {"wanted": _wanted(names), "now": now}
     failpoint("reconcile.open.before", connection)
     connection.execute(_GIVE_UP, values)
     failpoint("reconcile.open.gave_up", connection)
@@ -41,6 +44,13 @@ def open_report(connection: Connection, names: Sequence[str], now: datetime | No
     connection.execute(_CHECKS, (row[0], list(names)))
     failpoint("reconcile.open.after", connection)
     return row[0], row[1]
+
+
+def _wanted(names: Sequence[str]) -> str:
+    """Return what tells a report on these checks from others: their names, or a digest; no index takes a long text."""
+    wanted = dumps([*sorted(names)])
+    raw = wanted.encode()
+    return wanted if len(raw) <= _LONGEST_WANTED else f"sha256:{hashlib.sha256(raw).hexdigest()}"
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -152,6 +153,16 @@ def test_a_check_that_fails_is_an_error_and_the_others_go_on(connection: Connect
     assert {name: word for name, word in words.items() if word not in (errors[name] or "")} == {}
     assert report.exit_code == 2 and len(report.files) == 3
     assert next(each.breaks for each in report.checks if each.name == "a good one") == 10
+
+
+def test_there_may_be_very_many_checks(connection: Connection) -> None:
+    names = [f"{hashlib.sha256(str(n).encode()).hexdigest()} is as it must be" for n in range(100)]
+    for name in names:
+        reconcile.check(name, sql=NUMBERS)
+    first = run(connection, names)
+    assert (len(first.checks), first.breaks, first.exit_code) == (100, 1000, 1)
+    second = run(connection, names)
+    assert [each.id for each in second.earlier] == [first.id]
 
 
 def test_a_statement_that_takes_too_long_is_an_error_and_the_others_go_on(
