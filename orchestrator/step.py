@@ -442,6 +442,23 @@ def running(context: StepContext) -> Iterator[None]:
             _in_main_thread = outer
 
 
+def stand_in() -> StepContext:
+    """Return the context of a step outside of a saga, with a fresh idempotency key."""
+    return StepContext("", "", 1, f"direct:{uuid.uuid4()}", datetime.now(UTC) + START_TO_CLOSE)
+
+
+@contextlib.contextmanager
+def in_transaction_of(connection: Any) -> Iterator[None]:
+    """Let what this starts join the transaction of a step that is called as a plain Celery task, in a step or not."""
+    context = current_step.get() or stand_in()
+    outer, context.connection = context.connection, connection
+    try:
+        with running(context):
+            yield
+    finally:
+        context.connection = outer
+
+
 class _StepDecorator:
     """``@step`` and ``step.current()``."""
 
@@ -476,11 +493,7 @@ class _StepDecorator:
 
         A thread that a step has started knows of no context, and would take a fresh key at each attempt.
         """
-        context = current_step.get() or _in_main_thread
-        if context is None:
-            deadline = datetime.now(UTC) + START_TO_CLOSE
-            context = StepContext("", "", 1, f"direct:{uuid.uuid4()}", deadline)
-        return context
+        return current_step.get() or _in_main_thread or stand_in()
 
 
 def _declare(function: Callable[..., Any], options: dict[str, Any]) -> Step[Any, Any]:

@@ -25,7 +25,7 @@ from orchestrator.celery import events, guard, nightly, runner, worker
 from orchestrator.celery.blocking import watch_for
 from orchestrator.celery.doorbell import DRAIN, Bell, connection_options
 from orchestrator.client import Client
-from orchestrator.codec import set_limit
+from orchestrator.codec import Json, set_limit
 from orchestrator.engine.commit import Scope
 from orchestrator.engine.drain import Drainer
 from orchestrator.engine.reconcile import Report
@@ -46,7 +46,7 @@ from orchestrator.result import SagaResult
 from orchestrator.retention import Pruned
 from orchestrator.saga import Saga
 from orchestrator.settings import Settings
-from orchestrator.step import Step, current_step, set_router
+from orchestrator.step import Step, current_step, in_transaction_of, set_router
 from orchestrator.step import registry as step_registry
 from orchestrator.store.permits import Permits
 
@@ -309,15 +309,17 @@ class Orchestrator:
         settings = self.settings
         return Transactions(settings.sqlalchemy_url, permits, prepare=settings.prepared_statements)
 
-    def in_transaction(self, step: Step[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a transactional step outside of a saga, in a transaction of its own."""
+    def in_transaction(self, step: Step[Any, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Json:
+        """Run a transactional step outside of a saga, in a transaction of its own; returns its encoded result."""
+
+        def work(connection: Any) -> Json:
+            with in_transaction_of(connection):
+                return step.codec.encode_result(runner.call(step.function, (connection, *args), kwargs))
+
         transactions = self._transactions()
         try:
             return transactions.run(
-                runner.wants_session(step),
-                timedelta(minutes=5),
-                lambda connection: runner.call(step.function, (connection, *args), kwargs),
-                lambda connection, value: True,
+                runner.wants_session(step), timedelta(minutes=5), work, lambda connection, value: True
             )
         finally:
             transactions.dispose()

@@ -280,10 +280,8 @@ class StepTaskMixin:
         encoded = declared.codec.encode_call(args, kwargs, from_json=True)
         args, kwargs = declared.codec.decode_call(encoded)
         if declared.options.transactional:
-            result = self.orchestrator.in_transaction(declared, args, kwargs)
-        else:
-            result = call(declared.function, args, kwargs)
-        return declared.codec.encode_result(result)
+            return self.orchestrator.in_transaction(declared, args, kwargs)
+        return declared.codec.encode_result(call(declared.function, args, kwargs))
 
     def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
         """Send the step as a plain Celery task, its arguments encoded from the annotations."""

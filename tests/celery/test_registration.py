@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+import psycopg
 import pytest
 from celery import Celery, Task, chain, chord, group
 from celery.app.trace import build_tracer
@@ -14,6 +15,7 @@ from celery.exceptions import Reject, Retry
 from celery.utils.time import rate
 from kombu import Queue
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection, text
 
 from orchestrator import Orchestrator, PayloadError, UsageError, saga, step, testing
 from orchestrator.celery.doorbell import DRAIN
@@ -318,3 +320,28 @@ def test_a_task_of_celerys_own_is_refused_as_a_step_because_no_worker_takes_it(h
         run = testing.run(owns, stubs={"celery.backend_cleanup": None})
         assert run.state == "parked"
         assert run.error and "celery.backend_cleanup is a task of Celery's own" in run.error["message"]
+
+
+@saga.define
+async def looking(name: str) -> None: ...
+
+
+@step(transactional=True)
+def write(connection: Connection, name: str) -> int:
+    connection.execute(text("INSERT INTO written VALUES (:name)"), {"name": name})
+    looking.delay(name)
+    looking.apply_async((name,), task_id=f"{step.current().idempotency_key} named")
+    return 1 if name == "fine" else name  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("name", "rows", "starts"), [("fine", 1, 2), ("unfit", 0, 0)])
+def test_a_transactional_step_as_a_plain_celery_task_leaves_rows_and_runs_only_if_it_succeeds(
+    app: Celery, database_url: str, name: str, rows: int, starts: int
+) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("CREATE TABLE written (name text)")
+        orchestrator = Orchestrator(app, database_url=database_url)
+        assert app.tasks[write.name].apply((name,)).successful() is bool(rows)
+        assert connection.execute("SELECT count(*) FROM written").fetchone() == (rows,)
+        assert connection.execute("SELECT count(*) FROM orchestrator.runs").fetchone() == (starts,)
+        orchestrator.client.pool.close()
