@@ -78,11 +78,11 @@ class Transactions:
         try:
             failpoint("transaction.before", connection)
             outer = connection.begin()
-            milliseconds = str(int(timeout.total_seconds() * 1000))
-            connection.execute(_IDLE_TIMEOUT, {"timeout": milliseconds})
+            milliseconds = min(max(timeout // timedelta(milliseconds=1), 1), _LONGEST_IDLE_MS)  # 0 would be no limit
+            connection.execute(_IDLE_TIMEOUT, {"timeout": str(milliseconds)})
             failpoint("transaction.begun", connection)
             inner = connection.begin_nested()
-        except OperationalError as error:
+        except DBAPIError as error:
             raise TransactionFailed(error) from error
         handed: Any = (
             Session(bind=connection, join_transaction_mode="create_savepoint") if wants_session else connection
@@ -156,6 +156,7 @@ def _write_out(session: Session) -> None:
         raise TransactionFailed(error) from error
 
 
+_LONGEST_IDLE_MS = 2**31 - 1  # 24 days, the most that Postgres takes; a step may have years
 _IDLE_TIMEOUT = text("SELECT set_config('idle_in_transaction_session_timeout', :timeout, true)")
 
 

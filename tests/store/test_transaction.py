@@ -68,6 +68,18 @@ def test_who_stands_still_while_the_outcome_is_written_finds_the_transaction_end
         transactions.run(False, timedelta(milliseconds=200), backend_of, settle)
 
 
+@pytest.mark.parametrize(("timeout", "idle"), [(timedelta(days=3650), 2**31 - 1), (timedelta(microseconds=1), 1)])
+def test_a_timeout_that_postgres_cannot_take_is_the_nearest_one_that_it_can(
+    transactions: Transactions, timeout: timedelta, idle: int
+) -> None:
+    query = "SELECT setting FROM pg_settings WHERE name = 'idle_in_transaction_session_timeout'"
+
+    def setting(connection: Connection) -> int:
+        return int(connection.execute(text(query)).scalar_one())
+
+    assert transactions.run(False, timeout, setting, lambda connection, value: True) == idle
+
+
 def test_what_a_session_wrote_is_committed_without_a_warning(transactions: Transactions, database_url: str) -> None:
     """Its own savepoint, and one that the step has left open, lie within that of the engine."""
 
