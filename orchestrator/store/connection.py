@@ -13,7 +13,7 @@ import psycopg
 from psycopg.abc import RV, PQGen
 from psycopg.conninfo import conninfo_to_dict
 
-from orchestrator.errors import ConfigurationError, StoreUnavailableError
+from orchestrator.errors import ConfigurationError, StoreUnavailableError, UsageError
 
 Connection = psycopg.Connection[Any]
 READ_ONLY = psycopg.errors.ReadOnlySqlTransaction
@@ -40,6 +40,15 @@ class TransactionFailed(Exception):
     def __init__(self, reason: BaseException) -> None:
         super().__init__(str(reason))
         self.reason = reason
+
+
+def refuse_lost_rows(handed: Any) -> None:
+    """Look whether a Session, if that is what a step was given, has rolled back what it wrote.  Raises: UsageError."""
+    if not getattr(handed, "is_active", True):
+        raise UsageError(
+            "what its Session had written was rolled back as one of its flushes failed, and the step caught that error "
+            "and returned; let it pass, or put what may fail into `with session.begin_nested():`"
+        )
 
 
 WORKER_PATIENCE_S = 20.0

@@ -19,7 +19,14 @@ from sqlalchemy.pool import NullPool
 
 from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
-from orchestrator.store.connection import ATTENTIVE, REFUSED, CommitUnknown, TransactionEnded, TransactionFailed
+from orchestrator.store.connection import (
+    ATTENTIVE,
+    REFUSED,
+    CommitUnknown,
+    TransactionEnded,
+    TransactionFailed,
+    refuse_lost_rows,
+)
 from orchestrator.store.connection import Connection as Psycopg
 from orchestrator.store.permits import Permits
 
@@ -145,11 +152,7 @@ class Transactions:
 def _write_out(session: Session) -> None:
     """Write what a session holds as a part of the step's code: whatever is raised by that fails its attempt."""
     try:
-        if not session.is_active:
-            raise UsageError(
-                "what its Session had written was rolled back as one of its flushes failed, and the step caught that "
-                "error and returned; let it pass, or put what may fail into `with session.begin_nested():`"
-            )
+        refuse_lost_rows(session)
         session.flush()
         session.expunge_all()
     except Exception as error:

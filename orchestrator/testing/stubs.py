@@ -22,6 +22,7 @@ from orchestrator.codec import Json, check
 from orchestrator.errors import Rejected, UsageError, describe_exception
 from orchestrator.machine.policy import is_among
 from orchestrator.step import NOT_ITS_OWN, Step, StepContext, StepTimeout, legacy_codec, registry, running
+from orchestrator.store.connection import refuse_lost_rows
 
 NO_TIME: Final = timedelta(0)
 _NOBODY: Final = object()
@@ -158,6 +159,7 @@ def _in_transaction(
     def play(*args: Any, **kwargs: Any) -> Any:
         with getattr(connection, "begin_nested", nullcontext)():
             value = _finished(function(connection, *args, **kwargs))
+            refuse_lost_rows(connection)  # which the block would not, for that they are rolled back already
             if encode is not None:
                 check(encode(value), what=f"the result of {name}")  # as in production: or its rows are taken back
             return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from orchestrator import saga, testing
 from orchestrator.errors import (
@@ -91,6 +95,28 @@ def book(connection: Any, n: int) -> int:
 def scribble(connection: Any) -> str:
     connection.rows.append(1)
     return "a\0b"
+
+
+class Base(DeclarativeBase): ...
+
+
+class Written(Base):
+    __tablename__ = "written"
+    name: Mapped[str] = mapped_column(primary_key=True)
+
+
+@step(transactional=True, retry=RetryPolicy(maximum_attempts=1))
+def write(session: Session, name: str) -> None:
+    for _ in range(2 if name == "twice" else 1):
+        session.add(Written(name=name))
+        with contextlib.suppress(IntegrityError):
+            session.flush()
+        session.expunge_all()
+
+
+@saga.define
+async def writing(name: str) -> None:
+    await saga.step(write, name)
 
 
 @saga.define
@@ -381,6 +407,18 @@ def test_a_transactional_step_whose_result_cannot_be_stored_is_taken_back() -> N
     run = testing.run(scribbling, connection=ledger)
     assert (run.state, ledger.rows) == ("failed", [])
     assert "PayloadError" in run.error["message"]
+
+
+@pytest.mark.filterwarnings("ignore:New instance:sqlalchemy.exc.SAWarning")
+@pytest.mark.parametrize(("name", "ended", "rows"), [("once", "completed", 1), ("twice", "failed", 0)])
+def test_a_step_that_loses_the_rows_of_its_session_does_not_succeed(name: str, ended: str, rows: int) -> None:
+    engine = create_engine("sqlite://")
+    with Session(engine) as session:
+        Base.metadata.create_all(session.connection())
+        run = testing.run(writing, name, connection=session)
+        assert (run.state, session.query(Written).count()) == (ended, rows)
+    engine.dispose()
+    assert not run.error or "UsageError: what its Session had written was rolled back" in run.error["message"]
 
 
 def test_a_transactional_step_needs_a_stub_or_a_connection() -> None:
