@@ -129,7 +129,7 @@ class Orchestrator:
     def _route(self, task: str) -> str:
         """Return the queue that the app sends a task to: that of the task itself, or by the app's routes."""
         known = self.app._tasks.get(task)
-        queue = getattr(known, "queue", None) or self.app.amqp.router.route({}, task).get("queue")
+        queue = getattr(known, "queue", None) or self.app.amqp.router.route({}, task, task_type=known).get("queue")
         name = getattr(queue, "name", queue) or self.app.conf.task_default_queue  # it may be one of kombu's queues
         return str(name)
 

@@ -100,6 +100,18 @@ def test_routes_may_be_configured_after_the_steps_are_declared() -> None:
         assert undo is not None and undo.queue == "others"
 
 
+def test_a_router_sees_the_task_that_it_routes_as_in_celery() -> None:
+    with Celery("seen", broker="memory://", set_as_current=False) as app:
+        app.conf.task_routes = (lambda name, args, kwargs, options, task=None, **_: {"queue": task.tenant},)
+        orchestrator = Orchestrator(app, database_url="postgresql://host/db")
+
+        @app.task(name="seen.pay", tenant="acme", shared=False)
+        def pay() -> None: ...
+
+        app.finalize()
+        assert orchestrator._route("seen.pay") == "acme"
+
+
 @pytest.mark.filterwarnings("ignore::celery.exceptions.CDeprecationWarning")
 def test_the_queue_of_a_task_may_be_given_as_kombu_has_queues() -> None:
     with Celery("kombus", broker="memory://", set_as_current=False) as app:
