@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from psycopg.rows import tuple_row
 from sqlalchemy import Connection, NestedTransaction, RootTransaction, create_engine, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
@@ -84,6 +85,7 @@ class Transactions:
         """Do everything before the commit; a connection that is lost here has taken all of it back."""
         try:
             failpoint("transaction.before", connection)
+            _driver(connection).row_factory = tuple_row  # the step before may have set another one
             outer = connection.begin()
             milliseconds = min(max(timeout // timedelta(milliseconds=1), 1), _LONGEST_IDLE_MS)  # 0 would be no limit
             connection.execute(_IDLE_TIMEOUT, {"timeout": str(milliseconds)})
@@ -107,6 +109,7 @@ class Transactions:
             for nested in _innermost_first(connection, inner):
                 nested.commit()
             driver = _driver(connection)
+            driver.row_factory = tuple_row
             if not str(driver.info.parameter_status("DateStyle")).startswith("ISO"):
                 driver.execute("SET LOCAL datestyle TO 'ISO'")  # which is the only one that the driver reads
             if not settle(driver, value):
@@ -173,6 +176,7 @@ def _is_serialization(error: OperationalError) -> bool:
 
 def _innermost_first(connection: Connection, inner: NestedTransaction) -> Iterator[NestedTransaction]:
     """Give the savepoints down to that of the engine; a Session's own is one, and SQLAlchemy warns if it stays open."""
+    connection.execution_options(stream_results=False, yield_per=0)  # which a step may have set, and no savepoint takes
     while (nested := connection.get_nested_transaction()) not in (inner, None) and nested.is_active:
         yield nested
     yield inner

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import psycopg
+import psycopg.rows
 import pytest
 from sqlalchemy import Connection, text
 from sqlalchemy.orm import Session
@@ -78,6 +79,35 @@ def test_a_timeout_that_postgres_cannot_take_is_the_nearest_one_that_it_can(
         return int(connection.execute(text(query)).scalar_one())
 
     assert transactions.run(False, timeout, setting, lambda connection, value: True) == idle
+
+
+def read_as_dicts(connection: Connection) -> None:
+    connection.connection.driver_connection.row_factory = psycopg.rows.dict_row  # type: ignore[union-attr]
+
+
+def read_in_parts(connection: Connection) -> None:
+    connection.execution_options(yield_per=10).execute(text("SELECT generate_series(1, 30)")).all()
+
+
+def read_as_a_stream(connection: Connection) -> None:
+    connection.execution_options(stream_results=True).execute(text("SELECT generate_series(1, 30)")).all()
+
+
+@pytest.mark.parametrize("work", [read_as_dicts, read_in_parts, read_as_a_stream])
+def test_how_a_step_reads_its_rows_is_not_how_the_outcome_is_written(transactions: Transactions, work: Any) -> None:
+    """By the driver's connection, which goes back to the pool, or by options of SQLAlchemy, also for savepoints."""
+
+    def settle(connection: psycopg.Connection[Any], value: object) -> bool:
+        return connection.execute("SELECT 1").fetchone() == (1,)
+
+    def fail(connection: Connection) -> None:
+        work(connection)
+        raise ValueError("the reason")
+
+    transactions.run(False, MINUTE, work, settle)
+    with pytest.raises(ValueError, match="the reason"):
+        transactions.run(False, MINUTE, fail, settle)
+    assert transactions.run(False, MINUTE, backend_of, settle) > 0
 
 
 def test_what_a_session_wrote_is_committed_without_a_warning(transactions: Transactions, database_url: str) -> None:
