@@ -32,6 +32,7 @@ from orchestrator import saga as sagas
 from orchestrator.celery.companion import EX_STUCK, Config
 from orchestrator.celery.doorbell import DRAIN, connection_options
 from orchestrator.celery.events import quiet_logs
+from orchestrator.celery.wire import JSON
 from orchestrator.engine import lead
 from orchestrator.engine.commit import Identity
 from orchestrator.errors import OrchestratorError, StoreUnavailableError
@@ -94,6 +95,11 @@ class CompanionStep(bootsteps.StartStopStep):
             raise SystemExit(
                 "orchestrator: a pool of greenlets (gevent, eventlet) cannot drive sagas; start this worker with "
                 "-P prefork, threads or solo"
+            )
+        accepted = worker.app.conf.accept_content
+        if accepted is not None and not {"json", JSON} & set(accepted):
+            raise SystemExit(
+                "orchestrator: this worker takes no JSON, and so hears no doorbell; add 'json' to accept_content"
             )
         _limit_all_but_drains(worker)  # here, for of steps that are created the pool may be the first
 

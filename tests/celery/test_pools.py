@@ -1,4 +1,4 @@
-"""Which pools a worker may have."""
+"""Which workers cannot drive sagas, and say so at their start."""
 
 from __future__ import annotations
 
@@ -18,4 +18,14 @@ def test_a_worker_with_greenlets_ends_with_one_sentence() -> None:
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 1
     assert "start this worker with -P prefork, threads or solo" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_worker_that_takes_no_json_ends_with_one_sentence() -> None:
+    """It refused every doorbell, and was ended each minute because "its connection to the broker has died"."""
+    command = [sys.executable, "-m", "celery", "-A", "tests.celery.pickle_app", "-b", "memory://", "worker"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "C_FORCE_ROOT": "1"}
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert "add 'json' to accept_content" in ended.stderr
     assert "Traceback" not in ended.stderr
