@@ -30,7 +30,7 @@ def main(folder: str) -> None:
     shell.write_text("#!/bin/sh\nread config\necho incarnation 1\nread end\n")
     shell.chmod(0o700)
     sys.executable = str(shell)
-    app = SimpleNamespace(tasks={})
+    app = SimpleNamespace(tasks={}, conf=SimpleNamespace(accept_content=["json"]))
     step = CompanionStep(SimpleNamespace(app=app, pool_cls=TaskPool, time_limit=None, soft_time_limit=None))
     nothing: dict[str, Any] = dict.fromkeys(field.name for field in fields(Config))
     step._config = Config(**nothing)
