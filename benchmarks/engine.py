@@ -164,6 +164,14 @@ def sequence(steps: int) -> dict[str, object]:
     return {**clock, "run": result.id}
 
 
+def long(runs: int, steps: int) -> dict[str, float]:
+    """Start runs of many steps, one after the other in each, then wait for all of them."""
+    with clocked() as clock:
+        for result in [many_steps.delay(steps) for _ in range(runs)]:
+            result.get(timeout=PATIENCE_S)
+    return clock
+
+
 def parallel(steps: int) -> dict[str, float]:
     """One run of many steps at once."""
     with clocked() as clock:
@@ -202,5 +210,5 @@ def nap(runs: int, begin: float) -> dict[str, list[str]]:
     return {"runs": [sleeps.delay(instant).id for instant in due]}
 
 
-_ALL = (three, steadily, in_bulk, queues, one_at_a_time, sequence, parallel, mapped, rollbacks, crash, nap)
+_ALL = (three, steadily, in_bulk, queues, one_at_a_time, sequence, long, parallel, mapped, rollbacks, crash, nap)
 LOADS = {load.__name__: load for load in _ALL}

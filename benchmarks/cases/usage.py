@@ -54,12 +54,16 @@ class Meter:
 
 
 def usage(stack: Stack, scale: Scale) -> list[Row]:
-    """Per step, of runs of three steps from one client; the log also of one run with many in a row."""
+    """Per step: of runs of three steps from one client, of a hundred long ones, of one alone.
+
+    A run's start and end are in all of them, as a third of each step, a hundredth and a thousandth.
+    """
     with stack.engine() as engine, stack.raw() as raw:
         for side in (engine, raw):
             warm(side, "three", scale)
-        steps = scale.of(1000)
-        in_a_row = [_used(stack, engine, "sequence", steps, steps=steps).wal for _ in scale.each_round()]
+        steps, many = scale.of(1000), scale.of(100)
+        alone = [_used(stack, engine, "sequence", steps, steps=steps) for _ in scale.each_round()]
+        long = [_used(stack, engine, "long", many * many, runs=many, steps=many) for _ in scale.each_round()]
         ours = [_used(stack, engine, "three", scale.runs * 3, runs=scale.runs) for _ in scale.each_round()]
         bulks = [_used(stack, engine, "in_bulk", scale.runs * 3, runs=scale.runs) for _ in scale.each_round()]
         theirs = [_used(stack, raw, "three", scale.runs * 3, runs=scale.runs) for _ in scale.each_round()]
@@ -71,8 +75,11 @@ def usage(stack: Stack, scale: Scale) -> list[Row]:
         cpu,
         *(Row("a step's CPU", f"ms, {name}", mine, "raw chain", raws) for name, mine, raws in parts),
         Row("a step's CPU, started in bulk", "ms", [used.cpu_ms for used in bulks]),
-        Row("a step's WAL, start and end with it", "bytes", [used.wal for used in ours], most=700),
-        Row("of 1,000 in a row", "bytes", in_a_row, most=700),
+        Row(f"of {many} runs with {many} steps", "ms", [used.cpu_ms for used in long], most=0.6),
+        Row("of one run alone", "ms", [used.cpu_ms for used in alone]),
+        Row(f"a step's WAL, {many} runs with {many} steps", "bytes", [used.wal for used in long], most=700),
+        Row("of one run alone", "bytes", [used.wal for used in alone], most=700),
+        Row("of runs with 3 steps", "bytes", [used.wal for used in ours]),
         Row("left by a step", "rows", [used.rows for used in ours]),
         Row("left by a step", "bytes", [used.size for used in ours]),
     ]

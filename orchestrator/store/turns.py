@@ -341,6 +341,8 @@ class _Wave:
             "run": run, "position": commit.position, "at": commit.at.isoformat(), "state": commit.state,
             "entries": commit.entries,
         }  # fmt: skip
+        if commit.shared:
+            turn["shared"] = True
         if commit.summary is not None:
             turn["summed"] = True
             about: dict[str, Any] = {"run": run, "position": commit.position, "state": commit.state}
@@ -384,7 +386,7 @@ def commit_turns(
     returned.  Commits if the connection is in autocommit mode.  Raises: psycopg.Error.
     """
     first, wave = commits[0], _Wave()
-    for commit in commits:
+    for commit in sorted(commits, key=lambda commit: commit.run_id):
         wave.add(commit)
     try:
         failpoint("commits.before", connection)

@@ -429,6 +429,23 @@ def test_a_run_that_was_moved_or_is_locked_is_left_out(
     assert work_of(connection) == [("a", "k", 1), ("b", "k", 2)]
 
 
+def test_a_row_that_only_this_child_moves_is_not_locked_first_and_one_moved_meanwhile_is_left_out(
+    connect: Connect, connection: Connection, three: list[str]
+) -> None:
+    other, watcher, done = connect(), connect(), {}
+    alone = [turn(1, run_id=name, shared=False, done=[(lane("k"), n)]) for n, name in enumerate(three, 1)]
+    wave = Thread(target=lambda: done.update(turns.commit_turns(connection, alone)))
+    with other.transaction():
+        commit(other, 1, run_id="b")
+        wave.start()
+        waits = "SELECT count(*) FROM pg_locks WHERE pid = %s AND NOT granted"
+        until(lambda: watcher.execute(waits, [connection.info.backend_pid]).fetchone() == (1,), "the wave waits")
+    wave.join(30.0)
+    assert sorted(done) == ["a", "c"]
+    assert work_of(watcher) == [("b", "k", 2)]
+    assert [row[:2] for row in rows(watcher, "journal")] == [(name, seq) for name in three for seq in (0, 1)]
+
+
 @pytest.mark.parametrize(
     "how", [{"next": begins("l"), "next_fence": 9}, {}, {"state": "completed", "ended": True, "summary": summary()}]
 )
