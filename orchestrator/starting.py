@@ -17,11 +17,12 @@ from typing import Any
 
 from orchestrator.codec import Json, check, is_name
 from orchestrator.errors import UsageError
+from orchestrator.machine.journal import Restore, encode
 from orchestrator.machine.policy import is_priority
 from orchestrator.options import StartOptions
 from orchestrator.saga import Saga
 from orchestrator.saga.face import is_tag
-from orchestrator.step import current_step, route
+from orchestrator.step import StepContext, current_step, route
 from orchestrator.store import runs
 
 _OPTIONS = frozenset(StartOptions.__annotations__)
@@ -71,8 +72,14 @@ def prepare(
         eta=_eta(options.get("eta")),
         deadline=None if deadline is None else _deadline(deadline),
         tags=_tags(options.get("tags")),
+        hears=_heard_of(context),
     )
     return new, transaction
+
+
+def _heard_of(context: StepContext | None) -> Json:
+    """Return what a run hears before anything else: that it may have been here before, as the run of its step."""
+    return None if context is None or context.restored_by is None else encode(Restore(context.restored_by))
 
 
 def is_due(new: runs.Start) -> bool:

@@ -400,6 +400,7 @@ class StepContext:
     hangs: Callable[[], None] | None = None
     starts: int = 0
     connection: Any = None
+    restored_by: str | None = None  # who looked after the restore that the run has heard of, if it has
 
     def heartbeat(self, details: Json = None) -> None:
         """Tell that the step is alive, and keep `details` for the next attempt.

@@ -166,6 +166,7 @@ class Attempts:
             heartbeat_details=copied(call.get("d")),
             undoes=call.get("u", key) if taken.role == "undo" else "",
             beat=lambda details: self._beat(taken, details),
+            restored_by=call.get("r"),
         )
 
     def _beat(self, taken: Taken, details: Json) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property
@@ -299,11 +299,10 @@ class _Deciding:
         those do that were there.
         """
         assert self._schedule.start is not None
-        new = self._schedule.start(own_id, slot)
+        new, by = self._schedule.start(own_id, slot), self._restored_by(slot, waited_since)
+        new = replace(new, hears=encode(Restore(by)) if by else None)
         if not runs.start(self._connection, new, self._now):
             return False
-        if by := self._restored_by(slot, waited_since):
-            arrivals.leave(self._connection, own_id, encode(Restore(by)), self._now, anyone=True)
         self.rings[new.queue] += 1
         return True
 

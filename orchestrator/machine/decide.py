@@ -531,6 +531,8 @@ class Decisions:
             call["k"] = self.fold.info.link
         if step.lost:
             call["w"] = 1
+        if self.fold.restored:
+            call["r"] = self.fold.restored.by
         return call
 
     def _not_before_quiet(self, step: Step, due: datetime | None) -> datetime | None:

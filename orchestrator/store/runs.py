@@ -17,7 +17,7 @@ from orchestrator.machine.journal import Asked, decode_entry
 from orchestrator.store.connection import CLOCK, Connection
 from orchestrator.store.gates import LINE
 
-# The body is the function start_runs_1 of migration 0003.  CAST, not "::", so that any driver can run it in a caller's
+# The body is the function start_runs_1 of 0009_lanes.sql.  CAST, not "::", so that any driver can run it in a caller's
 # transaction.
 START = """
 SELECT run_id FROM orchestrator.start_runs_1(CAST(%(runs)s AS json), CAST(%(now)s AS timestamptz))
@@ -33,7 +33,7 @@ _START_MANY = "CALL orchestrator.start_and_look_1(%s::json, %s, %s::timestamptz,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """A run to be started: `delay` and `deadline` in seconds, `eta` an aware instant."""
+    """A run to be started: `delay` and `deadline` in seconds, `eta` an aware instant, `hears` its first arrival."""
 
     id: str
     saga: str
@@ -46,6 +46,7 @@ class Start:
     deadline: float | None = None
     parent: str | None = None
     tags: dict[str, Json] | None = None
+    hears: Json = None
 
     def values(self, now: datetime | None = None) -> dict[str, Any]:
         """Return the parameters of `START`."""
@@ -79,7 +80,7 @@ def start_and_look(
 
     Returns the ids that were not taken, and that number.  Commits: the connection must be in autocommit mode.
     """
-    if len(new) == 1 and new[0].parent is None:
+    if len(new) == 1 and new[0].parent is None and new[0].hears is None:
         (one,) = new
         tags = None if one.tags is None else dumps(one.tags)
         values = (

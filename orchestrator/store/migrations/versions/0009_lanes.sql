@@ -62,6 +62,42 @@ DROP TABLE orchestrator.work_before;
 DROP FUNCTION orchestrator.take_1, orchestrator.take_2, orchestrator.commit_turn_1, orchestrator.commit_turns_1,
     orchestrator.commit_turns_2;
 
+CREATE OR REPLACE FUNCTION orchestrator.start_runs_1(p_runs json, p_now timestamptz)
+RETURNS TABLE (run_id text, started_at timestamptz) LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    v_now constant timestamptz := coalesce(p_now, orchestrator.now());
+BEGIN
+    -- A row for the run, one for its first turn and one for what it hears first; or nothing at all if the id is taken
+    -- (primary key of runs), or was taken by a run that is pruned (primary key of pruned).
+    RETURN QUERY
+    WITH given AS MATERIALIZED (
+        SELECT * FROM json_to_recordset(p_runs) AS r (
+            id text, saga text, version integer, input jsonb, queue text, priority smallint, parent text,
+            root text, tags jsonb, delay float8, eta timestamptz, deadline float8, hears json)
+    ), run AS (
+        INSERT INTO orchestrator.runs (
+            id, saga, version, input, queue, priority, root_id, parent_id, tags, started_at, deadline_at)
+        SELECT r.id, r.saga, r.version, r.input, r.queue, r.priority, coalesce(r.root, r.id), r.parent,
+            coalesce(r.tags, '{}'), t.start, t.start + make_interval(secs => r.deadline)
+        FROM given r
+        CROSS JOIN LATERAL (SELECT greatest(v_now + make_interval(secs => r.delay), r.eta) AS start) AS t
+        WHERE NOT EXISTS (SELECT FROM orchestrator.pruned p WHERE p.id = r.id)
+        ORDER BY r.id
+        ON CONFLICT (id) DO NOTHING RETURNING id, saga, version, queue, priority, started_at
+    ), turn AS (
+        -- Whose first turn is for anyone looks whether something was left for the run before it began.
+        INSERT INTO orchestrator.work (run_id, key, role, target, queue, priority, due_at)
+        SELECT id, '', 'turn', CASE WHEN given.hears IS NULL THEN run.saga || '@' || run.version ELSE '*' END, run.queue,
+            run.priority, started_at
+        FROM run JOIN given USING (id)
+    ), heard AS (
+        INSERT INTO orchestrator.arrivals (run_id, arrival)
+        SELECT id, given.hears FROM run JOIN given USING (id) WHERE given.hears IS NOT NULL
+    )
+    SELECT id, started_at FROM run;
+END $$;
+
 CREATE FUNCTION orchestrator.take_3(
     p_queues text[], p_targets text[], p_short text[], p_incarnation bigint, p_child integer, p_fences bigint[],
     p_reservation interval, p_back interval, p_now timestamptz
