@@ -6,6 +6,7 @@ Owns how a connection is opened.  One that was opened before a fork must never b
 from __future__ import annotations
 
 from collections.abc import Generator
+from functools import cached_property
 from time import monotonic
 from typing import Any
 
@@ -70,6 +71,11 @@ class Patient(psycopg.Connection[Any]):
 
     patience_s = _CLIENT_PATIENCE_S
 
+    @cached_property
+    def kept(self) -> psycopg.Cursor[Any]:
+        """The cursor of `execute_often`, which knows already how values are sent and read."""
+        return self.cursor()
+
     def wait(self, gen: PQGen[RV], *args: Any, **options: Any) -> RV:
         """Wait for one answer; raises OperationalError, and is closed, after `patience_s`."""
         try:
@@ -77,6 +83,15 @@ class Patient(psycopg.Connection[Any]):
         except _Silent:
             self.close()
             raise
+
+
+def execute_often(connection: Connection, statement: str, values: Any) -> psycopg.Cursor[Any]:
+    """Execute a statement of the hot path; its rows are to be read before the next one is executed.
+
+    A new cursor finds out anew how each value is sent, which is a third of what a short statement costs the driver.
+    """
+    cursor = connection.kept if isinstance(connection, Patient) else connection.cursor()
+    return cursor.execute(statement, values)
 
 
 class _Silent(psycopg.OperationalError):

@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.codec import Json, dumps
 from orchestrator.machine.journal import Asked, decode_entry
-from orchestrator.store.connection import CLOCK, Connection
+from orchestrator.store.connection import CLOCK, Connection, execute_often
 from orchestrator.store.gates import LINE
 
 # The body is the function start_runs_1 of 0009_lanes.sql.  CAST, not "::", so that any driver can run it in a caller's
@@ -87,7 +87,7 @@ def start_and_look(
             one.id, one.saga, one.version, dumps(one.input), queue, one.priority, one.delay, one.eta, one.deadline,
             tags, now,
         )  # fmt: skip
-        row = connection.execute(_START_ONE, values).fetchone()
+        row = execute_often(connection, _START_ONE, values).fetchone()
         assert row is not None
         return {one.id} if row[0] else set(), int(row[1])
     row = connection.execute(_START_MANY, (_text(new), queue, now)).fetchone()
@@ -140,7 +140,7 @@ def goes_back(state: str, error: object, past_pivot: bool) -> bool:
 
 def outcomes(connection: Connection, run_ids: Sequence[str]) -> dict[str, Outcome]:
     """Return how runs stand, by id (primary key)."""
-    rows = connection.execute(_OUTCOME, {"ids": list(run_ids)}).fetchall()
+    rows = execute_often(connection, _OUTCOME, {"ids": list(run_ids)}).fetchall()
     return {row[0]: Outcome(*row) for row in rows}
 
 

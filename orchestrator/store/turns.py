@@ -17,7 +17,7 @@ import psycopg
 from orchestrator.codec import Json, dumps, dumps_rows
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.states import TERMINAL, RunState
-from orchestrator.store.connection import CLOCK, Connection, is_at_rest
+from orchestrator.store.connection import CLOCK, Connection, execute_often, is_at_rest
 
 ANYONE = "*"  # a target that everybody is
 _TURN = 0  # the lane of turns
@@ -126,7 +126,7 @@ def take(
         "fences": list(fences), "reservation": reservation, "back": back, "now": now,
     }  # fmt: skip
     failpoint("take.before", connection)
-    rows = connection.execute(_TAKE, values).fetchall()
+    rows = execute_often(connection, _TAKE, values).fetchall()
     if rows and rows[0][0] is None:
         return None
     taken = [_taken(row) for row in rows]
@@ -301,7 +301,7 @@ def commit_turn(connection: Connection, commit: Commit, now: datetime | None = N
         try:
             failpoint("commit.before", connection)
             with contextlib.nullcontext() if alone else connection.transaction():
-                row = connection.execute(_COMMIT, commit.values(now)).fetchone()
+                row = execute_often(connection, _COMMIT, commit.values(now)).fetchone()
             failpoint("commit.after", connection)
             assert row is not None
             return Committed(*row)
@@ -390,7 +390,8 @@ def commit_turns(
         wave.add(commit)
     try:
         failpoint("commits.before", connection)
-        rows = connection.execute(_COMMIT_MANY, (*wave.values(), first.incarnation, first.child, now)).fetchall()
+        values = (*wave.values(), first.incarnation, first.child, now)
+        rows = execute_often(connection, _COMMIT_MANY, values).fetchall()
         failpoint("commits.after", connection)
     except psycopg.Error as error:
         if error.sqlstate != _FENCE_LOST:

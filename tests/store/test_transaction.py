@@ -11,7 +11,7 @@ import psycopg
 import psycopg.rows
 import pytest
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from orchestrator.store.connection import CommitUnknown, TransactionFailed
@@ -87,7 +87,7 @@ def test_a_timeout_below_a_millisecond_is_one_and_not_none(transactions: Transac
     def is_set(connection: Connection) -> bool:
         try:
             return bool(connection.execute(text(query)).scalar_one())
-        except OperationalError:
+        except DBAPIError:
             return True
 
     with suppress(TransactionFailed):
