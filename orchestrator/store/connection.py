@@ -52,6 +52,16 @@ def refuse_lost_rows(handed: Any) -> None:
         )
 
 
+def refuse_ended(part: Any) -> None:
+    """Look whether what a step writes in, a savepoint of SQLAlchemy, was ended by the step.  Raises: UsageError."""
+    if not getattr(part, "is_active", True):
+        raise UsageError(
+            "the step has ended, by get_transaction() or get_nested_transaction(), what it was given to write in, so "
+            "that its rows are not kept with its result; raise an exception to roll back, or use begin_nested() for a "
+            "part"
+        )
+
+
 WORKER_PATIENCE_S = 20.0
 """How long a worker waits for an answer of the database; its statements take milliseconds, and are tried again."""
 _CLIENT_PATIENCE_S = 60.0

@@ -7,15 +7,15 @@ first one is opened: SQLAlchemy takes as long to import as a worker does for all
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from psycopg.rows import tuple_row
-from sqlalchemy import Connection, NestedTransaction, RootTransaction, create_engine, text
+from sqlalchemy import Connection, NestedTransaction, RootTransaction, create_engine, event, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from sqlalchemy.pool import NullPool
 
 from orchestrator.errors import UsageError
@@ -26,6 +26,7 @@ from orchestrator.store.connection import (
     CommitUnknown,
     TransactionEnded,
     TransactionFailed,
+    refuse_ended,
     refuse_lost_rows,
 )
 from orchestrator.store.connection import Connection as Psycopg
@@ -93,9 +94,8 @@ class Transactions:
             inner = connection.begin_nested()
         except DBAPIError as error:
             raise TransactionFailed(error) from error
-        handed: Any = (
-            Session(bind=connection, join_transaction_mode="create_savepoint") if wants_session else connection
-        )
+        savepoints: list[NestedTransaction] = []
+        handed: Any = _session_on(connection, savepoints) if wants_session else connection
         try:
             with _without_endings(connection, handed):
                 value = work(handed)
@@ -105,7 +105,7 @@ class Transactions:
         try:
             failpoint("transaction.worked", connection)
             if wants_session:
-                _write_out(handed)
+                _write_out(handed, savepoints)
             for nested in _innermost_first(connection, inner):
                 nested.commit()
             driver = _driver(connection)
@@ -152,10 +152,29 @@ class Transactions:
         self._engine.dispose()
 
 
-def _write_out(session: Session) -> None:
+def _session_on(connection: Connection, savepoints: list[NestedTransaction]) -> Session:
+    """Return a Session within the transaction of a connection, which adds the savepoint that it opens to those given.
+
+    Of what the step begins by itself (`with session.begin():`) the end is the step's own affair.
+    """
+    session = Session(bind=connection, join_transaction_mode="create_savepoint")
+
+    def note(session: Session, transaction: SessionTransaction, begun_on: Connection) -> None:
+        savepoint = begun_on.get_nested_transaction()
+        own = transaction.origin is SessionTransactionOrigin.AUTOBEGIN and begun_on is connection
+        if own and savepoint is not None:
+            savepoints.append(savepoint)
+
+    event.listen(session, "after_begin", note)
+    return session
+
+
+def _write_out(session: Session, savepoints: Sequence[NestedTransaction]) -> None:
     """Write what a session holds as a part of the step's code: whatever is raised by that fails its attempt."""
     try:
         refuse_lost_rows(session)
+        for savepoint in savepoints:
+            refuse_ended(savepoint)
         session.flush()
         session.expunge_all()
     except Exception as error:

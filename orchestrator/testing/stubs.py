@@ -22,7 +22,7 @@ from orchestrator.codec import Json, check
 from orchestrator.errors import Rejected, UsageError, describe_exception
 from orchestrator.machine.policy import is_among
 from orchestrator.step import NOT_ITS_OWN, Step, StepContext, StepTimeout, legacy_codec, registry, running
-from orchestrator.store.connection import refuse_lost_rows
+from orchestrator.store.connection import refuse_ended, refuse_lost_rows
 
 NO_TIME: Final = timedelta(0)
 _NOBODY: Final = object()
@@ -157,9 +157,10 @@ def _in_transaction(
     name: str, function: Callable[..., Any], connection: Any, encode: Callable[[Any], Json] | None
 ) -> Callable[..., Any]:
     def play(*args: Any, **kwargs: Any) -> Any:
-        with getattr(connection, "begin_nested", nullcontext)():
+        with getattr(connection, "begin_nested", nullcontext)() as block:
             value = _finished(function(connection, *args, **kwargs))
             refuse_lost_rows(connection)  # which the block would not, for that they are rolled back already
+            refuse_ended(block)
             if encode is not None:
                 check(encode(value), what=f"the result of {name}")  # as in production: or its rows are taken back
             return value

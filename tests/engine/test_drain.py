@@ -134,6 +134,24 @@ def end_session(session: Session, name: str) -> None:
     session.reset()
 
 
+PARTS_ENDED: dict[str, Callable[[Session], object]] = {
+    "rolled back": lambda session: session.get_transaction().rollback(),  # type: ignore[union-attr]
+    "closed": lambda session: session.get_transaction().close(),  # type: ignore[union-attr]
+    "below it": lambda session: session.connection().get_nested_transaction().rollback(),  # type: ignore[union-attr]
+}
+
+
+@step(transactional=True, retry=AT_ONCE)
+def end_what_it_writes_in(session: Session, how: str) -> None:
+    with contextlib.suppress(IntegrityError), session.begin():  # of its own: what becomes of that is its affair
+        session.execute(text("INSERT INTO written VALUES ('twice'), ('twice')"))
+    session.add(Written(name="before"))
+    session.flush()
+    if how in PARTS_ENDED:
+        PARTS_ENDED[how](session)
+    session.add(Written(name="after"))
+
+
 @event.listens_for(Written, "before_insert")
 def refuse_writing(mapper: Any, connection: Any, written: Written) -> None:
     if written.name.startswith("refused"):
@@ -180,6 +198,11 @@ async def committed_by_itself(name: str, then: str) -> str:
 @saga.define
 async def session_ended(name: str) -> None:
     await saga.step(end_session, name)
+
+
+@saga.define
+async def part_ended(how: str) -> None:
+    await saga.step(end_what_it_writes_in, how)
 
 
 @saga.define
@@ -620,6 +643,21 @@ def test_neither_a_session_is_reset_nor_its_connection_committed(
     (message,) = connection.execute("SELECT error ->> 'message' FROM orchestrator.runs").fetchone()  # type: ignore[misc]
     assert f"UsageError: {name}() on the connection of a transactional step" in message
     assert connection.execute("SELECT name FROM written").fetchall() == []
+
+
+@pytest.mark.parametrize("how", ["not at all", *PARTS_ENDED])
+def test_a_session_whose_rows_the_step_has_taken_back_fails_its_step(
+    child: Child, connection: Connection, unique: None, how: str
+) -> None:
+    start(connection, part_ended, how)
+    drain_all(connection, child)
+    rows = connection.execute("SELECT name FROM written ORDER BY name").fetchall()
+    if how == "not at all":
+        assert (state(connection), rows) == ("completed", [("after",), ("before",)])
+        return
+    (message,) = connection.execute("SELECT error ->> 'message' FROM orchestrator.runs").fetchone()  # type: ignore[misc]
+    assert "ended rejected after 3 attempt(s): UsageError: the step has ended, by get_transaction()" in message
+    assert (state(connection), rows) == ("failed", [])
 
 
 # -- commits whose answer is lost --------------------------------------------------------------------------------------
