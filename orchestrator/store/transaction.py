@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from psycopg.rows import tuple_row
+from psycopg.adapt import AdaptersMap
 from sqlalchemy import Connection, NestedTransaction, RootTransaction, create_engine, event, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
@@ -86,7 +86,8 @@ class Transactions:
         """Do everything before the commit; a connection that is lost here has taken all of it back."""
         try:
             failpoint("transaction.before", connection)
-            _driver(connection).row_factory = tuple_row  # the step before may have set another one
+            driver, adapters = _driver(connection)
+            driver._adapters = AdaptersMap(adapters)  # the step before may have registered others
             outer = connection.begin()
             milliseconds = min(max(timeout // timedelta(milliseconds=1), 1), _LONGEST_IDLE_MS)  # 0 would be no limit
             connection.execute(_IDLE_TIMEOUT, {"timeout": str(milliseconds)})
@@ -97,7 +98,7 @@ class Transactions:
         savepoints: list[NestedTransaction] = []
         handed: Any = _session_on(connection, savepoints) if wants_session else connection
         try:
-            with _without_endings(connection, handed):
+            with _without_endings(connection, handed), _rows_as_made(driver):
                 value = work(handed)
         except Exception as error:
             _refuse_ended(connection, outer, inner, error)
@@ -108,8 +109,7 @@ class Transactions:
                 _write_out(handed, savepoints)
             for nested in _innermost_first(connection, inner):
                 nested.commit()
-            driver = _driver(connection)
-            driver.row_factory = tuple_row
+            driver._adapters = AdaptersMap(adapters)
             if not str(driver.info.parameter_status("DateStyle")).startswith("ISO"):
                 driver.execute("SET LOCAL datestyle TO 'ISO'")  # which is the only one that the driver reads
             if not settle(driver, value):
@@ -185,8 +185,21 @@ _LONGEST_IDLE_MS = 2**31 - 1  # 24 days, the most that Postgres takes; a step ma
 _IDLE_TIMEOUT = text("SELECT set_config('idle_in_transaction_session_timeout', :timeout, true)")
 
 
-def _driver(connection: Connection) -> Psycopg:
-    return connection.connection.driver_connection  # type: ignore[return-value]
+def _driver(connection: Connection) -> tuple[Psycopg, AdaptersMap]:
+    """Return the connection of the driver, and how it was made to read and write values."""
+    driver: Psycopg = connection.connection.driver_connection  # type: ignore[assignment]
+    adapters: AdaptersMap = connection.info.setdefault("orchestrator_adapters", AdaptersMap(driver.adapters))
+    return driver, adapters
+
+
+@contextlib.contextmanager
+def _rows_as_made(driver: Psycopg) -> Iterator[None]:
+    """Take back what a step sets on the driver's connection of how it reads rows: SQLAlchemy goes on with it."""
+    rows, cursors = driver.row_factory, driver.cursor_factory
+    try:
+        yield
+    finally:
+        driver.row_factory, driver.cursor_factory = rows, cursors
 
 
 def _is_serialization(error: OperationalError) -> bool:

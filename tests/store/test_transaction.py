@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
+from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import psycopg
 import psycopg.rows
 import pytest
+from psycopg.types.json import set_json_loads
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -106,12 +110,33 @@ def read_as_a_stream(connection: Connection) -> None:
     connection.execution_options(stream_results=True).execute(text("SELECT generate_series(1, 30)")).all()
 
 
-@pytest.mark.parametrize("work", [read_as_dicts, read_in_parts, read_as_a_stream])
+def read_by_number(connection: Connection) -> None:
+    connection.connection.driver_connection.cursor_factory = psycopg.RawCursor  # type: ignore[union-attr]
+
+
+def read_exactly(connection: Connection) -> None:
+    set_json_loads(partial(json.loads, parse_float=Decimal), connection.connection.driver_connection)  # type: ignore[arg-type]
+
+
+def read_apart(connection: Connection) -> None:
+    """As SQLAlchemy advises where a step changes its session, so that nobody else is given that."""
+    connection.detach()
+    connection.execute(text("SET search_path TO nowhere"))
+
+
+WAYS = [read_as_dicts, read_in_parts, read_as_a_stream, read_by_number, read_exactly, read_apart]
+
+
+@pytest.mark.parametrize("work", WAYS)
 def test_how_a_step_reads_its_rows_is_not_how_the_outcome_is_written(transactions: Transactions, work: Any) -> None:
     """By the driver's connection, which goes back to the pool, or by options of SQLAlchemy, also for savepoints."""
 
     def settle(connection: psycopg.Connection[Any], value: object) -> bool:
-        return connection.execute("SELECT 1").fetchone() == (1,)
+        (number,) = connection.execute("SELECT %(value)s::json", {"value": "1.5"}).fetchone() or [None]
+        return number == 1.5 and isinstance(number, float)
+
+    def look(connection: Connection) -> Any:
+        return connection.execute(text("SELECT current_schema(), CAST('1.5' AS json)")).one()
 
     def fail(connection: Connection) -> None:
         work(connection)
@@ -120,7 +145,8 @@ def test_how_a_step_reads_its_rows_is_not_how_the_outcome_is_written(transaction
     transactions.run(False, MINUTE, work, settle)
     with pytest.raises(ValueError, match="the reason"):
         transactions.run(False, MINUTE, fail, settle)
-    assert transactions.run(False, MINUTE, backend_of, settle) > 0
+    schema, number = transactions.run(False, MINUTE, look, settle)
+    assert (schema, number, type(number)) == ("public", 1.5, float)
 
 
 def test_what_a_session_wrote_is_committed_without_a_warning(transactions: Transactions, database_url: str) -> None:
