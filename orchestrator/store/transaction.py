@@ -67,11 +67,9 @@ class Transactions:
             try:
                 outer.commit()
                 failpoint("transaction.after", connection)
-            except OperationalError as error:
-                if _is_serialization(error):
-                    raise TransactionFailed(error) from error
-                raise CommitUnknown(str(error)) from error
             except DBAPIError as error:
+                if _is_unanswered(connection, error):
+                    raise CommitUnknown(str(error)) from error
                 raise TransactionFailed(error) from error
             return value
 
@@ -202,8 +200,13 @@ def _rows_as_made(driver: Psycopg) -> Iterator[None]:
         driver.row_factory, driver.cursor_factory = rows, cursors
 
 
-def _is_serialization(error: OperationalError) -> bool:
-    return getattr(error.orig, "sqlstate", "") in ("40001", "40P01")
+def _is_unanswered(connection: Connection, error: DBAPIError) -> bool:
+    """Tell whether Postgres may have committed: it has said that it did not if it goes on with the connection."""
+    return (
+        connection.closed
+        or connection.invalidated
+        or (isinstance(error, OperationalError) and getattr(error.orig, "sqlstate", None) is None)
+    )
 
 
 def _innermost_first(connection: Connection, inner: NestedTransaction) -> Iterator[NestedTransaction]:

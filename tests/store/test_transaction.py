@@ -171,6 +171,27 @@ def test_a_connection_lost_before_the_commit_leaves_it_unknown(transactions: Tra
         transactions.run(False, MINUTE, backend_of, settle)
 
 
+@pytest.mark.parametrize("code", ["57014", "55P03", "40001", "23514"])
+def test_a_commit_that_postgres_refuses_has_not_happened(
+    transactions: Transactions, database_url: str, code: str
+) -> None:
+    """By a deferred trigger, a lock that it waited for, an order to cancel: the connection lives, and so it is told."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(
+            "CREATE TABLE written (n int); CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            f"RAISE EXCEPTION 'not now' USING ERRCODE = '{code}'; END $$; CREATE CONSTRAINT TRIGGER refuse AFTER "
+            "INSERT ON written DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()"
+        )
+
+    def work(connection: Connection) -> None:
+        connection.execute(text("INSERT INTO written VALUES (1)"))
+
+    with pytest.raises(TransactionFailed, match="not now"):
+        transactions.run(False, MINUTE, work, lambda connection, value: True)
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT n FROM written").fetchall() == []
+
+
 def test_a_database_that_is_away_fails_the_transaction() -> None:
     nobody = Transactions("postgresql+psycopg://nobody@127.0.0.1:1/nowhere")
     with pytest.raises(TransactionFailed, match="refused"):
