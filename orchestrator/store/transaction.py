@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from psycopg.adapt import AdaptersMap
+from psycopg.pq import TransactionStatus
 from sqlalchemy import Connection, NestedTransaction, RootTransaction, create_engine, event, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
@@ -49,6 +50,7 @@ class Transactions:
         else:
             options["poolclass"] = NullPool
         self._engine: Engine = create_engine(sqlalchemy_url, **options)
+        event.listen(self._engine, "close", _stop)  # by SQLAlchemy, where the interruption meets it in its own code
 
     def run(
         self, wants_session: bool, timeout: timedelta, work: Callable[[Any], T], settle: Callable[[Psycopg, T], bool]
@@ -126,10 +128,15 @@ class Transactions:
             connection = self._engine.connect()
         except OperationalError as error:
             raise TransactionFailed(error) from error
+        driver, _ = _driver(connection)
         try:
             yield connection
         finally:
             try:
+                if _is_busy(driver):
+                    connection.invalidate()  # the pool would try to roll it back, which it does not take
+                    _stop(driver)  # one that is detached is nobody's
+                    driver.close()
                 connection.close()
             except DBAPIError:  # not always an OperationalError; nothing is left to roll back
                 if not connection.closed:
@@ -249,6 +256,21 @@ def _ended() -> TransactionEnded:
     )
 
 
+def _is_busy(driver: Psycopg) -> bool:
+    return driver.pgconn.transaction_status == TransactionStatus.ACTIVE
+
+
+def _stop(driver: Psycopg, *_: Any) -> None:
+    """Cancel what a step was interrupted in, before its connection is closed: at the server it would go on.
+
+    It would hold its rows for as long, and the next attempt would wait for them up to its own time.
+    """
+    if _is_busy(driver):
+        with contextlib.suppress(REFUSED):
+            driver.cancel_safe(timeout=_CANCEL_S)
+
+
+_CANCEL_S = 5.0
 _NO_SAVEPOINT = ("3B001", "25P01")  # there is no such savepoint, or no transaction at all
 
 

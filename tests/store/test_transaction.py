@@ -18,6 +18,8 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from orchestrator.celery.runner import time_limit
+from orchestrator.step import StepTimeout
 from orchestrator.store.connection import CommitUnknown, TransactionFailed
 from orchestrator.store.transaction import Transactions
 from tests.acceptance.running import until
@@ -94,7 +96,7 @@ def test_a_timeout_below_a_millisecond_is_one_and_not_none(transactions: Transac
         except DBAPIError:
             return True
 
-    with suppress(TransactionFailed):
+    with suppress(TransactionFailed, CommitUnknown):
         assert transactions.run(False, timedelta(microseconds=1), is_set, lambda connection, value: True)
 
 
@@ -190,6 +192,39 @@ def test_a_commit_that_postgres_refuses_has_not_happened(
         transactions.run(False, MINUTE, work, lambda connection, value: True)
     with psycopg.connect(database_url) as connection:
         assert connection.execute("SELECT n FROM written").fetchall() == []
+
+
+def by_sqlalchemy(connection: Connection) -> None:
+    connection.execute(text("SELECT pg_sleep(60)"))
+
+
+def by_the_driver(connection: Connection) -> None:
+    connection.connection.dbapi_connection.execute("SELECT pg_sleep(60)")  # type: ignore[union-attr]
+
+
+def detached(connection: Connection) -> None:
+    connection.detach()
+    by_the_driver(connection)
+
+
+@pytest.mark.parametrize("wait", [by_sqlalchemy, by_the_driver, detached])
+def test_what_a_step_was_interrupted_in_does_not_go_on_at_the_server(
+    transactions: Transactions, database_url: str, caplog: pytest.LogCaptureFixture, wait: Any
+) -> None:
+    """It would keep the rows that the step has locked, and the next attempt waits for them until its own time is up."""
+    backends: list[int] = []
+
+    def work(connection: Connection) -> None:
+        backends.append(backend_of(connection))
+        with time_limit(0.3):
+            wait(connection)
+
+    with pytest.raises(StepTimeout):
+        transactions.run(False, MINUTE, work, lambda connection, value: True)
+    gone = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = ANY (%s))"
+    with psycopg.connect(database_url, autocommit=True) as other:
+        until(lambda: other.execute(gone, [backends]).fetchone() == (True,), "its backend is gone", 10.0)
+    assert not caplog.records
 
 
 def test_a_database_that_is_away_fails_the_transaction() -> None:
