@@ -134,6 +134,7 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
     # transaction, for its machine is paused or gone, keeps the rows that it has locked for half a minute at the most.
     kept = "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c timezone=UTC -c datestyle=ISO"
     kept += " -c idle_in_transaction_session_timeout=30s"
+    kept += r" -c default_transaction_isolation=read\ committed"  # each statement sees what others committed before it
     try:
         given = conninfo_to_dict(dsn).get("options")  # which ours would take the place of
         options: Any = {"options": f"{given} {kept}" if given else kept} if prepare else {}
@@ -149,6 +150,7 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
         if not prepare:
             connection.execute("SET timezone TO 'UTC'")
             connection.execute("SET datestyle TO 'ISO'")
+            connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED  # said at each BEGIN
     except psycopg.OperationalError as error:
         raise unavailable(error) from None
     except psycopg.ProgrammingError:  # which shows what it cannot read

@@ -287,6 +287,9 @@ class Committed:
 # The body is the function commit_turn_2 of 0009_lanes.sql.  Lock order: the run's row by its position, the attempt's
 # row by its fence (primary key), then journal, other work of the run, arrivals (primary keys).
 _COMMIT = "SELECT * FROM orchestrator.commit_turn_2(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
+# In a transaction that shows the database as it was at its first statement, what was left for the run since cannot be
+# seen: no turn is written there.
+_COMMIT_WITHIN = f"{_COMMIT} WHERE current_setting('transaction_isolation') = 'read committed'"
 _FENCE_LOST = "OR001"
 _DEADLOCKS = 5
 
@@ -294,17 +297,18 @@ _DEADLOCKS = 5
 def commit_turn(connection: Connection, commit: Commit, now: datetime | None = None) -> Committed:
     """Write a turn if the run is still at its position and the attempt still has its fence; else write nothing.
 
-    Does not commit by itself: with autocommit the statement is the transaction, inside the caller's it is a savepoint.
+    Does not commit by itself: with autocommit the statement is the transaction, inside the caller's it is a savepoint,
+    and nothing is written if that is of another isolation than READ COMMITTED.
     """
     alone = is_at_rest(connection)
     for tries in range(1, _DEADLOCKS + 1):
         try:
             failpoint("commit.before", connection)
             with contextlib.nullcontext() if alone else connection.transaction():
-                row = execute_often(connection, _COMMIT, commit.values(now)).fetchone()
+                statement = _COMMIT if alone else _COMMIT_WITHIN
+                row = execute_often(connection, statement, commit.values(now)).fetchone()
             failpoint("commit.after", connection)
-            assert row is not None
-            return Committed(*row)
+            return Committed(*row) if row else Committed(False, False, None)
         except psycopg.errors.DeadlockDetected:
             # Turns that post to several runs may meet those runs' own, which share a statement in no order.
             if not alone or tries == _DEADLOCKS:

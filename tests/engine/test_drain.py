@@ -191,6 +191,11 @@ async def written(names: list[str]) -> list[str]:
 
 
 @saga.define
+async def written_side_by_side(names: list[str]) -> None:
+    await asyncio.gather(*(saga.step(write, name) for name in names))
+
+
+@saga.define
 async def committed_by_itself(name: str, then: str) -> str:
     return await saga.step(commit_by_itself, name, then)
 
@@ -643,6 +648,47 @@ def test_neither_a_session_is_reset_nor_its_connection_committed(
     (message,) = connection.execute("SELECT error ->> 'message' FROM orchestrator.runs").fetchone()  # type: ignore[misc]
     assert f"UsageError: {name}() on the connection of a transactional step" in message
     assert connection.execute("SELECT name FROM written").fetchall() == []
+
+
+@pytest.fixture(params=["repeatable read", "serializable"])
+def strict(connection: Connection, request: pytest.FixtureRequest) -> None:
+    """A database whose transactions see it as it was when they began, unless they say otherwise."""
+    name = connection.info.dbname
+    connection.execute(f"ALTER DATABASE {name} SET default_transaction_isolation TO '{request.param}'".encode())
+
+
+def test_a_cancel_that_comes_within_a_transactional_step_is_heard_whatever_its_transaction_sees(
+    strict: None, child: Child, connection: Connection, table: None
+) -> None:
+    """It was left before the run ended, which went to its end as if nothing had come."""
+
+    def cancel(taken: Taken) -> None:
+        with connection.transaction():
+            arrivals.leave(connection, "run", encode(Cancel("ann", "")))
+
+    child.runner.after = cancel
+    start(connection, written, ["a"])
+    drain_all(connection, child)
+    assert state(connection) == "cancelled"
+    assert connection.execute("SELECT name FROM written").fetchall() == [("a",)]
+
+
+def test_transactional_steps_side_by_side_do_not_fail_each_other_whatever_their_transactions_see(
+    strict: None, new_child: Callable[..., Child], connection: Connection, table: None
+) -> None:
+    """Each of them moves the run, which the others saw as it was when they began."""
+    first, second = new_child(), new_child()
+
+    def overtake(taken: Taken) -> None:
+        first.runner.after = lambda taken: None
+        second.drain()
+
+    first.runner.after = overtake
+    start(connection, written_side_by_side, ["a", "b", "c"])
+    drain_all(connection, first, second)
+    assert state(connection) == "completed"
+    assert kinds(connection).count("attempted") == 0
+    assert connection.execute("SELECT name FROM written ORDER BY name").fetchall() == [("a",), ("b",), ("c",)]
 
 
 @pytest.mark.parametrize("how", ["not at all", *PARTS_ENDED])

@@ -38,6 +38,19 @@ def test_any_text_and_any_instant_can_be_said_whatever_the_settings_of_the_datab
     assert said == ("\N{SNOWMAN}", datetime(2026, 12, 1, 2, 3, tzinfo=UTC))
 
 
+@pytest.mark.parametrize("prepare", [True, False])
+def test_the_isolation_that_a_database_has_by_default_is_not_that_of_the_engine(
+    database_url: str, prepare: bool
+) -> None:
+    strict = "options=-c%20default_transaction_isolation%3Dserializable"
+    with open_connection(f"{database_url}?{strict}", name="test", prepare=prepare) as connection:
+        with connection.transaction():
+            shown = connection.execute("SHOW transaction_isolation").fetchone()
+        alone = connection.execute("SHOW transaction_isolation").fetchone()
+    assert shown == ("read committed",)
+    assert alone == ("read committed",) if prepare else ("serializable",)
+
+
 def test_what_is_recorded_within_a_transaction_is_read_whatever_the_settings_of_the_database_are(
     database_url: str,
 ) -> None:
