@@ -110,8 +110,9 @@ class Transactions:
             for nested in _innermost_first(connection, inner):
                 nested.commit()
             driver._adapters = AdaptersMap(adapters)
-            if not str(driver.info.parameter_status("DateStyle")).startswith("ISO"):
-                driver.execute("SET LOCAL datestyle TO 'ISO'")  # which is the only one that the driver reads
+            for name, wanted in _SPOKEN.items():
+                if not str(driver.info.parameter_status(name)).startswith(wanted):
+                    driver.execute(f"SET LOCAL {name} TO {wanted}".encode())
             if not settle(driver, value):
                 outer.rollback()
             failpoint("transaction.settled", connection)
@@ -186,6 +187,7 @@ def _write_out(session: Session, savepoints: Sequence[NestedTransaction]) -> Non
         raise TransactionFailed(error) from error
 
 
+_SPOKEN = {"client_encoding": "UTF8", "DateStyle": "ISO"}  # so that any text can be said, and the driver reads instants
 _LONGEST_IDLE_MS = 2**31 - 1  # 24 days, the most that Postgres takes; a step may have years
 _IDLE_TIMEOUT = text("SELECT set_config('idle_in_transaction_session_timeout', :timeout, true)")
 

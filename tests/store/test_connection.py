@@ -65,8 +65,11 @@ def test_what_is_recorded_within_a_transaction_is_read_whatever_the_settings_of_
     shown = transactions.run(
         False, timedelta(seconds=9), lambda connection: connection.execute(text("SHOW datestyle")).scalar(), settle
     )
+    transactions.run(
+        False, timedelta(seconds=9), lambda step: step.execute(text("SET LOCAL client_encoding TO 'LATIN1'")), settle
+    )
     transactions.dispose()
-    assert (shown, settled) == ("German, DMY", [("\N{SNOWMAN}", datetime(2026, 12, 1, 2, 3, tzinfo=UTC))])
+    assert (shown, settled) == ("German, DMY", [("\N{SNOWMAN}", datetime(2026, 12, 1, 2, 3, tzinfo=UTC))] * 2)
 
 
 def test_a_url_that_the_driver_cannot_read_is_wrong_configuration_and_not_shown() -> None:
