@@ -127,7 +127,7 @@ class Transactions:
         """Lend a connection; one that the server has ended does not hide why the transaction is left."""
         try:
             connection = self._engine.connect()
-        except OperationalError as error:
+        except Exception as error:  # of the database, or of what an app has told SQLAlchemy to do with each connection
             raise TransactionFailed(error) from error
         driver, _ = _driver(connection)
         try:

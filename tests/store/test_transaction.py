@@ -14,7 +14,7 @@ import psycopg
 import psycopg.rows
 import pytest
 from psycopg.types.json import set_json_loads
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -231,6 +231,20 @@ def test_a_database_that_is_away_fails_the_transaction() -> None:
     nobody = Transactions("postgresql+psycopg://nobody@127.0.0.1:1/nowhere")
     with pytest.raises(TransactionFailed, match="refused"):
         nobody.run(False, MINUTE, lambda connection: None, lambda connection, value: True)
+
+
+def test_an_app_whose_listener_fails_on_each_connection_fails_the_transaction(transactions: Transactions) -> None:
+    """Such as one for SQLite that listens to all engines there are."""
+
+    def only_for_sqlite(connection: Any, record: object) -> None:
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    event.listen(Engine, "connect", only_for_sqlite)
+    try:
+        with pytest.raises(TransactionFailed, match="PRAGMA"):
+            transactions.run(False, MINUTE, backend_of, lambda connection, value: True)
+    finally:
+        event.remove(Engine, "connect", only_for_sqlite)
 
 
 def test_its_connection_is_given_up_as_any_other_when_the_way_to_the_database_hangs(transactions: Transactions) -> None:
