@@ -93,6 +93,12 @@ class Patient(psycopg.Connection[Any]):
         except _Silent:
             self.close()
             raise
+        except psycopg.InternalError as error:
+            # Behind PgBouncer two say that the server is gone, it and the server itself: one too many for the driver at
+            # a COMMIT or a savepoint.
+            if self.closed and not isinstance(error, UNAVAILABLE):
+                raise psycopg.OperationalError("the connection was lost") from error
+            raise
 
 
 def execute_often(connection: Connection, statement: str, values: Any) -> psycopg.Cursor[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,15 +10,18 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 
 from orchestrator.client import Client
 from orchestrator.settings import Settings
-from orchestrator.store.connection import Connection, open_connection
+from orchestrator.store.connection import UNAVAILABLE, CommitUnknown, Connection, open_connection
+from orchestrator.store.transaction import Transactions
 from tests.acceptance.running import until
 from tests.faults import sagas
 from tests.faults.load import QUEUE
@@ -44,6 +48,29 @@ def test_a_pooler_that_lends_connections_by_transaction_is_no_matter(scene: Scen
         scene.office.client.pool.close()
         assert "prepared statement" not in "".join(scene.logs())
     finally:
+        pooler.stop()
+
+
+@pytest.mark.debian
+def test_a_commit_that_is_lost_behind_a_pooler_is_a_lost_connection(database_url: str, tmp_path: Path) -> None:
+    """Two say so, the server and PgBouncer, which is an internal error to the driver."""
+    pooler = PgBouncer(database_url, tmp_path / "pgbouncer", size=3)
+    transactions = Transactions(pooler.url.replace("postgresql:", "postgresql+psycopg:"), prepare=False)
+    itself = "SELECT pg_backend_pid()"
+
+    def end(connection: Connection, backend: Any) -> bool:
+        with open_connection(database_url, name="test") as other:
+            other.execute("SELECT pg_terminate_backend(%s, 5000)", backend)
+        return True
+
+    try:
+        connection = open_connection(pooler.url, name="test", prepare=False)
+        with contextlib.closing(connection), pytest.raises(UNAVAILABLE), connection.transaction():
+            end(connection, connection.execute(itself).fetchone())
+        with pytest.raises(CommitUnknown):
+            transactions.run(False, timedelta(minutes=1), lambda step: [*step.execute(text(itself)).one()], end)
+    finally:
+        transactions.dispose()
         pooler.stop()
 
 
