@@ -113,11 +113,9 @@ class Bell:
         )  # fmt: skip
 
     def _abandon(self) -> None:
-        """Close the socket without a farewell: a broker that is as good as dead answers none."""
         connection, self._connection, self._producer = self._connection, None, None
-        raw = getattr(connection, "_connection", None)
-        with contextlib.suppress(Exception):
-            raw.collect() if hasattr(raw, "collect") else connection.release()  # type: ignore[union-attr]
+        if connection is not None:
+            abandon(connection)
 
     def close(self) -> None:
         """Close the broker connection."""
@@ -125,6 +123,13 @@ class Bell:
         if connection is not None and self._owner == os.getpid():
             with contextlib.suppress(Exception):
                 connection.release()
+
+
+def abandon(connection: Connection) -> None:
+    """Close the socket of a connection without a farewell: a broker that is as good as dead answers none."""
+    raw = getattr(connection, "_connection", None)
+    with contextlib.suppress(Exception):
+        raw.collect() if hasattr(raw, "collect") else connection.release()  # type: ignore[union-attr]
 
 
 def connection_options(app: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from itertools import islice
+from time import monotonic
 from typing import Any
 
 import celery.beat
@@ -18,6 +19,7 @@ from kombu.connection import Connection as BrokerConnection
 from kombu.exceptions import OperationalError as BrokerError
 
 from orchestrator.celery import entries, nightly
+from orchestrator.celery.doorbell import abandon
 from orchestrator.celery.entries import Entry
 from orchestrator.engine.schedules import Decision, Schedule, Schedules
 from orchestrator.errors import UsageError
@@ -28,7 +30,9 @@ from orchestrator.store.connection import Connection
 logger = logging.getLogger("celery.beat")
 
 _TIMEOUTS = {"socket_connect_timeout": 1.0, "socket_timeout": 2.0, "connect_timeout": 1.0, "max_retries": 1,
-             "interval_start": 0, "interval_step": 0.1, "interval_max": 0.1, "confirm_publish": True}  # fmt: skip
+             "interval_start": 0, "interval_step": 0.1, "interval_max": 0.1, "read_timeout": 2.0, "write_timeout": 2.0,
+             "confirm_publish": False}  # fmt: skip
+_PATIENCE_S = 1.0  # less than a lease
 BROKER_AWAY = (BrokerError, OSError)
 
 
@@ -113,16 +117,24 @@ class Undeliverable(Exception):
 
 
 class Post:
-    """Sends tasks that are no sagas, over a connection to the broker of its own; each attempt takes a bounded time."""
+    """Sends tasks that are no sagas, over a connection to the broker of its own; each attempt takes a bounded time.
+
+    A RabbitMQ that is short of memory or disk takes a message and confirms nothing, perhaps for hours.  Were it sent
+    again, each copy would be delivered in the end: one message is waited for, as long as its connection lives.
+    """
 
     def __init__(self, app: Celery, book: Book) -> None:
         self._app = app
         self._book = book
         self._producer: Any = None
+        self._unconfirmed: str | None = None
+        self._taken: str | None = None
 
     def deliver(self, name: str, slot: datetime, message_id: str) -> None:
         """Send the message of a slot.  Raises: Undeliverable; what the broker's client raises if it is away."""
         entry = self._book.entries[name]
+        if self._was_taken(message_id):
+            return
         logger.info("Scheduler: Sending due task %s (%s)", name, entry.task)
         try:
             args, kwargs = entry.call(slot)
@@ -138,12 +150,14 @@ class Post:
     def _send(self, entry: Entry, args: Any, kwargs: Any, slot: datetime, message_id: str) -> None:
         """Send the message of a slot; once more over a new connection if the one at hand has died meanwhile."""
         headers = {**(entry.options.get("headers") or {}), "celery_beat_task": True, "beat_slot": slot.isoformat()}
-        options = {**entry.options, "task_id": message_id, "headers": headers, "retry": False}
+        options = {"timeout": _PATIENCE_S, **entry.options, "task_id": message_id, "headers": headers, "retry": False}
         known = self._producer is not None
         try:
             self._publish(entry.task, args, kwargs, options)
         except Exception:
-            self.close()
+            if self._unconfirmed:
+                raise
+            self._abandon()
             if not known:
                 raise
             self._publish(entry.task, args, kwargs, options)
@@ -155,6 +169,35 @@ class Post:
             self._app.send_task(task_name, args, kwargs, producer=producer, **options)
         else:
             task.apply_async(args, kwargs, producer=producer, **options)
+        if hasattr(producer.channel, "confirm_select"):
+            self._unconfirmed = options["task_id"]
+            self._await_confirmation()
+
+    def _was_taken(self, message_id: str) -> bool:
+        """Tell whether a message that was sent before has been confirmed since.  Raises: TimeoutError."""
+        if self._unconfirmed:
+            try:
+                self._await_confirmation()
+            except TimeoutError:
+                raise
+            except Exception as error:
+                logger.info("beat: a message was not confirmed, and is sent again: %s", error)
+        return message_id == self._taken
+
+    def _await_confirmation(self) -> None:
+        """Wait until RabbitMQ confirms what it was sent.
+
+        Raises: TimeoutError if it does not yet; anything else if it never will: the connection is abandoned then.
+        """
+        give_up_at = monotonic() + _PATIENCE_S
+        while self._unconfirmed:
+            try:
+                self._producer.connection.drain_events(timeout=max(give_up_at - monotonic(), 0.001))
+            except TimeoutError:
+                raise TimeoutError("it does not confirm what it was sent") from None
+            except Exception:
+                self._abandon()
+                raise
 
     def _opened(self) -> Any:
         if self._producer is None:
@@ -163,10 +206,28 @@ class Post:
             )
             connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0.1, timeout=1.0)
             self._producer = self._app.amqp.Producer(connection, auto_declare=False)
+            channel = self._producer.channel
+            if hasattr(channel, "confirm_select"):
+                channel.confirm_select(nowait=True)
+                channel.events["basic_ack"].add(self._confirmed)
+                channel.events["basic_nack"].add(self._refused)
         return self._producer
+
+    def _confirmed(self, *_: Any) -> None:
+        self._taken, self._unconfirmed = self._unconfirmed, None
+
+    def _refused(self, *_: Any) -> None:
+        raise ConnectionError("the broker could not take the message")
+
+    def _abandon(self) -> None:
+        producer, self._producer, self._unconfirmed = self._producer, None, None
+        if producer is not None:
+            abandon(producer.connection)
 
     def close(self) -> None:
         """Close the connection."""
+        if self._unconfirmed:
+            self._abandon()
         producer, self._producer = self._producer, None
         if producer is not None:
             with contextlib.suppress(Exception):

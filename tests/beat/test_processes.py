@@ -12,13 +12,14 @@ from pathlib import Path
 import psycopg
 import pytest
 from celery import Celery
+from kombu import Queue
 
 from orchestrator import failpoints, store
 from tests.acceptance.running import ROOT
 from tests.beat.conftest import REPORT, Beat, Hall
 from tests.crash.points import BEAT
 from tests.engine.proxy import Proxy
-from tests.faults.rabbitmq import MissingProgram
+from tests.faults.rabbitmq import MissingProgram, RabbitMQ
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -206,6 +207,39 @@ def test_while_the_broker_is_away_sagas_start_and_tasks_are_kept_for_it(hall: Ha
     finally:
         way.close()
     hall.judge("saga", "plain", died=1)
+
+
+def messages(broker_url: str) -> Counter[str]:
+    """Take the messages out of Celery's queue; returns their ids, each with how often it was there."""
+    found: Counter[str] = Counter()
+    with Celery(broker=broker_url, set_as_current=False).connection_for_read() as connection:
+        queue = Queue("celery")(connection.default_channel)
+        while message := queue.get(no_ack=True):
+            found[message.headers["id"]] += 1
+    return found
+
+
+@pytest.mark.debian
+@pytest.mark.parametrize("state", ["stands still", "is short of memory"])
+def test_while_a_rabbitmq_confirms_nothing_sagas_start_and_tasks_are_kept_for_it(
+    hall: Hall, rabbitmq: RabbitMQ, state: str
+) -> None:
+    """It takes what is sent, and would deliver each copy in the end."""
+    hall.broker_url = rabbitmq.new_url()
+    beat = hall.start()
+    hall.until_more("plain")
+    rabbitmq.freeze() if state == "stands still" else rabbitmq.set_memory_limit("1MB")
+    try:
+        hall.until_more("saga", 8)
+        hall.until(lambda: "the broker cannot be reached (it does not confirm" in beat.said, "it says so")
+        assert hall.slots("plain", "sending")
+    finally:
+        rabbitmq.thaw() if state == "stands still" else rabbitmq.set_memory_limit("4GB")
+    hall.until_more("plain", 5)
+    hall.until(lambda: not hall.slots("plain", "sending"), "all are sent")
+    hall.judge("saga")
+    sent, there = messages(hall.broker_url), hall.slots("plain", "sent")
+    assert set(sent.values()) == {1} and len(there) <= len(sent) <= len(there) + 1, "the last may not be noted any more"
 
 
 def test_a_database_clock_that_jumps_loses_and_doubles_no_slot(hall: Hall) -> None:

@@ -27,6 +27,7 @@ from tests.faults.servers import kill_all
 from tests.ports import free_port
 
 _SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+_CONTROL = _SERVER.with_name("rabbitmqctl")
 _USER, _PASSWORD = "faults", "faults"
 _HOSTS = 24  # virtual hosts, made at the start: one for each test that asks
 _CONF = """\
@@ -171,6 +172,26 @@ class RabbitMQ:
         if self._process is not None and self._process.poll() is None:
             kill_all(psutil.Process(self._process.pid))
             self._process.wait(30.0)
+
+    def freeze(self) -> None:
+        """Let it stand still: connections to it are made by the kernel, and nothing is answered."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._signal(signal.SIGCONT)
+
+    def set_memory_limit(self, limit: str) -> None:
+        """Let it be short of memory above so much, such as 1MB, which blocks whoever publishes."""
+        environment = self._environment()
+        command = [_CONTROL, "-n", environment["RABBITMQ_NODENAME"], "set_vm_memory_high_watermark", "absolute", limit]
+        subprocess.run([str(each) for each in command], env=environment, check=True, capture_output=True, timeout=60.0)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        top = psutil.Process(self._process.pid)
+        for process in (top, *top.children(recursive=True)):
+            process.send_signal(number)
 
     def restart(self) -> None:
         """Kill it and start it again."""
