@@ -5,7 +5,6 @@ Owns how Celery's schedules become timetables, and the options that this package
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -15,7 +14,7 @@ from zoneinfo import ZoneInfo
 
 from celery import Celery
 from celery.beat import BeatLazyFunc
-from celery.schedules import BaseSchedule, crontab, maybe_schedule, schedule
+from celery.schedules import BaseSchedule, crontab, maybe_schedule, schedule, solar
 
 from orchestrator import saga as sagas
 from orchestrator.codec import first_line
@@ -26,6 +25,13 @@ from orchestrator.store import runs
 
 _KNOWN = frozenset({"task", "schedule", "args", "kwargs", "options", "relative"})
 _OF_CELERY = frozenset({"name", "app", "last_run_at", "total_run_count"})  # attributes of a ScheduleEntry as a dict
+_DECIDE = (
+    "is_due",
+    "remaining_estimate",
+    "remaining_delta",
+    "_delta_to_next",
+)  # methods that say when a crontab is due
+_QUESTIONS = 10_000  # that a schedule of the application's own is asked before it is due once
 _NEVER = "it has no slot within the next fifty years; correct its crontab"
 Prepare = Callable[[Any, Any, dict[str, Any]], tuple[runs.Start, Any]]
 
@@ -163,13 +169,28 @@ def _timetable(app: Celery, given: Any, relative: bool, zone: tzinfo | None) -> 
             f"not {given!r}"
         )
     known = maybe_schedule(given, relative, app=app)
-    if isinstance(known, crontab) and type(known).remaining_estimate is crontab.remaining_estimate:
+    if isinstance(known, crontab) and all(_is_as_in(known, crontab, name) for name in _DECIDE):
         return _crontab(known, _attachable(zone or known.tz))
     if type(known) is schedule:
         return _interval(known, _attachable(zone or known.tz))
+    if isinstance(known, crontab):
+        zone = _attachable(zone or known.tz)
+        return Asked(_with(known, tz=zone)), f"{known!r} {zone}"
     if zone is not None:
         raise UsageError(f"timezone has no meaning for {known!r}, which has its own")
     return Asked(known), repr(known)
+
+
+def _with(known: BaseSchedule, **attributes: Any) -> BaseSchedule:
+    """Return a copy of a schedule that differs in these; `copy` would make one without what a subclass has added."""
+    made = object.__new__(type(known))
+    made.__dict__.update(known.__dict__, **attributes)
+    return made
+
+
+def _is_as_in(known: BaseSchedule, kind: type[BaseSchedule], name: str) -> bool:
+    """Tell whether a schedule has a method as Celery has it, and no other one of the application's own."""
+    return getattr(type(known), name) is getattr(kind, name)
 
 
 def _crontab(given: crontab, zone: tzinfo) -> tuple[Timetable, str]:
@@ -215,12 +236,21 @@ class Asked:
                 yield slot
 
     def _after(self, slot: datetime) -> datetime:
-        pinned = copy.copy(self.schedule)
-        pinned.now = lambda: slot
-        try:
-            pause = pinned.remaining_estimate(slot)
-        except NotImplementedError:
-            pause = timedelta(seconds=pinned.is_due(slot).next)
-        after: datetime = (slot + pause).astimezone(UTC)
+        asks = not any(_is_as_in(self.schedule, kind, "is_due") for kind in (BaseSchedule, schedule, crontab, solar))
+        after = self._when_due(slot) if asks else slot + _with(self.schedule, now=lambda: slot).remaining_estimate(slot)
         # Rounded up, so that the event after this one is not, for a fraction of a second, this one.
-        return after + timedelta(microseconds=-after.microsecond % 1_000_000)
+        return _whole_second(after.astimezone(UTC))
+
+    def _when_due(self, slot: datetime) -> datetime:
+        """Ask as Celery's beat does: now, and again whenever the schedule says that it is to be asked again."""
+        now = slot
+        for _ in range(_QUESTIONS):
+            due, pause = _with(self.schedule, now=lambda at=now: at).is_due(slot)
+            if due and now > slot:
+                return now
+            now = _whole_second(now + max(timedelta(seconds=pause), timedelta(seconds=1)))
+        raise UsageError(f"{self.schedule!r} says up to {now.isoformat()} that it is not due")
+
+
+def _whole_second(instant: datetime) -> datetime:
+    return instant + timedelta(microseconds=-instant.microsecond % 1_000_000)

@@ -57,7 +57,25 @@ class Doubling(BaseSchedule):
     """A schedule of the application's own, which knows only Celery's interface."""
 
     def is_due(self, last_run_at: datetime) -> Any:
-        return schedstate(False, (self.now() - datetime(2026, 1, 1, tzinfo=UTC)).total_seconds())
+        age = (last_run_at - datetime(2026, 1, 1, tzinfo=UTC)).total_seconds()
+        rest = age - (self.now() - last_run_at).total_seconds()
+        return schedstate(rest <= 0, max(rest, 0))
+
+
+class Workdays(crontab):
+    """A crontab that is not due on some days; `is_due` may return a plain tuple, as Celery documents it."""
+
+    def __init__(self, free: set[int], **options: Any) -> None:
+        self.free = free
+        super().__init__(**options)
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        return (False, 3600) if self.now().isoweekday() in self.free else tuple(super().is_due(last_run_at))
+
+
+class Never(BaseSchedule):
+    def is_due(self, last_run_at: datetime) -> Any:
+        return False, 60
 
 
 class Stuck(BaseSchedule):
@@ -78,6 +96,21 @@ def test_every_kind_of_schedule_has_a_timetable(app: Celery, client: Client, giv
     assert type(found.timetable) is expected
     slots = list(islice(found.timetable.slots(NOW, NOW), 5))
     assert all(earlier < later for earlier, later in pairwise([NOW, *slots]))
+
+
+def test_a_crontab_with_rules_of_its_own_is_due_when_they_say(app: Celery, client: Client) -> None:
+    """It fired by its five fields alone: a payment on a holiday."""
+    found, _ = read(app, client, schedule=Workdays({6, 7}, hour=3, minute=0))
+    slots = list(islice(found.timetable.slots(NOW, NOW), 8))
+    assert [f"{slot:%a %d %H:%M}" for slot in slots] == [
+        "Tue 02 03:00", "Wed 03 03:00", "Thu 04 03:00", "Fri 05 03:00", "Mon 08 00:00", "Mon 08 03:00", "Tue 09 03:00",
+        "Wed 10 03:00",
+    ]  # fmt: skip
+
+
+def test_a_crontab_with_rules_of_its_own_reads_the_clock_of_the_zone_of_its_entry(app: Celery, client: Client) -> None:
+    found, _ = read(app, client, schedule=Workdays(set(), hour=3, minute=0), options={"timezone": "Asia/Tokyo"})
+    assert next(found.timetable.slots(NOW, NOW)) == datetime(2026, 6, 1, 18, tzinfo=UTC)
 
 
 def test_the_sun_sets_once_a_day_wherever_one_begins() -> None:
@@ -150,7 +183,7 @@ def test_a_saga_is_started_with_its_slot_and_lazy_arguments_are_computed_then(ap
         ({"schedule": None}, "schedule must be"), ({"schedule": True}, "schedule must be"),
         ({"schedule": 0}, "longer than nothing"), ({"schedule": -5}, "longer than nothing"),
         ({"schedule": crontab(day_of_month={29, 30}, month_of_year=2, minute=set())}, "no slot within"),
-        ({"schedule": Stuck()}, "is followed by"),
+        ({"schedule": Stuck()}, "is followed by"), ({"schedule": Never()}, "says up to 2026-06-08.* it is not due"),
         ({"task": None}, "task must be the name"), ({"task": ""}, "task must be the name"),
         ({"when": 5}, "an entry has no when; it has"),
         ({"options": {"timezone": "Mars/Olympus"}}, "there is no time zone 'Mars/Olympus'"),
