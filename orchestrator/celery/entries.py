@@ -5,6 +5,7 @@ Owns how Celery's schedules become timetables, and the options that this package
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -175,10 +176,15 @@ def _timetable(app: Celery, given: Any, relative: bool, zone: tzinfo | None) -> 
         return _interval(known, _attachable(zone or known.tz))
     if isinstance(known, crontab):
         zone = _attachable(zone or known.tz)
-        return Asked(_with(known, tz=zone)), f"{known!r} {zone}"
+        return Asked(_with(known, tz=zone)), f"{_read(known)} {zone}"
     if zone is not None:
         raise UsageError(f"timezone has no meaning for {known!r}, which has its own")
-    return Asked(known), repr(known)
+    return Asked(known), _read(known)
+
+
+def _read(known: BaseSchedule) -> str:
+    """Return how a schedule reads, in every process alike: without its place in memory, where it has no other text."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(known))
 
 
 def _with(known: BaseSchedule, **attributes: Any) -> BaseSchedule:

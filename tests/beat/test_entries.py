@@ -113,6 +113,12 @@ def test_a_crontab_with_rules_of_its_own_reads_the_clock_of_the_zone_of_its_entr
     assert next(found.timetable.slots(NOW, NOW)) == datetime(2026, 6, 1, 18, tzinfo=UTC)
 
 
+def test_a_schedule_of_the_applications_own_reads_the_same_in_every_process(app: Celery, client: Client) -> None:
+    """Where it lies in memory says nothing: each beat that started took its timetable for a changed one."""
+    first, second = (read(app, client, schedule=made)[0].reads for made in (Doubling(), Doubling()))
+    assert first == second and "Doubling" in first
+
+
 def test_the_sun_sets_once_a_day_wherever_one_begins() -> None:
     timetable = Asked(solar("sunset", 52.5, 13.4, app=Celery(set_as_current=False)))
     slots = list(islice(timetable.slots(NOW, NOW), 400))
