@@ -67,15 +67,17 @@ class Declared:
 
 
 # A schedule that is new begins now, at a whole second.  One that reads otherwise than before, or is back, begins where
-# the leadership before this one stopped deciding, so that no slot falls between the two.
+# the leadership before this one stopped deciding, so that no slot falls between the two.  One that is bad has no
+# timetable: it stands where it stood, and is made up for when it is mended.
 _DECLARE = f"""
 INSERT INTO orchestrator.schedules AS s (app, name, task, reads, problem, settled_until)
 SELECT %(app)s, d.name, d.task, d.reads, d.problem, date_trunc('second', {CLOCK})
 FROM json_to_recordset(%(declared)s::json) AS d (name text, task text, reads text, problem text)
 ON CONFLICT (app, name) DO UPDATE SET
-    task = EXCLUDED.task, reads = EXCLUDED.reads, problem = EXCLUDED.problem, gone_at = NULL,
-    settled_until = CASE WHEN s.reads = EXCLUDED.reads AND s.gone_at IS NULL THEN s.settled_until
-                         ELSE greatest(s.settled_until, %(since)s::timestamptz) END
+    task = coalesce(nullif(EXCLUDED.task, ''), s.task), reads = coalesce(nullif(EXCLUDED.reads, ''), s.reads),
+    problem = EXCLUDED.problem, gone_at = NULL,
+    settled_until = CASE WHEN s.gone_at IS NULL AND (s.reads = EXCLUDED.reads OR '' IN (s.reads, EXCLUDED.reads))
+                         THEN s.settled_until ELSE greatest(s.settled_until, %(since)s::timestamptz) END
 """
 _RETIRE = f"""
 UPDATE orchestrator.schedules SET gone_at = {CLOCK}

@@ -155,6 +155,36 @@ def test_a_schedule_begins_when_it_is_declared_and_one_that_changes_where_its_le
     assert began(fire(connection, halves, later, holder="b"))[0] == BEGIN + HOUR - MINUTE + HOUR / 2
 
 
+@pytest.mark.parametrize("at_first", [False, True], ids=["later", "at first"])
+def test_a_schedule_that_was_bad_for_a_while_catches_up_when_it_is_mended(
+    connection: Connection, at_first: bool
+) -> None:
+    hourly = schedule(catch_up=CatchUp(each=EVER))
+    bad = store.Declared("it", "", "", "it cannot be used: it has no argument `wrong`")
+    if not at_first:
+        lead(connection, BEGIN, hourly)
+        assert began(fire(connection, hourly, BEGIN + HOUR)) == [BEGIN + HOUR]
+    found = lead(connection, BEGIN + at_first * HOUR, holder="b" if at_first else "a")
+    assert found
+    store.declare(connection, "app", [bad], found.now, BEGIN + HOUR)
+    lead(connection, BEGIN + 3 * HOUR + MINUTE, holder="b")  # it leads all the time, and cannot use the entry
+    lead(connection, BEGIN + 4 * HOUR, hourly, holder="c")
+    assert began(fire(connection, hourly, BEGIN + 4 * HOUR, holder="c")) == [BEGIN + n * HOUR for n in (2, 3, 4)]
+
+
+def test_a_schedule_whose_timetable_changes_while_it_is_bad_goes_on_from_where_the_last_leader_stopped(
+    connection: Connection,
+) -> None:
+    hourly = schedule(catch_up=CatchUp(each=EVER))
+    lead(connection, BEGIN, hourly)
+    fire(connection, hourly, BEGIN + HOUR)
+    store.declare(connection, "app", [store.Declared("it", "", "", "it cannot be used")], BEGIN + HOUR, BEGIN + HOUR)
+    halves = schedule(timetable=Interval(HOUR / 2), reads="half-hourly", catch_up=CatchUp(each=EVER))
+    lead(connection, BEGIN + 2 * HOUR)
+    lead(connection, BEGIN + 4 * HOUR, halves, holder="b")
+    assert began(fire(connection, halves, BEGIN + 4 * HOUR, holder="b"))[0] == BEGIN + 2 * HOUR + HOUR / 2
+
+
 def test_a_schedule_that_is_gone_fires_no_more_and_keeps_its_place(connection: Connection) -> None:
     hourly, other = schedule(), schedule("other")
     lead(connection, BEGIN, hourly, other)
