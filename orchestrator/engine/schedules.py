@@ -15,6 +15,7 @@ from enum import StrEnum
 from functools import cached_property
 from itertools import islice
 
+from orchestrator.codec import dumps
 from orchestrator.engine.timetable import Timetable, between, latest
 from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
@@ -102,12 +103,16 @@ class Decision:
 
 
 def run_id(app: str, name: str, slot: datetime) -> str:
-    """Return the id of the run, or message, of a slot: the same for whoever asks."""
+    """Return the id of the run, or message, of a slot: the same for whoever asks.
+
+    The name of a schedule may have a slash.  Had that of its app one, ``a`` with ``b/c`` would be ``a/b`` with ``c``.
+    """
     moment = slot.astimezone(UTC).isoformat().replace("+00:00", "Z")
     whole = f"{app}/{name}@{moment}"
-    if whole.isascii() and whole.isprintable() and len(whole) <= _LONGEST_ID:
+    if "/" not in app and whole.isascii() and whole.isprintable() and len(whole) <= _LONGEST_ID:
         return whole
-    return f"{hashlib.sha256(f'{app}/{name}'.encode(errors='replace')).hexdigest()[:32]}@{moment}"
+    both = dumps([app, name]) if "/" in app else f"{app}/{name}"
+    return f"{hashlib.sha256(both.encode(errors='replace')).hexdigest()[:32]}@{moment}"
 
 
 class Schedules:

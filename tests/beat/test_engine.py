@@ -450,3 +450,14 @@ def test_ids_are_short_and_printable_whatever_a_schedule_is_called() -> None:
     assert run_id("app", "nightly", BEGIN) == "app/nightly@2026-01-01T00:00:00Z"
     odd = {run_id("app", name, BEGIN) for name in ("x" * 500, "naïve", "a\nb", "")}
     assert len(odd) == 4 and all(each.isascii() and each.isprintable() and len(each) <= 200 for each in odd)
+
+
+def test_a_slash_in_a_name_makes_no_two_slots_one(connection: Connection) -> None:
+    """App `a` with `b/c` and app `a/b` with `c` share a database: one of the two runs never started."""
+    for app, name in ("a", "b/c"), ("a/b", "c"):
+        decision = Schedules(app, lambda connection, queue, rows: None).trigger(connection, schedule(name), BEGIN)
+        assert decision.state == "started"
+    assert connection.execute("SELECT count(*) FROM orchestrator.runs").fetchone() == (2,)
+    assert run_id("a", "b/c", BEGIN) == "a/b/c@2026-01-01T00:00:00Z"
+    odd = {run_id(app, name, BEGIN) for app, name in (("a", "b/ç"), ("a/b", "ç"), ("a/b", "c"), ("a/b/c", ""))}
+    assert len(odd) == 4
