@@ -14,24 +14,28 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from orchestrator.engine.audits import AUDITS
+from orchestrator.engine.patience import at_most
 from orchestrator.engine.report_page import write
 from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.reconcile import Check, Looked, Statement, checks, correction_id, hooks
 from orchestrator.saga import Saga
 from orchestrator.store import reports, runs
-from orchestrator.store.connection import Connection
+from orchestrator.store.connection import Connection, is_in_statement
 from orchestrator.store.reports import Earlier, Progress
 
 logger = logging.getLogger(__name__)
 Prepare = Callable[[Saga[Any, Any], str, Looked], runs.Start]  # saga, run id, break
 
 PAGE = 200  # things that are looked at in one transaction
+PAGE_S = 600.0  # a page of a function of an application's own, and a hook
+FILE_S = 3600.0  # all of a statement, with its file
 EXAMPLES = 1000  # breaks of a check that are kept, and start runs; all are counted
 _TIMEOUT = "SET LOCAL statement_timeout = '60s'"
 _LONGEST = 500
@@ -101,7 +105,8 @@ def _tell(report: Report) -> None:
     """Call the hooks, if there is something to tell; what they raise stops nothing."""
     for hook in hooks if report.exit_code else ():
         try:
-            hook(report)
+            with at_most(PAGE_S):
+                hook(report)
         except Exception as error:
             name = getattr(hook, "__qualname__", repr(hook))
             logger.exception("reconcile: the hook %s raised", name)
@@ -152,8 +157,9 @@ class _Page:
     def look(self, connection: Connection) -> None:
         at = self.at
         if isinstance(self.check, Statement):
-            for looked in _compared(connection, self.check):
-                self._count(looked)
+            with at_most(FILE_S, partial(is_in_statement, connection)):
+                for looked in _compared(connection, self.check):
+                    self._count(looked)
             at.done = True
             return
         found = _checked(_asked(connection, self.check, at.cursor), at.cursor)
@@ -194,7 +200,8 @@ def _asked(connection: Connection, check: Check, after: str) -> list[Looked]:
     with runs.snapshot(connection):
         connection.execute(_TIMEOUT)
         if check.function is not None:
-            return list(islice(check.function(connection, after, PAGE), PAGE + 1))
+            with at_most(PAGE_S, partial(is_in_statement, connection)):
+                return list(islice(check.function(connection, after, PAGE), PAGE + 1))
         return _rows(connection, check.sql, after)
 
 

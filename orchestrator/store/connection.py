@@ -172,6 +172,11 @@ def is_at_rest(connection: Connection) -> bool:
     return connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 
+def is_in_statement(connection: Connection) -> bool:
+    """Tell whether a connection waits for the end of a statement."""
+    return connection.pgconn.transaction_status == psycopg.pq.TransactionStatus.ACTIVE
+
+
 def unavailable(error: Exception, *, in_doubt: bool = False) -> StoreUnavailableError:
     """Return the error that tells a person what to do; the connection string never shows in it.
 

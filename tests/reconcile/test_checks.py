@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import signal
 import threading
 from collections.abc import Iterator
 from decimal import Decimal
@@ -101,6 +103,43 @@ def test_two_at_once_share_a_report_and_count_nothing_twice(connection: Connecti
         thread.join(60)
     assert len({report.id for report in reports}) == 1 and len(reports) == 2
     assert [(each.checks[0].looked_at, each.checks[0].breaks) for each in reports] == [(1000, 1000)] * 2
+
+
+def test_a_check_or_a_hook_that_does_not_come_back_is_interrupted_and_the_others_go_on(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    never = threading.Event()
+    handler = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+
+    @reconcile.check
+    def asks_a_dead_server(connection: Any, after: str, limit: int) -> Iterator[Looked]:
+        connection.execute("SELECT pg_sleep(1)")  # a statement has a limit of its own, and is not torn
+        with contextlib.suppress(TimeoutError):
+            never.wait(30)
+        never.wait(30)  # and again
+        yield Looked("a")
+
+    @reconcile.on_breaks
+    def pages_a_dead_server(report: Report) -> None:
+        never.wait(30)
+
+    def file() -> Path:
+        never.wait(30)
+        return tmp_path
+
+    reconcile.statement("its file does not come", file=file, columns={"key": "k"}, sql=NUMBERS)
+    reconcile.check("a good one", sql=NUMBERS)
+    monkeypatch.setattr("orchestrator.engine.reconcile.PAGE_S", 0.5)
+    monkeypatch.setattr("orchestrator.engine.reconcile.FILE_S", 0.5)
+    monkeypatch.setattr("orchestrator.engine.patience._INSIST_S", 0.5)
+    report = run(connection, ["asks a dead server", "its file does not come", "a good one"])
+    good, bad, file_check = report.checks
+    assert (good.looked_at, good.error) == (1000, None)
+    for each in (bad, file_check):
+        assert each.error == "TimeoutError: it did not come back within 0.5 s, and was interrupted"
+    assert "did not come back within 0.5 s" in report.problems[0]
+    assert signal.signal(signal.SIGALRM, handler) is signal.SIG_IGN
+    reconcile.hooks.remove(pages_a_dead_server)
 
 
 def test_a_check_that_fails_is_an_error_and_the_others_go_on(connection: Connection, tmp_path: Path) -> None:
