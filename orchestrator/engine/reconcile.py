@@ -117,10 +117,12 @@ def _run(
     connection: Connection, report_id: int, check: Check | Statement, at: Progress, prepare: Prepare | None
 ) -> None:
     """Run a check to its end, or until somebody else who does has overtaken."""
+    path = _Path(at.cursor)
     while not at.done:
         page = _Page(check, at, prepare)
         try:
             page.look(connection)
+            path.goes_on_to(at.cursor, ended=at.done)
         except Exception as error:  # whatever a check does wrong, the others go on
             if connection.closed:  # a statement that takes too long is an OperationalError as well, and the check's own
                 raise
@@ -194,6 +196,23 @@ class _Page:
             self.at.error = _text(f"no run of {name} could be started: {type(error).__name__}: {error}")
             return {}
         return {"run": run_id}
+
+
+class _Path:
+    """The way of a check from key to key, which must not be a circle; found as Brent does, with one key in memory."""
+
+    def __init__(self, key: str) -> None:
+        self._kept, self._steps, self._length = key, 0, 1
+
+    def goes_on_to(self, key: str, *, ended: bool = False) -> None:
+        """Note that a page ended with this key.  Raises: UsageError if one has before, and another page is to come."""
+        if key == self._kept and not ended:
+            raise UsageError(
+                f"it does not page: it came to {key!r:.80} a second time; it must return keys beyond `after`"
+            )
+        self._steps += 1
+        if self._steps == self._length:
+            self._kept, self._steps, self._length = key, 0, 2 * self._length
 
 
 def _asked(connection: Connection, check: Check, after: str) -> list[Looked]:
@@ -287,12 +306,14 @@ def _loaded(theirs: sqlite3.Connection, check: Statement) -> Iterator[Looked]:
 
 def _ours(connection: Connection, theirs: sqlite3.Connection, check: Statement) -> Iterator[Looked]:
     after, query = "", Check(check.name, check.sql)
+    path = _Path(after)
     while page := _checked(_asked(connection, query, after), after):
         for mine in page:
             its = theirs.execute("SELECT amount, currency, met FROM theirs WHERE key = ?", (mine.key,)).fetchone()
             theirs.execute("UPDATE theirs SET met = 1 WHERE met = 0 AND key = ?", (mine.key,))
             yield Looked(mine.key, mine.problem or _difference(mine, its), mine.amount, mine.currency)
         after = page[-1].key
+        path.goes_on_to(after)
 
 
 def _difference(mine: Looked, its: tuple[str | None, str | None, int] | None) -> str | None:

@@ -142,6 +142,21 @@ def test_a_check_or_a_hook_that_does_not_come_back_is_interrupted_and_the_others
     reconcile.hooks.remove(pages_a_dead_server)
 
 
+@pytest.mark.timeout(60)
+def test_a_check_that_goes_in_a_circle_ends(connection: Connection, tmp_path: Path) -> None:
+    """`<>` for `>`: the last key of the page before is not in the next one, and it never ends."""
+    wrong = NUMBERS.replace("id > %(after)s", "id <> %(after)s")
+    (tmp_path / "file.csv").write_text("k\n")
+    reconcile.check("a circle", sql=wrong)
+    reconcile.statement("a circle too", file=tmp_path / "file.csv", columns={"key": "k"}, sql=wrong)
+    reconcile.check("a good one", sql=NUMBERS)
+    report = run(connection, ["a circle", "a circle too", "a good one"])
+    good, *bad = sorted(report.checks, key=lambda each: each.name == "a good one", reverse=True)
+    assert (good.looked_at, good.error) == (1000, None)
+    for each in bad:
+        assert each.error and "it does not page: it came to 't0200' a second time" in each.error
+
+
 def test_a_check_that_fails_is_an_error_and_the_others_go_on(connection: Connection, tmp_path: Path) -> None:
     reconcile.check("a good one", sql=NUMBERS)
     reconcile.check("no table", sql="SELECT id AS key FROM nowhere WHERE id > %(after)s LIMIT %(limit)s")
