@@ -18,10 +18,11 @@ from orchestrator.store.connection import CLOCK, Connection
 
 _LONGEST_WANTED = 2000  # bytes; an entry of a B-tree has at most 2704
 
-# One that was begun a day ago and never finished is given up: it would mix two days.
+# One that was begun the night before and never finished is given up: it would mix two days.  Two nights may be less
+# than a day apart: by an hour when the clock is set forward, and by as much as the first began late.
 _GIVE_UP = f"""
 UPDATE orchestrator.reports SET finished_at = {CLOCK}, given_up = true
-WHERE wanted = %(wanted)s AND finished_at IS NULL AND started_at < {CLOCK} - interval '1 day'
+WHERE wanted = %(wanted)s AND finished_at IS NULL AND started_at < {CLOCK} - interval '20 hours'
 """
 _OPEN = f"""
 INSERT INTO orchestrator.reports (wanted, started_at) VALUES (%(wanted)s, {CLOCK})

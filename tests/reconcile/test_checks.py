@@ -8,6 +8,7 @@ import json
 import signal
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,26 @@ def test_one_that_was_interrupted_goes_on_where_it_was(connection: Connection) -
     report = run(connection, ["dies once"])
     assert asked == ["", "t0200", "t0400", "t0400", "t0600", "t0800", "t1000"]
     assert (report.checks[0].looked_at, report.checks[0].breaks) == (1000, 1000)
+
+
+def test_the_next_night_begins_anew_also_if_it_begins_a_little_earlier_or_has_an_hour_less(
+    connection: Connection,
+) -> None:
+    """Checks that the night before had done would not be looked at this night."""
+    begun = datetime(2026, 3, 28, 2, 30, tzinfo=UTC)
+    reconcile.check("things", sql=NUMBERS)
+    ends = ["dies"]
+
+    @reconcile.check("yet to come")
+    def yet_to_come(connection: Any, after: str, limit: int) -> list[Looked]:
+        if ends:
+            raise KeyboardInterrupt(ends.pop())
+        return []
+
+    with pytest.raises(KeyboardInterrupt):
+        run(connection, ["things", "yet to come"], now=begun)
+    connection.execute("UPDATE things SET bad = true")
+    assert run(connection, ["things", "yet to come"], now=begun + timedelta(hours=23)).breaks == 1000
 
 
 def test_two_at_once_share_a_report_and_count_nothing_twice(connection: Connection, database_url: str) -> None:
