@@ -238,7 +238,9 @@ def _of_workers(facts: Facts) -> Iterator[Finding]:
             "no-worker",
             Level.BROKEN if waits else Level.WARNING,
             "no worker runs",
-            f"nothing moves; {waits} pieces of work are due" if waits else "nothing would move",
+            f"nothing moves; {_many(waits, 'piece of work is', 'pieces of work are')} due"
+            if waits
+            else "nothing would move",
             "start one: celery -A <your app> worker",
         )
     for each in facts.living:
@@ -265,7 +267,8 @@ def _of_workers(facts: Facts) -> Iterator[Finding]:
 def _of_work(facts: Facts) -> Iterator[Finding]:
     for each in facts.waiting:
         due = (
-            f"{each.rows} pieces of work on queue {each.queue} for {each.target}, the oldest for {_words(each.oldest)}"
+            f"{_many(each.rows, 'piece')} of work on queue {each.queue} for {each.target}, the oldest for "
+            f"{_words(each.oldest)}"
         )
         if not each.queue_served:
             yield Finding(
@@ -286,7 +289,9 @@ def _of_work(facts: Facts) -> Iterator[Finding]:
         elif each.oldest > _WAITS:
             queue = facts.broker.queues.get(each.queue)
             doorbells = (
-                f"the broker holds {queue.messages} messages for it" if queue else "what the broker holds is not known"
+                f"the broker holds {_many(queue.messages, 'message')} for it"
+                if queue
+                else "what the broker holds is not known"
             )
             yield Finding(
                 "unclaimed",
@@ -302,35 +307,40 @@ def _of_runs(stuck: Stuck) -> Iterator[Finding]:
         yield Finding(
             "expired-attempts",
             Level.WARNING,
-            f"{stuck.expired} attempts are past their time",
-            "no pump was there to give them back",
+            f"{_many(stuck.expired, 'attempt is', 'attempts are')} past the time",
+            "no pump was there to give that back",
             "start a worker: its pump does it within seconds",
         )
     if stuck.unread:
         yield Finding(
             "unread",
             Level.WARNING,
-            f"{stuck.unread} arrivals are unread for more than a minute",
-            "their runs have no worker that could take a turn",
+            f"{_many(stuck.unread, 'arrival is', 'arrivals are')} unread for more than a minute",
+            "there is no worker that could take a turn of the run",
             "see unserved queues and unknown targets, or start a worker",
         )
     if stuck.parked and stuck.parked_since is not None:
         yield Finding(
             "parked",
             Level.WARNING,
-            f"{stuck.parked} runs are parked, the oldest began {_words(stuck.parked_since)} ago",
+            f"{_many(stuck.parked, 'run is', 'runs are')} parked, the oldest began {_words(stuck.parked_since)} ago",
             "each waits for a person, and may hold half-done business",
             "saga list --state parked, then saga explain RUN",
         )
     if stuck.paused:
         yield Finding(
-            "paused", Level.ADVICE, f"{stuck.paused} runs are paused", "a person holds them", "saga list --state paused"
+            "paused",
+            Level.ADVICE,
+            f"{_many(stuck.paused, 'run is', 'runs are')} paused",
+            "until a person lets it go on",
+            "saga list --state paused",
         )
     if stuck.unsent:
         yield Finding(
             "unsent",
             Level.WARNING,
-            f"{stuck.unsent} messages of schedules are not sent for more than a minute",
+            f"{_many(stuck.unsent, 'message of a schedule is', 'messages of schedules are')} not sent for more than a "
+            "minute",
             "no beat leads, the broker is away from it, or its code has these entries no more",
             "start a beat, see its log, or `saga schedules`",
         )
@@ -394,11 +404,12 @@ def _of_broker(broker: Broker) -> Iterator[Finding]:
 
 def _of_schedules(facts: Facts) -> Iterator[Finding]:
     if facts.schedules and (facts.leader_unseen is None or facts.leader_unseen > _UNSEEN):
+        many = len(facts.schedules)
         since = f"none was seen for {_words(facts.leader_unseen)}" if facts.leader_unseen else "none leads"
         yield Finding(
             "no-beat",
             Level.WARNING,
-            f"there are {len(facts.schedules)} schedules and no beat: {since}",
+            f"there {'is' if many == 1 else 'are'} {_many(many, 'schedule')} and no beat: {since}",
             "nothing of them fires",
             "start one, or two: celery -A <your app> beat",
         )
@@ -415,6 +426,10 @@ def _of_schedules(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "schedule", Level.WARNING, f"schedule {name!r}: {problem}", "it may not fire", "correct its entry"
             )
+
+
+def _many(number: int, one: str, more: str = "") -> str:
+    return f"{number} {one if number == 1 else more or f'{one}s'}"
 
 
 def _words(length: timedelta) -> str:

@@ -86,7 +86,7 @@ def test_after_the_broker_lost_its_messages_the_doctor_rings_for_what_is_due(
         assert found["unclaimed"] == "warning"
         assert examine(terminal)[1]["rung"] == ["celery"]
         assert client.llen("celery") == 1
-        assert any("holds 1 messages" in each["means"] for each in examine(terminal, "--no-ring")[1]["findings"])
+        assert any("holds 1 message for" in each["means"] for each in examine(terminal, "--no-ring")[1]["findings"])
 
 
 def test_schedules_without_a_beat_and_messages_that_wait_are_found(
@@ -110,7 +110,7 @@ def test_schedules_of_the_code_for_which_no_beat_was_ever_started_are_found(term
     finally:
         terminal.shop.app.conf.beat_schedule = {}
     assert found["no-beat"] == "warning"
-    assert any("there are 1 schedules and no beat" in each["what"] for each in told["findings"])
+    assert any("there is 1 schedule and no beat" in each["what"] for each in told["findings"])
 
 
 def test_unsafe_settings_are_found(terminal: Terminal, sql: psycopg.Connection[Any]) -> None:

@@ -114,3 +114,15 @@ def test_only_work_that_a_living_worker_could_take_is_rung_for() -> None:
 def test_what_a_queue_holds_is_told_with_the_work_that_lies() -> None:
     (found,) = judge(but(waiting=due(), broker=dataclasses.replace(BROKER, queues={"q": Queue(17)})))
     assert "holds 17 messages" in found.means
+
+
+def test_of_one_thing_it_speaks_in_the_singular() -> None:
+    facts = but(
+        living=[], waiting=[Waiting("q", "saga@1", 1, HOUR, False, False)], stuck=Stuck(1, 1, 1, HOUR, 1, 1),
+        leader_unseen=None,
+    )  # fmt: skip
+    told = {each.code: f"{each.what}; {each.means}" for each in judge(facts)}
+    assert "1 piece of work is due" in told["no-worker"] and "due: 1 piece of work on queue q" in told["unserved-queue"]
+    assert told["parked"].startswith("1 run is parked") and told["paused"].startswith("1 run is paused")
+    assert told["expired-attempts"].startswith("1 attempt is") and told["unread"].startswith("1 arrival is")
+    assert told["unsent"].startswith("1 message of a schedule is") and "there is 1 schedule and" in told["no-beat"]
