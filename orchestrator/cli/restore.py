@@ -29,8 +29,8 @@ _OPTIONS = (
                  help="The database was set back: let no run repeat what it may have done. Stop all workers first."),
     click.option("--dry-run", is_flag=True, help="With --after-restore: only say what would be done."),
     click.option("--snapshot", is_flag=True,
-                 help="With --after-restore: the files were set back as a whole, or an older copy was put back on the "
-                      "same server, which leaves no trace."),
+                 help="With --after-restore: the files were set back as a whole, or made anew from a template on "
+                      "the same server, which leaves no trace."),
     click.option("--nothing-lost", is_flag=True,
                  help="The database was moved or failed over, and every commit is there."),
 )  # fmt: skip
@@ -96,8 +96,8 @@ def _print(ctx: click.Context, aftermath: Aftermath, dry_run: bool) -> None:
     if not aftermath.needed:
         click.echo(
             "Nothing says that this database was restored since it was last looked at, so that nothing was done. If "
-            "its files were set back as a whole (a snapshot of the disk), or an older copy of it (a dump, a template) "
-            "was put back on the same server, say --snapshot too."
+            "its files were set back as a whole (a snapshot of the disk), or it was made anew from an older copy on "
+            "the same server (a template), say --snapshot too."
         )
         if not dry_run:
             return

@@ -178,13 +178,15 @@ def _of_lineage(facts: Facts) -> Iterator[Finding]:
             "stop all workers, then: saga doctor --after-restore",
         )
     elif facts.lineage is not None and facts.lineage.is_broken:
-        (system, before), (new_system, now) = facts.lineage.known, facts.lineage.now
+        (system, before, _), (new_system, now, _) = facts.lineage.known, facts.lineage.now
         server = "" if system == new_system else " and on another server"
+        how = f"was restored or failed over (timeline {int(before, 16)} -> {int(now, 16)}{server})"
+        if (system, before) == (new_system, now):
+            how = "was put back from a dump"
         yield Finding(
             "restored",
             Level.BROKEN,
-            f"this database was restored or failed over (timeline {int(before, 16)} -> {int(now, 16)}{server}), and "
-            "nobody said what was lost",
+            f"this database {how}, and nobody said what was lost",
             "after a restore to a moment in the past, or a failover that lost commits, runs do again what they did "
             "after that moment",
             "stop all workers, then: saga doctor --after-restore; or, after a failover to a synchronous standby, a "

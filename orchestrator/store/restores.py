@@ -17,13 +17,14 @@ from orchestrator.store.connection import CLOCK, Connection
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """Where the data was last looked at, and where it is: the server's identifier and its timeline.
+    """Where the data was last looked at, and where it is: the server's identifier, its timeline, the table's number.
 
-    A timeline begins whenever a server is promoted: at the end of a restore, and at a failover.
+    A timeline begins whenever a server is promoted: at the end of a restore, and at a failover.  A table gets a new
+    number when a dump is put back.
     """
 
-    known: tuple[int, str]
-    now: tuple[int, str]
+    known: tuple[int, str, int]
+    now: tuple[int, str, int]
 
     @property
     def is_broken(self) -> bool:
@@ -33,21 +34,23 @@ class Lineage:
 
 # The timeline that is written to now: the one of pg_control_checkpoint() lags behind until the next checkpoint.
 _NOW = """
-SELECT system_identifier, substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) AS timeline FROM pg_control_system()
+SELECT system_identifier, substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) AS timeline,
+    'orchestrator.lineage'::regclass::oid AS relation
+FROM pg_control_system()
 """
-_LINEAGE = f"SELECT l.system, l.timeline, n.system_identifier, n.timeline FROM orchestrator.lineage l, ({_NOW}) AS n"
+_LINEAGE = f"SELECT l.system, l.timeline, l.relation, n.* FROM orchestrator.lineage l, ({_NOW}) AS n"
 
 
 def lineage(connection: Connection) -> Lineage:
     """Return what is known of the data's lineage.  Must not be asked of a standby."""
     row = connection.execute(_LINEAGE).fetchone()
     assert row is not None
-    return Lineage((row[0], row[1]), (row[2], row[3]))
+    return Lineage(row[:3], row[3:])
 
 
 def acknowledge(connection: Connection) -> None:
     """Note that the data goes on where it is now (primary key)."""
-    connection.execute(f"UPDATE orchestrator.lineage SET (system, timeline) = ({_NOW})")
+    connection.execute(f"UPDATE orchestrator.lineage SET (system, timeline, relation) = ({_NOW})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSONB, OID
 
 SCHEMA = "orchestrator"
 metadata = MetaData(schema=SCHEMA)
@@ -246,6 +246,7 @@ lineage = Table(
     Column("one", Boolean, primary_key=True),
     Column("system", BigInteger, nullable=False),
     Column("timeline", Text, nullable=False),
+    Column("relation", OID, nullable=False),
 )
 
 restores = Table(

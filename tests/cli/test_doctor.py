@@ -196,6 +196,33 @@ def test_a_restore_can_be_looked_after_over_one_connection(
     assert "restored" not in examine(terminal)[2]
 
 
+_PUT_BACK = """
+ALTER TABLE orchestrator.lineage RENAME TO dumped;
+CREATE TABLE orchestrator.lineage (LIKE orchestrator.dumped INCLUDING ALL);
+INSERT INTO orchestrator.lineage SELECT * FROM orchestrator.dumped;
+DROP TABLE orchestrator.dumped;
+"""  # as pg_restore does
+
+
+def test_a_dump_that_is_put_back_on_the_same_server_is_noticed(
+    terminal: Terminal, sql: psycopg.Connection[Any]
+) -> None:
+    terminal.ok("start", "checkout", ORDER)
+    sql.execute(_PUT_BACK)
+    code, told, found = examine(terminal)
+    assert (code, found["restored"]) == (2, "broken")
+    assert any("this database was put back from a dump, and nobody" in each["what"] for each in told["findings"])
+    assert terminal.json("doctor", "--after-restore")["needed"] is True
+    assert "restored" not in examine(terminal)[2]
+    assert sql.execute("SELECT count(*) FROM orchestrator.arrivals").fetchone() == (1,)
+
+
+def test_what_rewrites_tables_is_no_restore(terminal: Terminal, sql: psycopg.Connection[Any]) -> None:
+    sql.execute("VACUUM FULL orchestrator.lineage")
+    sql.execute("ALTER TABLE orchestrator.lineage ALTER COLUMN timeline TYPE varchar(8)")
+    assert "restored" not in examine(terminal)[2]
+
+
 def test_a_failover_that_lost_nothing_is_noted(terminal: Terminal, sql: psycopg.Connection[Any]) -> None:
     terminal.ok("start", "checkout", ORDER)
     sql.execute(_SET_BACK)
@@ -216,7 +243,7 @@ def test_who_put_back_a_copy_on_the_same_server_hears_what_to_say(
 ) -> None:
     terminal.ok("start", "checkout", ORDER)
     said = " ".join(terminal.ok("doctor", "--after-restore").split())
-    assert "or an older copy of it (a dump, a template) was put back on the same server, say --snapshot too." in said
+    assert "or it was made anew from an older copy on the same server (a template), say --snapshot too." in said
     assert "1 runs had not ended" in terminal.ok("doctor", "--after-restore", "--snapshot")
     assert sql.execute("SELECT count(*) FROM orchestrator.arrivals").fetchone() == (1,)
 

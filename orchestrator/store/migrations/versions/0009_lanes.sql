@@ -59,6 +59,11 @@ BEGIN
 END $$;
 DROP TABLE orchestrator.work_before;
 
+-- Who puts a dump back makes the tables anew: the number of this one then differs from the one in its row.
+ALTER TABLE orchestrator.lineage ADD COLUMN relation oid;
+UPDATE orchestrator.lineage SET relation = 'orchestrator.lineage'::regclass;
+ALTER TABLE orchestrator.lineage ALTER COLUMN relation SET NOT NULL;
+
 DROP FUNCTION orchestrator.take_1, orchestrator.take_2, orchestrator.commit_turn_1, orchestrator.commit_turns_1,
     orchestrator.commit_turns_2;
 
