@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import islice
@@ -19,6 +20,7 @@ from celery.schedules import BaseSchedule, crontab, maybe_schedule, schedule, so
 
 from orchestrator import saga as sagas
 from orchestrator.codec import first_line
+from orchestrator.engine.patience import at_most
 from orchestrator.engine.schedules import EVER, LATE, OPTIONS, SENT, CatchUp, Overlap, Schedule
 from orchestrator.engine.timetable import Crontab, Interval, Rounded, Timetable
 from orchestrator.errors import UsageError
@@ -33,6 +35,7 @@ _DECIDE = (
     "_delta_to_next",
 )  # methods that say when a crontab is due
 _QUESTIONS = 10_000  # that a schedule of the application's own is asked before it is due once
+_COMPUTING_S = 3.0  # Postgres ends a transaction of beat's that stands still for 5 s
 _NEVER = "it has no slot within the next fifty years; correct its crontab"
 Prepare = Callable[[Any, Any, dict[str, Any]], tuple[runs.Start, Any]]
 
@@ -53,9 +56,10 @@ class Entry:
         return any(isinstance(each, BeatLazyFunc) for each in (*self.args, *self.kwargs.values()))
 
     def call(self, slot: datetime) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments for a slot; lazy ones are computed now."""
-        args = [_value(each) for each in self.args]
-        kwargs = {name: _value(each) for name, each in self.kwargs.items()}
+        """Return the arguments for a slot; lazy ones are computed now, while a transaction of beat's waits."""
+        with at_most(_COMPUTING_S) if self.is_lazy else nullcontext():
+            args = [_value(each) for each in self.args]
+            kwargs = {name: _value(each) for name, each in self.kwargs.items()}
         return args, kwargs | ({self.slot_argument: slot} if self.slot_argument else {})
 
 

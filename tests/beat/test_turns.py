@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from celery import Celery
+from celery.beat import BeatLazyFunc
 
-from orchestrator import Orchestrator
+from orchestrator import Orchestrator, saga
 from orchestrator.celery.beat import Scheduler
 from orchestrator.store import schedules as store
 from orchestrator.store.connection import Connection, open_connection
 
 SLOT = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@saga.define
+async def hourly(amount: int) -> int:
+    return amount
 
 
 @pytest.fixture
@@ -83,3 +90,25 @@ def test_what_is_to_be_sent_or_waits_is_forgotten_once_its_entry_is_gone_for_lon
     assert forget(gone + timedelta(days=31)) == 2
     left = [run_id for (run_id,) in connection.execute("SELECT run_id FROM orchestrator.slots ORDER BY 1").fetchall()]
     assert left == ["it 2", "other 0", "other 1", "other 2"], "the run of the third may go on"
+
+
+def test_an_argument_that_takes_too_long_to_compute_harms_no_other_entry(
+    app: Celery, scheduler: Scheduler, connection: Connection
+) -> None:
+    """Postgres ends who stands still in a transaction; beat took that for a database that is away, and began anew."""
+
+    def compute() -> int:
+        time.sleep(7.0)
+        return 1
+
+    app.conf.beat_schedule = {
+        "slow": {"task": hourly.name, "schedule": 3600, "args": (BeatLazyFunc(compute),)},
+        "good": {"task": hourly.name, "schedule": 3600, "args": (1,)},
+    }
+    scheduler.tick()
+    connection.execute("UPDATE orchestrator.schedules SET settled_until = settled_until - interval '1 hour'")
+    for _ in range(3):
+        scheduler.tick()
+    assert connection.execute("SELECT schedule, state FROM orchestrator.slots").fetchall() == [("good", "started")]
+    ((problem,),) = connection.execute("SELECT problem FROM orchestrator.schedules WHERE name = 'slow'").fetchall()
+    assert "an argument of it could not be computed: TimeoutError: it did not come back within 3 s" in problem
