@@ -289,8 +289,9 @@ def route(name: str) -> str:
 def set_router(router: Callable[[str], str]) -> None:
     """Let the bound app say where tasks go."""
     global _router
-    _router = router
-    _routes.clear()
+    if router != _router:  # others may be routing in other threads
+        _router = router
+        _routes.clear()
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from billiard.common import terminate_handler_fired
 from celery import Celery, Task, signals
+from celery._state import _get_active_apps
 from celery.exceptions import Ignore, Reject
 
 from orchestrator import saga as sagas
@@ -45,7 +47,7 @@ from orchestrator.machine.turn import Script
 from orchestrator.result import SagaResult
 from orchestrator.retention import Pruned
 from orchestrator.saga import Saga
-from orchestrator.settings import Settings
+from orchestrator.settings import PREFIX, Settings
 from orchestrator.step import Step, current_step, in_transaction_of, set_router
 from orchestrator.step import registry as step_registry
 from orchestrator.store.permits import Permits
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _events_lock = threading.Lock()
+_open: list[Orchestrator] = []  # of this process
 
 
 class Orchestrator:
@@ -64,9 +67,13 @@ class Orchestrator:
 
     `database_url` (or ORCHESTRATOR_DATABASE_URL) names the Postgres that holds the runs; other settings as keyword
     arguments, see `orchestrator.settings.Settings`.  Nothing is connected before it is needed.
+    Of several apps in one process the last one has the sagas and steps, but in a worker that of the worker.
+    Raises: UsageError for an app that has one.
     """
 
     def __init__(self, app: Celery, *, database_url: str | None = None, **settings: Any) -> None:
+        if getattr(app, "orchestrator", None) is not None:
+            raise UsageError(f"app {app.main!r} has an Orchestrator already: use that one, app.orchestrator")
         self.app = app
         self._overrides = {"database_url": database_url, **settings}
         self._local = threading.local()
@@ -85,6 +92,20 @@ class Orchestrator:
         signals.worker_process_init.connect(self._begin_child)
         step_registry.listen(self._bind_step)
         sagas.registry.listen(self._bind_saga)
+        _warn_of_another_database(self)
+
+    def take_over(self) -> None:
+        """Take sagas, steps and routes back from an app that was bound later: a worker is that of one app."""
+        set_router(self._route)
+        for step in step_registry.steps.values():
+            step.bound = self.app.tasks[step.name]
+        for saga in sagas.registry.sagas.values():
+            saga.starter = self
+
+    @property
+    def database(self) -> str:
+        """The database's URL as far as it is known before the settings are read; a secret."""
+        return str(self._overrides["database_url"] or os.environ.get(f"{PREFIX}DATABASE_URL", ""))
 
     def _reduce_app(self) -> Any:
         """A pool child that is spawned, not forked, gets a copy of the app: it needs an Orchestrator as well."""
@@ -273,6 +294,7 @@ class Orchestrator:
             return self._step_events
 
     def _new_drainer(self) -> Drainer:
+        self.take_over()  # a child that was spawned has imported the apps anew
         gc.freeze()  # what was imported until now stays: no collection need look at it again
         gc.collect()  # finds nothing, and so the next full one does not wait until a quarter of all that has come anew
         bond = worker.Bond()
@@ -323,6 +345,19 @@ class Orchestrator:
             )
         finally:
             transactions.dispose()
+
+
+def _warn_of_another_database(made: Orchestrator) -> None:
+    """Say that sagas go to another database than they did; it may be meant, such as an app that a test makes."""
+    _open[:] = [other for other in _open if other.app in _get_active_apps()]  # without those that were closed
+    if _open and made.database and _open[-1].database not in ("", made.database):
+        logger.warning(
+            "app %r has another database than app %r, and both are open in this process, where the sagas belong to the "
+            "last one: from now on they start in the database of %r. Bind one app in each process, or close() the "
+            "one before",
+            made.app.main, _open[-1].app.main, made.app.main,
+        )  # fmt: skip
+    _open.append(made)
 
 
 def _stopping() -> bool:

@@ -35,6 +35,54 @@ def test_a_step_has_its_queue_and_options_without_a_warning_of_celery() -> None:
         assert (task.queue, task.rate_limit, task.throws) == ("fast", "3/s", (KeyError,))
 
 
+def test_an_app_has_one_orchestrator() -> None:
+    """A second would start a second companion in each worker, and take the settings of the first out of use."""
+    with Celery("twice", broker="memory://", set_as_current=False) as app:
+        first = Orchestrator(app, database_url="postgresql://host/db")
+        with pytest.raises(UsageError, match="app 'twice' has an Orchestrator already"):
+            Orchestrator(app, database_url="postgresql://host/other")
+        assert getattr(app, "orchestrator", None) is first
+
+
+def test_sagas_that_go_to_another_database_than_before_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    def bind(name: str, database: str) -> tuple[Celery, list[str]]:
+        caplog.clear()
+        app = Celery(name, broker="memory://", set_as_current=False)
+        Orchestrator(app, database_url=f"postgresql://ann:secret@host/{database}")
+        return app, [message for message in caplog.messages if message.count("several_") > 1]
+
+    first, none = bind("several_first", "db")
+    same, neither = bind("several_same", "db")
+    other, warned = bind("several_other", "elsewhere")
+    for app in (first, same, other):
+        app.close()
+    alone, after = bind("several_alone", "db")
+    alone.close()
+    assert none == neither == after == []
+    assert len(warned) == 1 and "from now on they start in the database of 'several_other'" in warned[0]
+    assert "secret" not in warned[0]
+
+
+def test_a_worker_drives_the_sagas_of_its_own_app_whatever_else_was_bound_after_it() -> None:
+    @step(name="owned.pay")
+    def pay() -> None: ...
+
+    @saga.define(name="owned.saga")
+    async def owned() -> None: ...
+
+    with (
+        Celery("owner", broker="memory://", set_as_current=False) as app,
+        Celery("guest", broker="memory://", set_as_current=False) as other,
+    ):
+        app.conf.task_routes = {"owned.pay": {"queue": "owners"}}
+        other.conf.task_routes = {"owned.pay": {"queue": "guests"}}
+        owner = Orchestrator(app, database_url="postgresql://host/db")
+        guest = Orchestrator(other, database_url="postgresql://host/db")
+        assert (owned.starter, pay.queue, pay.task.app) == (guest, "guests", other)
+        owner.take_over()
+        assert (owned.starter, pay.queue, pay.task.app) == (owner, "owners", app)
+
+
 def test_doorbells_do_not_wait_for_the_rate_that_an_app_has_for_its_tasks() -> None:
     """All work of a worker would, and doorbells would pile up."""
     with Celery("rated", broker="memory://", set_as_current=False) as app:
