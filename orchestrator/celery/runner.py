@@ -178,9 +178,7 @@ class Runner:
             guard = contextlib.nullcontext() if isinstance(task, steps_base()) else time_limit(seconds, context.hangs)
             with self._fixups.around_step(), running(context), guard:
                 traced = tracer(request["id"], args, kwargs, request)
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        except BaseException as error:  # KeyboardInterrupt too: in a worker SIGINT raises none, so the step's code did
             self._fixups.after_failure()
             return Invocation(error=error)
         finally:
@@ -216,8 +214,6 @@ class _StepTrace(TraceInfo):
         error.__traceback__ = from_user_code(error.__traceback__)
         try:
             return super().handle_failure(task, req, **options)
-        except KeyboardInterrupt:
-            raise
         except BaseException:
             logger.exception("step %s failed, and so did what is told of that; its own error counts", req.id)
             return ExceptionInfo((type(error), error, error.__traceback__))

@@ -6,6 +6,7 @@ Owns what a child knows of the attempts that it has run.  Must never decide what
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -299,7 +300,7 @@ def _run_once(function: Callable[[], Any] | None) -> Invocation:
         return Invocation(error=LookupError("the saga does not ask for this any more"), harmless=True)
     try:
         return Invocation(function())
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:  # SystemExit too is a failed attempt, not the end of this process
+        if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            raise  # a person's, who interrupts a test; a worker has other handlers
         return Invocation(error=error)

@@ -128,6 +128,8 @@ async def once_badly(how: str) -> Any:
     def badly() -> Any:
         if how == "SystemExit":
             raise SystemExit(4)
+        if how == "KeyboardInterrupt":
+            raise KeyboardInterrupt
         return steps.bad_value(how)
 
     try:

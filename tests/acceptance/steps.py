@@ -239,6 +239,10 @@ def return_bad(which: str) -> Any:
 def raise_bad(which: str) -> None:
     if which == "SystemExit":
         raise SystemExit(3)
+    if which == "KeyboardInterrupt":
+        raise KeyboardInterrupt
+    if which == "GeneratorExit":
+        raise GeneratorExit
     if which == "__str__ raises":
         raise SpeechlessError
     if which == "NUL in the message":

@@ -410,7 +410,11 @@ def test_once_now_uuid_random_version_and_info_are_recorded(world: World, own_wo
 
 
 def test_once_with_a_function_that_misbehaves_is_a_failed_attempt(sql_of: psycopg.Connection[Any], worker: Any) -> None:
-    for how, error in (("SystemExit", "SystemExit"), ("NaN", "PayloadError")):
+    for how, error in (
+        ("SystemExit", "SystemExit"),
+        ("KeyboardInterrupt", "KeyboardInterrupt"),
+        ("NaN", "PayloadError"),
+    ):
         result = sagas.once_badly.delay(how)
         until(lambda run=result: "attempted" in kinds(sql_of, run), "the first attempt")
         (entry,) = sql_of.execute(

@@ -43,7 +43,10 @@ def test_an_argument_or_an_output_that_cannot_be_stored_fails_the_run(worker: Wo
         assert "undo before" in world.told(result)
 
 
-@pytest.mark.parametrize("which", ["SystemExit", "__str__ raises", "NUL in the message", "two megabytes"])
+@pytest.mark.parametrize(
+    "which",
+    ["SystemExit", "KeyboardInterrupt", "GeneratorExit", "__str__ raises", "NUL in the message", "two megabytes"],
+)
 def test_an_exception_of_any_kind_is_a_failed_attempt(worker: Worker, world: World, which: str) -> None:
     result = sagas.one_step.delay("raise_bad", which)
     failure = failure_of(result)
