@@ -369,6 +369,16 @@ def is_code_error(error: BaseException) -> bool:
     """Tell whether `error` says that saga code is wrong, not that the run went wrong."""
     if isinstance(error, BaseExceptionGroup):
         return any(is_code_error(inner) for inner in error.exceptions)
-    return isinstance(error, CODE_ERRORS) or (
-        isinstance(error, asyncio.CancelledError) is False and not isinstance(error, Exception)
-    )
+    if isinstance(error, CODE_ERRORS) or _refused_by_asyncio(error):
+        return True
+    return not isinstance(error, (Exception, asyncio.CancelledError))
+
+
+def _refused_by_asyncio(error: BaseException) -> bool:
+    """Tell whether asyncio itself refuses something, such as its ``run`` in a saga: that has no class of its own."""
+    trace = error.__traceback__
+    if type(error) is not RuntimeError or trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] == asyncio.__name__

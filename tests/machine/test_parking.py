@@ -196,6 +196,50 @@ def test_a_saga_that_exits_does_not_take_the_worker_along() -> None:
         Stage(exits, 1).turn()
 
 
+def _runs() -> None:
+    coroutine = asyncio.sleep(0)
+    try:
+        asyncio.run(coroutine)
+    finally:
+        coroutine.close()
+
+
+def _runs_a_loop() -> None:
+    loop, coroutine = asyncio.new_event_loop(), asyncio.sleep(0)
+    try:
+        loop.run_until_complete(coroutine)
+    finally:
+        coroutine.close()
+        loop.close()
+
+
+@pytest.mark.parametrize("misuse", [_runs, _runs_a_loop, lambda: asyncio.Lock().release()])
+def test_what_asyncio_refuses_is_a_mistake_in_saga_code(misuse: Callable[[], object]) -> None:
+    """It has no class of its own: a run was undone for it, though nothing had gone wrong but its code."""
+
+    @saga.define(name="misuses")
+    async def misuses(n: int) -> None:
+        await saga.step(charge, n)
+        misuse()
+
+    stage = Stage(misuses, 1)
+    stage.turn()
+    with pytest.raises(CodeError):
+        stage.succeed("charge", "c")
+
+
+def test_a_runtime_error_of_ones_own_is_no_mistake_in_saga_code() -> None:
+    @saga.define(name="raises itself")
+    async def raises(n: int) -> None:
+        await saga.step(charge, n)
+        raise RuntimeError("no stock")
+
+    stage = Stage(raises, 1)
+    stage.turn()
+    stage.succeed("charge", "c")
+    assert stage.due == [("refund", "undo")]
+
+
 def test_a_mistake_inside_a_task_group_is_a_code_error_too() -> None:
     @saga.define(name="mistaken group")
     async def mistaken_group(n: int) -> None:
