@@ -498,7 +498,8 @@ class _StepDecorator:
         return current_step.get() or _in_main_thread or stand_in()
 
 
-def _declare(function: Callable[..., Any], options: dict[str, Any]) -> Step[Any, Any]:
+def _declare(function: Any, options: dict[str, Any]) -> Step[Any, Any]:
+    _refuse_declared(function)
     own = {name: options.pop(name) for name in tuple(options) if name in StepOptions.__dataclass_fields__}
     name = options.pop("name", None) or name_of(function)
     if "key" in own:  # in a declaration the key of its limits; to name a call is for with_options()
@@ -509,6 +510,17 @@ def _declare(function: Callable[..., Any], options: dict[str, Any]) -> Step[Any,
     declared: Step[Any, Any] = Step(function, name, StepOptions(**own))
     registry.add(declared)
     return declared
+
+
+def _refuse_declared(function: Any) -> None:
+    name = getattr(function, "__name__", "")
+    if isinstance(function, Step):
+        raise DefinitionError(f"step {name!r}: {function.name} is a step already; one `@step` takes all options")
+    if hasattr(function, "starter"):  # a saga, which this module cannot know
+        raise DefinitionError(
+            f"step {name!r}: {function.name} is a saga already; another saga asks for it with "
+            f"`await saga.child({name}, ...)`, and a step that starts it is a function of its own"
+        )
 
 
 step = _StepDecorator()

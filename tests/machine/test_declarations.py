@@ -44,6 +44,15 @@ def test_a_step_is_no_saga() -> None:
         saga.define(step(paying))
 
 
+def test_a_saga_and_a_step_are_no_step() -> None:
+    """Calling it, which a saga refuses, failed every attempt."""
+    where = r"tests\.machine\.test_declarations\.paying"
+    with pytest.raises(DefinitionError, match=rf"^step 'paying': {where} is a saga already; .* saga\.child\(paying, "):
+        step(saga.define(paying))
+    with pytest.raises(DefinitionError, match=rf"^step 'paying': {where} is a step already; one `@step` "):
+        step(queue="fast")(step(paying))
+
+
 def found(n: int) -> bool | None: ...
 
 
