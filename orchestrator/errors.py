@@ -284,7 +284,10 @@ def message_of(described: Mapping[str, Any]) -> str:
     said = str(described.get("message") or "")
     if "BaseExceptionGroup" not in described.get("mro", ()):
         return said
-    return ": ".join([said, *filter(None, ["; ".join(_members(str(described.get("traceback"))))])])
+    members = "; ".join(_members(str(described.get("traceback"))))
+    if said.endswith(members):  # as the message of an attempt does
+        return said
+    return _storable(f"{said}: {members}", MESSAGE_BYTES)
 
 
 def _members(trace: str) -> list[str]:

@@ -17,7 +17,7 @@ from orchestrator.engine.advance import Advancer, AfterCommit
 from orchestrator.engine.commit import new_fence
 from orchestrator.engine.session import DeclaredDeadError, OrphanedError, Session
 from orchestrator.engine.worker import Invocation, StepRunner
-from orchestrator.errors import PayloadError, Rejected, StoreUnavailableError, describe_exception
+from orchestrator.errors import PayloadError, Rejected, StoreUnavailableError, describe_exception, message_of
 from orchestrator.failpoints import failpoint
 from orchestrator.machine.journal import AttemptEnded
 from orchestrator.machine.policy import is_among
@@ -211,6 +211,7 @@ class Attempts:
             except PayloadError as refused:
                 error = refused
         described = describe_exception(error, invocation.trace)
+        described["message"] = message_of(described)  # as recorded, it is what saga code is told at every replay
         verdict = "failed" if harmless or invocation.harmless else "doubt"
         if isinstance(error, Rejected) or (not isinstance(error, _NOT_ITS_OWN) and self._refused(taken, described)):
             verdict = "rejected"

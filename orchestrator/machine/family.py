@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.errors import message_of
 from orchestrator.machine import blocks
 from orchestrator.machine.fold import Fold
 from orchestrator.machine.journal import (
@@ -236,7 +237,7 @@ def _failure(decisions: Decisions, state: RunState) -> Error:
     cause = fold.raised or (fold.rollback.error if fold.rollback else None) or {"type": state.capitalize()}
     left: tuple[Any, ...] = fold.ended.left if fold.ended else ()
     told = {
-        "type": cause.get("type", ""), "message": cause.get("message", ""), "run": fold.info.id, "state": str(state),
+        "type": cause.get("type", ""), "message": message_of(cause), "run": fold.info.id, "state": str(state),
         "left": list(left),
     }  # fmt: skip
     return told | {"partly": True} if _is_undone_partly(fold) else told

@@ -117,6 +117,10 @@ def test_the_message_of_a_group_tells_people_the_exceptions_in_it() -> None:
         "KeyError"
     )
     assert described["message"] == "unhandled errors in a TaskGroup (2 sub-exceptions)"  # as histories have it
+    described["message"] = told = errors.message_of(described)
+    assert errors.message_of(described) == told
+    described["message"] = "x" * errors.MESSAGE_BYTES
+    assert len(errors.message_of(described)) == errors.MESSAGE_BYTES
 
 
 def test_the_message_of_any_other_exception_is_its_own() -> None:

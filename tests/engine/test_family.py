@@ -103,6 +103,32 @@ async def forgiving(what: str) -> str:
         return f"{error.state}: {error.error_type} {error.error['message']}"
 
 
+@step(effect=Effect.NONE, retry=AT_ONCE)
+def look_at_two(what: str) -> None:
+    raise ExceptionGroup("both", [ValueError(f"no {what}"), KeyError("k")])
+
+
+@saga.define
+async def looks_beside(what: str) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(refused_beside(what))
+
+
+async def refused_beside(what: str) -> None:
+    raise ValueError(f"no {what}\nand so on")
+
+
+@saga.define
+async def tells_of_groups(what: str) -> list[str]:
+    told = []
+    for ask in (lambda: saga.step(look_at_two, what), lambda: saga.child(looks_beside, what)):
+        try:
+            await ask()
+        except StepFailed as error:
+            told.append(str(error))
+    return told
+
+
 @saga.define
 async def with_pivot(then: str) -> str:
     if then == "told":
@@ -207,6 +233,14 @@ def test_a_child_that_fails_is_undone_before_its_parent_hears_of_it(child: Child
     result = run(client, child, forgiving, "thing")
     assert result.get(timeout=10).startswith("compensated: StepFailed")
     assert DONE == ["thing", "undo thing"]
+
+
+def test_saga_code_is_told_which_errors_are_in_a_group(child: Child, client: Client) -> None:
+    step_failed, child_failed = run(client, child, tells_of_groups, "thing").get()
+    assert step_failed.endswith(": ExceptionGroup: both (2 sub-exceptions): ValueError: no thing; KeyError: 'k'")
+    assert child_failed.endswith(
+        ": ExceptionGroup: unhandled errors in a TaskGroup (1 sub-exception): ValueError: no thing"
+    )
 
 
 def test_a_parent_that_is_cancelled_while_its_child_waits_takes_it_along(
