@@ -534,7 +534,7 @@ def _of_runs(new: list[runs.Start], error: StoreUnavailableError) -> StoreUnavai
 
 
 def _known(run_id: str) -> None:
-    if not is_name(run_id, limit_bytes=2000):  # a correcting run is named after a run and a key
+    if not is_name(run_id, limit_bytes=2600):  # a correcting run is named after a run and a key
         raise unknown_run(run_id)
 
 

@@ -103,7 +103,7 @@ def reading(ctx: click.Context) -> Iterator[Connection]:
 
 def run_of(connection: Connection, run_id: str) -> dict[str, Any]:
     """Return the row of a run.  Raises: UnknownRunError."""
-    if not is_name(run_id, limit_bytes=2000):  # which Postgres cannot be asked for
+    if not is_name(run_id, limit_bytes=2600):  # which Postgres cannot be asked for
         raise unknown_run(run_id)
     row = runs.run(connection, run_id)
     if row is None:

@@ -21,6 +21,7 @@ from orchestrator.saga.declare import Saga, registry
 from orchestrator.saga.inside import code_of
 from orchestrator.saga.steps import decode_result
 
+_LONGEST_ID = 2000  # in bytes; the id of a correcting run has that and a key in it, and an index holds 2,704
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -46,7 +47,7 @@ def child_of(
     return code.ask(
         Request(
             name=saga.name,
-            asked=functools.partial(_asked, saga, encoded),
+            asked=functools.partial(_asked, code, saga, encoded),
             same=same,
             decode=functools.partial(decode_result, saga),
             failure=functools.partial(_failure, code.fold.info.id),
@@ -54,13 +55,24 @@ def child_of(
     )
 
 
-def _asked(saga: Saga[Any, Any], encoded: dict[str, Json], key: str) -> Asked:
+def _asked(code: SagaCode, saga: Saga[Any, Any], encoded: dict[str, Json], key: str) -> Asked:
+    if key not in code.fold.steps:
+        _refuse_long_id(code.fold.info.child(key))
     options = saga.options
     return Asked(
         key, saga.name, encoded, kind="child", version=options.version, effect=Effect.COMPENSATABLE,
         undo=Undo(saga.name), queue=options.queue, priority=options.priority,
         timeout=options.deadline.total_seconds() if options.deadline else 0.0,
     )  # fmt: skip
+
+
+def _refuse_long_id(run_id: str) -> None:
+    """Nobody could ask for such a run or give it orders, and no index would hold one that is longer still."""
+    if len(run_id.encode(errors="replace")) > _LONGEST_ID:
+        raise UsageError(
+            f"the id of a child has that of its parent in it, and {run_id:.60}... would be longer than "
+            f"{_LONGEST_ID} bytes: put fewer children into each other, or give runs and sagas shorter names"
+        )
 
 
 def _same(saga: Saga[Any, Any], encoded: dict[str, Json], asked: Asked) -> bool:

@@ -103,6 +103,11 @@ async def forgiving(what: str) -> str:
         return f"{error.state}: {error.error_type} {error.error['message']}"
 
 
+@saga.define(name="x" * 400)
+async def nests(n: int) -> int:
+    return await saga.child(nests, n - 1) if n else 0
+
+
 @step(effect=Effect.NONE, retry=AT_ONCE)
 def look_at_two(what: str) -> None:
     raise ExceptionGroup("both", [ValueError(f"no {what}"), KeyError("k")])
@@ -233,6 +238,20 @@ def test_a_child_that_fails_is_undone_before_its_parent_hears_of_it(child: Child
     result = run(client, child, forgiving, "thing")
     assert result.get(timeout=10).startswith("compensated: StepFailed")
     assert DONE == ["thing", "undo thing"]
+
+
+@pytest.mark.parametrize(("levels", "state"), [(3, "completed"), (4, "parked")])
+def test_a_child_of_a_child_whose_id_nobody_could_name_is_refused(
+    child: Child, client: Client, levels: int, state: str
+) -> None:
+    """Longer still, no index could hold it: every turn failed, and workers took Postgres for down."""
+    run_id = "r" * 500
+    run(client, child, nests, levels, run_id=run_id)
+    deepest = run_id + f"/{'x' * 400}#0" * 3
+    told = client.outcome(deepest)
+    assert told.state == state
+    if state == "parked":
+        assert "would be longer than 2000 bytes" in str(told.parked)
 
 
 def test_saga_code_is_told_which_errors_are_in_a_group(child: Child, client: Client) -> None:
