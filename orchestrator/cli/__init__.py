@@ -9,8 +9,11 @@ Every ``celery`` command loads this module, a worker's start too: a command is i
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import click
+
+from orchestrator.cli.writing import writing
 
 __all__ = ["saga"]
 
@@ -35,6 +38,11 @@ class _Group(click.Group):
         module = import_module(f"orchestrator.cli.{_MODULES[name]}")
         command: click.Command = getattr(module, "list_" if name == "list" else name)
         return command
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse arguments; ``--help`` is written here.  Raises: ClickException."""
+        with writing():
+            return super().make_context(*args, **kwargs)
 
 
 @click.group(

@@ -6,7 +6,6 @@ Owns how a command begins and ends.  Must never know what a particular command d
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import os
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.cli import words
+from orchestrator.cli.writing import writing
 from orchestrator.client import Client
 from orchestrator.codec import first_line, is_name
 from orchestrator.errors import OrchestratorError, UnknownSagaError
@@ -31,7 +31,6 @@ from orchestrator.store.missing import unknown_run
 
 F = TypeVar("F", bound=Callable[..., Any])
 EXIT_CODES = "Exit codes: 0 done, 1 it failed, was refused or was not found, 2 wrong usage."
-_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _PIPE_WIDTH = 200  # for grep: where there is no terminal, lines are not folded at 80
 
 
@@ -49,22 +48,24 @@ class Command(click.Command):
         if not _shows_all() and isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
         try:
-            return super().invoke(ctx)
+            with writing():
+                return super().invoke(ctx)
         except OrchestratorError as error:
             raise click.ClickException(str(error)) from None
         except REFUSED as error:  # such as a role that may not read
             raise click.ClickException(f"Postgres refuses: {first_line(error)}") from None
         except UnicodeEncodeError:  # a shell hands bytes that are not UTF-8 on as lone surrogates
             raise click.UsageError("what was said is not text in UTF-8, and so nothing here is called that") from None
-        except OSError as error:
-            if error.errno not in _UNWRITABLE:
-                raise
-            raise click.ClickException(f"nothing can be written: {error.strerror}") from None
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Parse arguments; ``--help`` is written here.  Raises: ClickException."""
+        with writing():
+            return super().make_context(*args, **kwargs)
 
 
 def _shows_all() -> bool:
     """Tell whether the terminal, or whatever reads this, takes any text: in some locales it does not."""
-    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    return (getattr(sys.stdout, "encoding", "") or "").lower().replace("-", "") == "utf8"
 
 
 as_json = click.option("--json", "json_", is_flag=True, help="Print JSON for programs.")
@@ -137,7 +138,7 @@ def console(ctx: click.Context) -> Console:
 
     Texts are shown as they are: a run's id, its input or its error may look like markup or an emoji of rich's.
     """
-    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    narrow = (sys.stdout is not None and sys.stdout.isatty()) or "COLUMNS" in os.environ
     options: dict[str, Any] = {"no_color": True} if getattr(ctx.obj, "no_color", False) else {}
     options |= {"highlight": False, "markup": False, "emoji": False, "soft_wrap": False}
     return Console(width=None if narrow else _PIPE_WIDTH, **options)

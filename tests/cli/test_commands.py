@@ -112,7 +112,7 @@ def test_what_a_terminal_cannot_show_is_left_out_and_json_stays_whole() -> None:
     assert json.loads(CliRunner(charset="latin-1").invoke(speak, ["--json"]).output) == {"id": "späte → 1"}
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"]])
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["--help"], ["list", "--help"]], ids=" ".join)
 def test_output_that_cannot_be_written_is_one_sentence(terminal: Terminal, arguments: list[str]) -> None:
     """Such as to a disk that is full."""
     terminal.start("checkout", "1")
@@ -123,3 +123,14 @@ def test_output_that_cannot_be_written_is_one_sentence(terminal: Terminal, argum
             command, cwd=ROOT, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
         )
     assert (refused.returncode, refused.stderr) == (1, "Error: nothing can be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["--help"]], ids=" ".join)
+def test_an_output_that_is_closed_is_no_error(terminal: Terminal, arguments: list[str]) -> None:
+    """``>&-`` says that nobody wants to know; an order that is given so is to be given."""
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "celery", "-A", "tests.cli.shop", "saga"]
+    environment = {**os.environ, **terminal.environment, "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    assert (said.returncode, said.stderr) == (0, "")
