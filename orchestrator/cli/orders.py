@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from orchestrator.cli.command import Command, JsonType, as_json, client_of, full_name, print_json, run_argument
 from orchestrator.client import Client
 from orchestrator.errors import UsageError, as_typed
+from orchestrator.machine.states import RunState
 from orchestrator.saga import registry as sagas
 
 reason_option = click.option("--reason", default="", help="Why; kept in the run's history.")
@@ -113,8 +114,12 @@ def resume(
     A run that was paused by itself stays so when its saga is resumed.
     """
     if _one_run(run_id, saga_name, queue):
-        client_of(ctx).operate(str(run_id), "resume", by=who(by), reason=reason)
-        _say(json_, str(run_id), "resume", f"Run {run_id} goes on.")
+        client = client_of(ctx)
+        state = client.outcome(str(run_id)).state
+        client.operate(str(run_id), "resume", by=who(by), reason=reason)
+        # What is parked is not shown as paused, nor is what has not heard of it: the order is left in any case.
+        known = f"is not paused, it is {state}; a pause that it does not show yet is lifted"
+        _say(json_, str(run_id), "resume", f"Run {run_id} {'goes on' if state == RunState.PAUSED else known}.")
         return
     name = full_name(saga_name)
     ended = client_of(ctx).resume(saga=name, queue=queue, by=who(by), reason=reason)

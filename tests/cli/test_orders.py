@@ -62,8 +62,13 @@ def test_pause_holds_a_run_says_who_and_why_and_resume_lets_it_go(worked: Termin
     assert reason["text"].startswith("Paused by ann (the bank is closed).")
     assert reason["hints"] == [f"saga resume {asleep}"]
     assert "operator: pause by ann “the bank is closed”" in worked.ok("history", asleep)
-    worked.ok("resume", asleep, "--by", "bob")
+    assert f"Run {asleep} goes on. Watch" in worked.ok("resume", asleep, "--by", "bob")
     worked.until(asleep, "running")
+
+
+def test_resuming_a_run_that_is_not_paused_does_not_say_that_it_goes_on(worked: Terminal, asleep: str) -> None:
+    said = worked.ok("resume", asleep)
+    assert f"Run {asleep} is not paused, it is running; a pause that it does not show yet is lifted." in said
 
 
 def test_a_command_that_is_printed_can_be_typed_as_it_is(worked: Terminal) -> None:
