@@ -32,7 +32,7 @@ from celery.utils.time import maybe_make_aware
 from orchestrator.celery import handlers
 from orchestrator.celery.events import Attempt, StepEvents, task_id
 from orchestrator.celery.fixups import Fixups
-from orchestrator.codec import FunctionCodec
+from orchestrator.codec import FunctionCodec, check
 from orchestrator.engine.worker import Invocation
 from orchestrator.errors import PayloadError, Rejected, from_user_code
 from orchestrator.machine.journal import AttemptEnded
@@ -194,7 +194,7 @@ class Runner:
             self._fixups.after_failure()
         elif asked:  # it wants to be called again, whatever it returned
             return _again(asked[-1])
-        return _translate(taken, traced)
+        return _translate(task, taken, traced)
 
 
 class _StepTrace(TraceInfo):
@@ -401,15 +401,12 @@ def _decode(taken: Taken) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return codec.decode_call(args)
 
 
-def _translate(taken: Taken, traced: Any) -> Invocation:
+def _translate(task: Any, taken: Taken, traced: Any) -> Invocation:
     info = traced.info
     if info is None and taken.role == "undo":
         return Invocation()  # it is undone; what that gave is for nobody, and so need not be fit to be stored
     if info is None:
-        try:
-            return Invocation(_codec_of(taken).encode_result(traced.retval))
-        except PayloadError as error:
-            return Invocation(error=error)
+        return _returned(task, taken, traced.retval)
     raised = info.retval
     if info.state == states.RETRY and isinstance(raised, Retry):
         return _again(raised)
@@ -421,6 +418,17 @@ def _translate(taken: Taken, traced: Any) -> Invocation:
         return Invocation(error=RuntimeError(str(raised)))
     told = traced.retval  # of the exception itself, or of one in its place that can be pickled
     return Invocation(error=raised, trace=told.traceback if getattr(told, "exception", None) is raised else "")
+
+
+def _returned(task: Any, taken: Taken, value: Any) -> Invocation:
+    ignored = bool(task.ignore_result) and taken.task not in step_registry.steps  # Celery looks at no such result
+    try:
+        result = _codec_of(taken).encode_result(value)
+        if ignored:
+            check(result)
+        return Invocation(result)
+    except PayloadError as error:
+        return Invocation() if ignored else Invocation(error=error)
 
 
 def _again(wanted: Retry) -> Invocation:

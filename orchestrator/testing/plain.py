@@ -10,8 +10,9 @@ from typing import Any
 from celery.exceptions import Ignore, Reject, Retry
 
 from orchestrator.celery import handlers
-from orchestrator.errors import Rejected
-from orchestrator.step import step
+from orchestrator.codec import check
+from orchestrator.errors import PayloadError, Rejected
+from orchestrator.step import legacy_codec, step
 
 
 def call(task: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -28,7 +29,7 @@ def call(task: Any, /, *args: Any, **kwargs: Any) -> Any:
         is_eager=True,  # so that retry() raises and sends nothing
     )
     try:
-        return task(*(handlers.told(task, args) or args), **kwargs)
+        return _kept(task, task(*(handlers.told(task, args) or args), **kwargs))
     except Ignore:
         return None
     except Reject as rejected:
@@ -37,3 +38,13 @@ def call(task: Any, /, *args: Any, **kwargs: Any) -> Any:
         raise (again.exc or again) from None
     finally:
         task.pop_request()
+
+
+def _kept(task: Any, value: Any) -> Any:
+    """Of a task with ``ignore_result`` what cannot be stored is None."""
+    if task.ignore_result:
+        try:
+            check(legacy_codec.encode_result(value))
+        except PayloadError:
+            return None
+    return value

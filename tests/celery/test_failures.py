@@ -8,7 +8,7 @@ import pytest
 from celery import Celery
 from celery.exceptions import Retry
 
-from orchestrator import Rejected, step
+from orchestrator import PayloadError, Rejected, step
 from tests.celery.conftest import Invoke
 
 
@@ -96,3 +96,25 @@ def test_what_a_task_asked_for_does_not_count_for_the_next_attempt(app: Celery, 
     assert isinstance(invoke("failing.once").error, Retry)
     ended = invoke("failing.once")
     assert (ended.error, ended.result) == (None, "done")
+
+
+@pytest.mark.parametrize("value", [object(), "a\0b", "x" * 300_000, "kept"], ids=range(4))
+def test_a_task_whose_result_nobody_wants_need_not_return_what_can_be_stored(
+    value: Any, app: Celery, invoke: Invoke
+) -> None:
+    """In Celery it succeeds; in a saga it was done again until its attempts were used up."""
+
+    @app.task(name="failing.mails", ignore_result=True, shared=False)
+    def mails(*_: Any) -> Any:
+        return value
+
+    done = invoke("failing.mails")
+    assert (done.error, done.result) == (None, value if value == "kept" else None)
+
+
+def test_a_result_that_cannot_be_stored_fails_where_somebody_may_want_it(app: Celery, invoke: Invoke) -> None:
+    @app.task(name="failing.asks", shared=False)
+    def asks(*_: Any) -> Any:
+        return object()
+
+    assert isinstance(invoke("failing.asks").error, PayloadError)

@@ -34,6 +34,11 @@ def ignore() -> None:
     raise Ignore
 
 
+@shared_task(name="plainly.mail", ignore_result=True)
+def mail() -> object:
+    return object()
+
+
 @shared_task(name="plainly.reject")
 def reject() -> None:
     raise Reject("not wanted", requeue=False)
@@ -74,6 +79,11 @@ def said() -> list[Any]:
 # -- as a step ---------------------------------------------------------------------------------------------------------
 def test_a_task_that_is_ignored_has_succeeded_with_none() -> None:
     run = testing.run(one, ignore.name, [])
+    assert (run.state, run.output, len(run.calls)) == ("completed", None, 1)
+
+
+def test_a_task_whose_result_nobody_wants_need_not_return_what_can_be_stored() -> None:
+    run = testing.run(one, mail.name, [])
     assert (run.state, run.output, len(run.calls)) == ("completed", None, 1)
 
 
