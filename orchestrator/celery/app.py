@@ -150,9 +150,18 @@ class Orchestrator:
     def _route(self, task: str) -> str:
         """Return the queue that the app sends a task to: that of the task itself, or by the app's routes."""
         known = self.app._tasks.get(task)
-        queue = getattr(known, "queue", None) or self.app.amqp.router.route({}, task, task_type=known).get("queue")
+        queue = getattr(known, "queue", None) or self._ask_router(task, known)
         name = getattr(queue, "name", queue) or self.app.conf.task_default_queue  # it may be one of kombu's queues
         return str(name)
+
+    def _ask_router(self, task: str, known: Any) -> Any:
+        try:
+            return self.app.amqp.router.route({}, task, task_type=known).get("queue")
+        except Exception as error:
+            raise UsageError(
+                f"task_routes gives {task} no queue: {type(error).__name__}: {error}. A router is asked once for each "
+                "task, without arguments: let it do without them, or name the queue with queue="
+            ) from error
 
     # -- starting ------------------------------------------------------------------------------------------------------
     def start(

@@ -160,6 +160,21 @@ def test_a_router_sees_the_task_that_it_routes_as_in_celery() -> None:
         assert orchestrator._route("seen.pay") == "acme"
 
 
+def test_a_router_that_cannot_do_without_arguments_is_named() -> None:
+    """What it raised parked the run as an error of its saga: IndexError, tuple index out of range."""
+    with Celery("reads", broker="memory://", set_as_current=False) as app:
+        app.conf.task_routes = (lambda name, args, kwargs, options, task=None, **_: {"queue": args[0]},)
+        Orchestrator(app, database_url="postgresql://host/db")
+
+        @step(name="reads.pay")
+        def pay() -> None: ...
+
+        with pytest.raises(
+            UsageError, match=r"^task_routes gives reads\.pay no queue: IndexError: .*, without arguments.* queue="
+        ):
+            _ = pay.queue
+
+
 @pytest.mark.filterwarnings("ignore::celery.exceptions.CDeprecationWarning")
 def test_the_queue_of_a_task_may_be_given_as_kombu_has_queues() -> None:
     with Celery("kombus", broker="memory://", set_as_current=False) as app:
