@@ -15,7 +15,7 @@ from sqlalchemy import Connection as SqlConnection
 
 from orchestrator import Effect, RetryPolicy, saga, step
 from orchestrator.engine.pump import Pump
-from orchestrator.store import gates, pauses, runs
+from orchestrator.store import gates, liveness, pauses, runs
 from tests.acceptance.running import until
 from tests.engine.stage import Child, entries, start, state
 from tests.limits.steps import calls, moments, pings, single
@@ -50,6 +50,17 @@ def fails(n: int) -> int:
 @step(transactional=True, concurrency=1)
 def book(conn: SqlConnection, n: int) -> int:
     return n
+
+
+@step(effect=Effect.NONE, concurrency=1)
+def post(n: int) -> int:
+    return n
+
+
+@saga.define(name="limits.elsewhere")
+async def elsewhere(n: int) -> int:
+    saga.step(post.with_options(queue="nobody"), n)
+    return await saga.step(post, n + 1)
 
 
 @saga.define(name="limits.booked")
@@ -131,6 +142,34 @@ def test_what_was_let_in_on_a_queue_that_is_paused_then_makes_room_and_stands_in
     assert gates.admit(connection, "g", NOW + timedelta(seconds=3)) == {}
     pauses.lift(connection, "queue", "q", "ann", "")
     assert gates.admit(connection, "g", NOW + timedelta(seconds=4)) == {"q": 1}
+
+
+def serve(connection: psycopg.Connection[Any], queue: str) -> int:
+    return liveness.register(connection, node=queue, host="h", pid=1, queues=[queue], targets=["t"], slots=1)
+
+
+def test_who_was_let_in_on_a_queue_that_nobody_serves_makes_room_for_whom_somebody_does(connection: Any) -> None:
+    stand(connection, "g", 3, most=1)
+    connection.execute("UPDATE orchestrator.work SET queue = 'other' WHERE run_id IN ('g-2', 'g-3')")
+    worker = serve(connection, "q")
+    gates.admit(connection, "g", NOW + timedelta(seconds=1))
+    liveness.declare_dead(connection, worker)
+    serve(connection, "other")
+    served = []
+    for second in (2, 3, 4):
+        gates.admit(connection, "g", NOW + timedelta(seconds=second))
+        served += [run_id for run_id, _ in let_in(connection)]
+        connection.execute("DELETE FROM orchestrator.work WHERE run_id = %s AND queue = 'other'", [served[-1]])
+    assert served == ["g-2", "g-3", "g-1"], "with nobody else in line it has its place, should somebody serve it"
+
+
+def test_what_has_begun_keeps_its_place_whoever_serves_its_queue(connection: Any) -> None:
+    stand(connection, "g", 2, most=1)
+    connection.execute("UPDATE orchestrator.work SET queue = 'other' WHERE run_id = 'g-2'")
+    gates.admit(connection, "g", NOW + timedelta(seconds=1))
+    connection.execute("UPDATE orchestrator.work SET fence = 7 WHERE run_id = 'g-1'")
+    serve(connection, "other")
+    assert gates.admit(connection, "g", NOW + timedelta(seconds=2)) == {}
 
 
 def test_a_concurrency_lets_in_as_many_as_have_left(connection: Any) -> None:
@@ -243,6 +282,19 @@ def test_a_pump_lets_in_whom_the_dead_have_left_in_line(child: Child, connection
         return state(connection) == "completed"
 
     until(worked, "the run is worked off")
+
+
+def test_a_step_on_a_queue_that_nobody_serves_does_not_keep_the_others_out(child: Child, connection: Any) -> None:
+    start(connection, elsewhere, 1)
+    pump = Pump(lambda queue, times: None, lease=timedelta(seconds=2), reservation=timedelta(milliseconds=100))
+
+    def passed() -> bool:
+        child.drain()
+        pump.run_once(connection)
+        return bool(child.runner.calls)
+
+    until(passed, "the step that can be run is let in")
+    assert [key for _, key, _ in child.runner.calls] == [f"{post.name}#1"]
 
 
 def test_a_run_goes_on_where_a_gate_is_full_of_others(new_child: Any, connection: Any) -> None:

@@ -573,6 +573,9 @@ DECLARE
     v_next timestamptz;
     v_in integer;
     v_paused constant text[] := ARRAY(SELECT p.name FROM orchestrator.pauses p WHERE p.kind = 'queue');
+    v_served constant text[] := ARRAY(
+        SELECT DISTINCT unnest(i.queues) FROM orchestrator.incarnations i WHERE i.dead_at IS NULL);
+    v_others boolean := false;
     v_unserved text[];
     v_head record;
     v_slot timestamptz;
@@ -587,16 +590,32 @@ BEGIN
               FOR UPDATE SKIP LOCKED) AS w
         WHERE u.run_id = w.run_id AND u.lane = w.lane;
     END IF;
+    -- So do those of a queue that no living worker has, if somebody waits whom one could take; a rate they do not hold.
+    UPDATE orchestrator.work u SET due_at = u.due_at + v_line
+    FROM (SELECT w.run_id, w.lane FROM orchestrator.work w
+          WHERE w.gate = p_gate AND w.due_at < v_inside AND w.begun_by IS NULL AND NOT w.queue = ANY (v_served)
+            AND w.call -> 'g' ->> 'most' IS NOT NULL
+            AND EXISTS (SELECT FROM orchestrator.work o
+                        WHERE o.gate = p_gate AND o.due_at >= v_inside AND o.queue = ANY (v_served)
+                          AND NOT o.queue = ANY (v_paused))
+          FOR UPDATE SKIP LOCKED) AS w
+    WHERE u.run_id = w.run_id AND u.lane = w.lane;
     -- Who is in, begun or not (index work_gate).  Where admitted steps lie, nobody takes them: no more of those.
     SELECT count(*), v_paused || array_agg(DISTINCT w.queue) FILTER (WHERE w.fence IS NULL AND w.due_at < v_now - v_ahead / 2)
     INTO v_in, v_unserved FROM orchestrator.work w WHERE w.gate = p_gate AND w.due_at < v_inside;
     FOR v_n IN 1 .. 10000 LOOP
-        -- Whoever is being withdrawn is passed over; nobody waits for a row of work here.
+        -- Whoever is being withdrawn is passed over; nobody waits for a row of work here.  Others than those whom a
+        -- living worker can take have what room these leave.
         SELECT w.run_id, w.lane, w.queue, w.due_at - v_line AS wanted, (w.call -> 'g' ->> 'most')::integer AS most,
             (w.call -> 'g' ->> 'every')::float8 AS every
         INTO v_head FROM orchestrator.work w
         WHERE w.gate = p_gate AND w.due_at >= v_inside AND NOT w.queue = ANY (v_unserved)
+            AND (v_others OR w.queue = ANY (v_served))
         ORDER BY w.due_at LIMIT 1 FOR UPDATE SKIP LOCKED;
+        IF NOT FOUND AND NOT v_others THEN
+            v_others := true;
+            CONTINUE;
+        END IF;
         EXIT WHEN NOT FOUND OR v_in >= v_head.most OR v_head.most IS NOT NULL AND v_head.wanted > v_now;
         v_slot := greatest(v_now, v_head.wanted, CASE WHEN v_head.every IS NOT NULL THEN v_next END);
         EXIT WHEN v_slot > v_now + v_ahead;
