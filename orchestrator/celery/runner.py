@@ -62,6 +62,7 @@ _asked: ContextVar[list[Retry] | None] = ContextVar("orchestrator_asked", defaul
 _limit: ContextVar[float] = ContextVar("orchestrator_limit", default=0.0)
 _hangs: ContextVar[Callable[[], None] | None] = ContextVar("orchestrator_hangs", default=None)
 _HANGS_AFTER_S = 1.0
+_UNCOMMITTED = 1000  # attempts that the events of a process remember
 # Without the conversions from and to enumerations, which take twice as long as all else that an alarm does.
 _handle: Callable[[int, Any], Any] = _signal.signal
 
@@ -74,7 +75,7 @@ class Runner:
         self._app = app
         self._open_transactions = transactions
         self._events = events
-        self._attempts: dict[int, Attempt | None] = {}  # by fence: those whose outcome is not committed yet
+        self._attempts: dict[int, Attempt] = {}  # by fence: those that are told of once their outcome is committed
         self._fixups = Fixups(app)
         self._tracers: dict[str, Callable[..., Any]] = {}
         self._transactions: Transactions | None = None
@@ -150,6 +151,14 @@ class Runner:
         if taken.role != "once" and not taken.refused:
             self._events.finish(attempt, taken, outcome, taken.again)
 
+    def _begin(self, taken: Taken) -> Attempt | None:
+        attempt = self._events.begin(taken)
+        if attempt is not None:
+            if len(self._attempts) >= _UNCOMMITTED:  # far more than are about at once: these have lost their fences
+                self._attempts.pop(next(iter(self._attempts)))
+            self._attempts[taken.fence or 0] = attempt
+        return attempt
+
     def _traced(
         self, task: Any, taken: Taken, context: StepContext, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Invocation:
@@ -172,7 +181,7 @@ class Runner:
         invoked, hears = _invoked.set(task.name), _asked.set(asked)
         seconds = (context.deadline - taken.now).total_seconds()
         limit, hangs = _limit.set(seconds), _hangs.set(context.hangs)
-        attempt = self._attempts[taken.fence or 0] = self._events.begin(taken)
+        attempt = self._begin(taken)
         process = os.getpid()
         try:
             guard = contextlib.nullcontext() if isinstance(task, steps_base()) else time_limit(seconds, context.hangs)

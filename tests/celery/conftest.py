@@ -12,6 +12,7 @@ from celery import Celery
 from orchestrator import Orchestrator
 from orchestrator.celery.events import StepEvents
 from orchestrator.celery.runner import Runner
+from orchestrator.engine.commit import new_fence
 from orchestrator.engine.worker import Invocation
 from orchestrator.step import StepContext
 from orchestrator.store.turns import Taken
@@ -40,7 +41,7 @@ def invoke(runner: Runner) -> Invoke:
     def invoke(name: str) -> Invocation:
         now = datetime.now(UTC)
         until = now + timedelta(seconds=30)
-        taken = Taken("run", 1, f"{name}#0", "do", name, "q", name, 1, {"a": {}, "t": 30}, 1, until, now)
+        taken = Taken("run", 1, f"{name}#0", "do", name, "q", name, 1, {"a": {}, "t": 30}, new_fence(), until, now)
         return runner.invoke(taken, StepContext("run", taken.key, 1, "run:key", until))
 
     return invoke

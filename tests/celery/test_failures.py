@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from celery import Celery
 from celery.exceptions import Retry
 
 from orchestrator import PayloadError, Rejected, step
+from orchestrator.celery.runner import Runner
 from tests.celery.conftest import Invoke
 
 
@@ -118,3 +120,16 @@ def test_a_result_that_cannot_be_stored_fails_where_somebody_may_want_it(app: Ce
         return object()
 
     assert isinstance(invoke("failing.asks").error, PayloadError)
+
+
+@pytest.mark.parametrize(("told", "most"), [(None, 0), (SimpleNamespace(ended=1.0), 1000)], ids=["no events", "events"])
+def test_attempts_that_nobody_finishes_are_forgotten(
+    told: Any, most: int, invoke: Invoke, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has lost the fence reports to nobody; each such attempt was kept for as long as the process lived."""
+    monkeypatch.setattr(runner._events, "begin", lambda taken: told)
+    monkeypatch.setattr(runner._events, "leave", lambda attempt: None)
+    step(name="failing.ends")(lambda: None)
+    for _ in range(1500):
+        invoke("failing.ends")
+    assert len(runner._attempts) == most
