@@ -34,6 +34,7 @@ from orchestrator.engine.reconcile import Report
 from orchestrator.engine.schedules import OPTIONS
 from orchestrator.engine.worker import Worker
 from orchestrator.errors import (
+    ConfigurationError,
     DefinitionError,
     OrchestratorError,
     Rejected,
@@ -123,6 +124,16 @@ class Orchestrator:
         settings = Settings.from_environment(**self._overrides)
         set_limit(settings.payload_limit)
         return settings
+
+    def settings_at_start(self) -> Settings:
+        """The settings, for a worker or a beat that starts: what is wrong with them ends it with one sentence.
+
+        Raises: SystemExit.
+        """
+        try:
+            return self.settings
+        except ConfigurationError as error:
+            raise SystemExit(f"orchestrator: {error}") from None
 
     @functools.cached_property
     def bell(self) -> Bell:

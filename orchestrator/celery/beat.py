@@ -42,6 +42,7 @@ class Scheduler(celery.beat.Scheduler):
 
     def __init__(self, app: Celery, *args: Any, **kwargs: Any) -> None:
         self._orchestrator = app.orchestrator
+        self._orchestrator.settings_at_start()
         self._book = Book(app)
         self._post = Post(app, self._book)
         self._holder = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(4)}"

@@ -105,7 +105,7 @@ class CompanionStep(bootsteps.StartStopStep):
 
     def create(self, worker: Any) -> None:
         """Start the companion's process; `hear` waits for it while the worker is about to take its first message."""
-        quiet_logs(self.orchestrator.settings.show_payloads)
+        quiet_logs(self.orchestrator.settings_at_start().show_payloads)
         self.orchestrator.take_over()
         self._folder = tempfile.mkdtemp(prefix="orchestrator-")
         _share(Path(self._folder))

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -28,4 +30,16 @@ def test_a_worker_that_takes_no_json_ends_with_one_sentence() -> None:
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 1
     assert "add 'json' to accept_content" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("process", ["worker", "beat"])
+def test_a_process_without_a_database_url_ends_with_one_sentence(process: str) -> None:
+    """It ended with forty lines of traceback, and beat with one word of it a line."""
+    command = [sys.executable, "-m", "celery", "-A", "tests.beat.app", "-b", "memory://", process]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "C_FORCE_ROOT": "1"}
+    environment.pop("ORCHESTRATOR_DATABASE_URL", None)
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert "orchestrator: No database is configured: set ORCHESTRATOR_DATABASE_URL" in ended.stderr
     assert "Traceback" not in ended.stderr
