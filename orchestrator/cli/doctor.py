@@ -25,6 +25,7 @@ from orchestrator.engine.doctor import EXIT_CODE, Facts, Finding, Level, judge, 
 from orchestrator.errors import OrchestratorError
 from orchestrator.saga import registry as sagas
 from orchestrator.step import registry as steps
+from orchestrator.step import route
 from orchestrator.store import check, pauses, restores, runs
 from orchestrator.store import doctor as store
 from orchestrator.store import schedules as schedules_store
@@ -101,8 +102,8 @@ def _schedules(app: Any, declared: list[dict[str, Any]]) -> list[tuple[str, str 
 
 def _named_queues(app: Any) -> set[str]:
     found = {app.conf.task_default_queue}
-    found |= {step.options.queue for step in steps.steps.values()}
-    found |= {saga.options.queue for saga in sagas.sagas.values()}
+    found |= {step.queue for step in steps.steps.values()}
+    found |= {saga.options.queue or route(saga.name) for saga in sagas.sagas.values()}
     return found - {""}
 
 

@@ -260,7 +260,7 @@ def _of_workers(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "idle-queue",
                 Level.ADVICE,
-                f"no worker serves queue {queue}, which a step or saga of this app names",
+                f"no worker serves queue {queue}, to which a step or saga of this app goes",
                 "work for it would wait",
                 f"start a worker with -Q {queue}, if it is to be done",
             )
@@ -412,7 +412,7 @@ def _of_schedules(facts: Facts) -> Iterator[Finding]:
             "no-beat",
             Level.WARNING,
             f"there {'is' if many == 1 else 'are'} {_many(many, 'schedule')} and no beat: {since}",
-            "nothing of them fires",
+            f"nothing of {'it' if many == 1 else 'them'} fires",
             "start one, or two: celery -A <your app> beat",
         )
     for name, problem in facts.schedules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -87,6 +88,19 @@ def test_after_the_broker_lost_its_messages_the_doctor_rings_for_what_is_due(
         assert examine(terminal)[1]["rung"] == ["celery"]
         assert client.llen("celery") == 1
         assert any("holds 1 message for" in each["means"] for each in examine(terminal, "--no-ring")[1]["findings"])
+
+
+def test_a_queue_that_the_routes_of_the_app_name_and_no_worker_serves_is_found(
+    terminal: Terminal, sql: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only those were looked at that a declaration names."""
+    routes = importlib.import_module("orchestrator.step")._routes
+    monkeypatch.setitem(routes, "tests.cli.shop.ship", "parcels")
+    monkeypatch.setitem(routes, "tests.cli.shop.checkout", "orders")
+    sql.execute(_WORKER, [["tests.cli.shop.checkout@1"]])
+    told = [each["what"] for each in examine(terminal)[1]["findings"] if each["code"] == "idle-queue"]
+    assert any("no worker serves queue parcels" in what for what in told)
+    assert any("no worker serves queue orders" in what for what in told)
 
 
 def test_schedules_without_a_beat_and_messages_that_wait_are_found(
