@@ -204,6 +204,10 @@ _PLAIN: Final = frozenset({
     "definition-ref", "enum", "literal", "model", "model-fields", "model-field", "dataclass", "dataclass-args",
     "dataclass-field", "typed-dict", "typed-dict-field",
 })  # fmt: skip
+_BOUNDS: Final = (
+    "gt", "ge", "lt", "le", "multiple_of", "min_length", "max_length", "pattern", "max_digits", "decimal_places",
+    "now_op", "tz_constraint",
+)  # fmt: skip
 _PLAIN_KEYS: Final = frozenset({"any", "str", "int", "decimal", "date", "datetime", "uuid", "enum"})
 # What is left out of the JSON, or is in it and not taken from it; and code that is run when a value is made anew.
 _DOUBTFUL: Final = (
@@ -227,6 +231,8 @@ def _is_sure(schema: Any) -> bool:
 
 def _is_plain(schema: dict[str, Any]) -> bool:
     kind = schema.get("type")
+    if kind in ("model", "dataclass") and _has_bounds(schema["schema"]):
+        return False  # it may have been changed since it was made, and an instance is not validated again
     if any(map(schema.get, _DOUBTFUL)) or schema.get("init") is False or callable(schema.get("discriminator")):
         return False
     if kind == "dict":
@@ -237,6 +243,16 @@ def _is_plain(schema: dict[str, Any]) -> bool:
     if kind == "literal":
         return all(value is None or type(value) in (str, int, bool) for value in schema["expected"])
     return not isinstance(kind, str) or kind in _PLAIN
+
+
+def _has_bounds(schema: Any) -> bool:
+    if isinstance(schema, list | tuple):
+        return any(map(_has_bounds, schema))
+    if not isinstance(schema, dict):
+        return False
+    parts = (part for key, part in schema.items() if not _is_opaque(schema, key))
+    bounded = isinstance(schema.get("type"), str) and any(schema.get(name) is not None for name in _BOUNDS)
+    return bounded or any(map(_has_bounds, parts))
 
 
 def alike(one: Any, other: Any) -> bool:

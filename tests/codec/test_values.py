@@ -444,6 +444,19 @@ class Scaled:
         self.value *= factor
 
 
+class Refund(BaseModel):
+    cents: int = Field(gt=0)
+
+
+class Batch(BaseModel):
+    refunds: list[Refund]
+
+
+def changed(refund: Refund) -> Refund:
+    refund.cents = -1
+    return refund
+
+
 LOST: list[tuple[Any, Any]] = [
     (Place, Place.HOME),
     (dict[tuple[int, int], str], {(1, 2): "a"}),
@@ -452,6 +465,8 @@ LOST: list[tuple[Any, Any]] = [
     (Closed, Closed(net=1)),
     (Split, Split(words="a b")),  # type: ignore[arg-type]
     (Scaled, Scaled(2, 3)),
+    (Refund, changed(Refund(cents=1))),
+    (Batch, Batch(refunds=[changed(Refund(cents=1))])),
 ]
 
 
