@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.cli.source import Source, dotted, helpers, resolve, source_of
-from orchestrator.errors import PayloadError
+from orchestrator.errors import DefinitionError, PayloadError
 from orchestrator.machine.policy import Effect
 from orchestrator.saga import Saga
+from orchestrator.saga import map as saga_map
 from orchestrator.saga import step as saga_step
 from orchestrator.step import Step
 from orchestrator.step import registry as steps
@@ -30,7 +31,7 @@ class Rule:
 
 
 RULES = {
-    "SG001": Rule("a declaration that is refused at import"),
+    "SG001": Rule("a declaration that is refused, at import or at its first use"),
     "SG101": Rule("a compensation that is no registered task"),
     "SG102": Rule("a step with neither effect nor compensation declared", warning=True),
     "SG103": Rule("a step after the pivot that can fail for good", warning=True),
@@ -68,6 +69,9 @@ def shown_path(path: str) -> str:
 # -- declarations ------------------------------------------------------------------------------------------------------
 def check_step(step: Step[Any, Any], registered: Collection[str]) -> Iterator[Finding]:
     """Yield what is wrong in a step's own declaration."""
+    if (refused := _annotations_of(step)) is not None:
+        yield refused  # of such a step little else can be asked
+        return
     undo = step.arm(dict.fromkeys(step.codec.parameters)) if step.options.compensate is not None else None
     source = source_of(step.function)
     if undo is not None and undo.task not in registered and source is not None:
@@ -79,6 +83,18 @@ def check_step(step: Step[Any, Any], registered: Collection[str]) -> Iterator[Fi
             "unknown, because a worker died, the undo fails and the run parks. Let it take None, or declare a probe"
         )
         yield from _at(source, source.node, "SG104", text)
+
+
+def _annotations_of(declared: Step[Any, Any] | Saga[Any, Any]) -> Finding | None:
+    """Return what is wrong with its annotations, which are resolved when it is used: that may be after a deploy."""
+    try:
+        declared.codec.prepare()
+    except DefinitionError as error:
+        place = inspect.unwrap(declared.function).__code__
+        source = source_of(declared.function)
+        line = source.node.lineno if source is not None else place.co_firstlineno
+        return Finding(shown_path(place.co_filename), line, 1, "SG001", str(error))
+    return None
 
 
 def _can_be_unknown(step: Step[Any, Any]) -> bool:
@@ -104,6 +120,8 @@ def _unregistered(step: str, task: str) -> str:
 # -- saga code ---------------------------------------------------------------------------------------------------------
 def check_saga(saga: Saga[Any, Any], registered: Collection[str]) -> Iterator[Finding]:
     """Yield what is wrong in a saga function and in the functions of its module that it calls."""
+    if (refused := _annotations_of(saga)) is not None:
+        yield refused
     seen: set[Callable[..., Any]] = set()
     waiting: list[Callable[..., Any]] = [inspect.unwrap(saga.function)]
     while waiting:
@@ -125,9 +143,10 @@ def _at(source: Source, node: ast.AST, code: str, message: str) -> Iterator[Find
 def _check_calls(source: Source, registered: Collection[str]) -> Iterator[Finding]:
     for call in _calls(source, source.node.body):
         used = _used_step(source, call)
-        if used is not None:
-            yield from _check_use(source, call, used, registered)
-        elif (problem := _misused(source, call)) is not None:
+        uses = [used] if used is not None else _mapped_steps(source, call)
+        for use in uses:
+            yield from _check_use(source, call, use, registered)
+        if not uses and (problem := _misused(source, call)) is not None:
             yield from _at(source, call, *problem)
 
 
@@ -158,6 +177,13 @@ def _used_step(source: Source, call: ast.Call) -> _Use | None:
     if resolve(source, call.func) is not saga_step or not call.args:
         return None
     return _use_of(source, call.args[0])
+
+
+def _mapped_steps(source: Source, call: ast.Call) -> list[_Use]:
+    """Return the steps that ``saga.map(...)`` asks for: that of the items, and the one that pages, if it has one."""
+    if resolve(source, call.func) is not saga_map:
+        return []
+    return [use for node in call.args[:2] if (use := _use_of(source, node)) is not None]
 
 
 def _use_of(source: Source, node: ast.expr) -> _Use | None:

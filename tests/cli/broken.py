@@ -146,6 +146,9 @@ async def undeclared() -> None:
     await saga.step(plain.s(1))  # SG102
     await saga.step(bare.with_options(effect=Effect.NONE), 1)
     await saga.step(bare.with_options(compensate=look), 1)
+    await saga.map(bare, [1, 2])  # SG102
+    await saga.map(look, bare)  # SG102
+    await saga.map(look, [1, 2])
 
 
 @saga.define

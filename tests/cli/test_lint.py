@@ -46,7 +46,7 @@ def test_every_mistake_is_found_on_its_line_and_nothing_else(found: subprocess.C
 
 def test_errors_exit_with_1_and_are_counted(found: subprocess.CompletedProcess[str]) -> None:
     assert found.returncode == 1
-    assert re.fullmatch(r"Found \d+ errors and 6 warnings\.", found.stdout.splitlines()[-1])
+    assert re.fullmatch(r"Found \d+ errors and 8 warnings\.", found.stdout.splitlines()[-1])
 
 
 def test_the_reference_application_is_clean() -> None:
@@ -89,6 +89,33 @@ def test_a_declaration_that_is_refused_is_named_with_its_line(tmp_path: Path) ->
     assert refused.returncode == 1
     assert (finding["path"], finding["line"], finding["code"]) == ("refused.py", 5, "SG001")
     assert "takes nonsense" in finding["message"]
+
+
+UNREADABLE = """
+from __future__ import annotations
+from typing import TYPE_CHECKING
+from orchestrator import saga, step
+if TYPE_CHECKING:
+    from decimal import Decimal
+class Order: ...
+@step
+def charge(order: Order) -> None: ...
+@saga.define
+async def pay(amount: Decimal) -> None: ...
+@step
+def refund(amount: Decimal) -> None: ...
+@step(compensate=refund)
+def take(amount: int) -> None: ...
+"""
+
+
+def test_annotations_that_cannot_be_read_are_found_before_a_run_parks_by_them(tmp_path: Path) -> None:
+    (tmp_path / "good.py").write_text(GOOD)
+    (tmp_path / "unreadable.py").write_text(UNREADABLE)
+    found = json.loads(_lint("good", "unreadable.py", "--json", cwd=tmp_path).stdout)
+    assert [(each["line"], each["code"]) for each in found] == [(9, "SG001"), (11, "SG001"), (13, "SG001")]
+    assert "'order' is annotated with" in found[0]["message"] and "cannot be encoded" in found[0]["message"]
+    assert "pay: its annotations cannot be resolved (name 'Decimal' is not defined)" in found[1]["message"]
 
 
 def test_a_module_that_is_not_there_is_wrong_usage(tmp_path: Path) -> None:
