@@ -24,7 +24,7 @@ _ROOM = 160  # characters of a value, unless --full
 @click.command(cls=Command)
 @run_argument
 @click.option("--traceback", is_flag=True, help="Show the traceback of every error.")
-@click.option("--full", is_flag=True, help="Show arguments and results whole.")
+@click.option("--full", is_flag=True, help="Show arguments, results and errors whole.")
 @as_json
 @click.pass_context
 def history(ctx: click.Context, run_id: str, traceback: bool, full: bool, json_: bool) -> None:

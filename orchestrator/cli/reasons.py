@@ -86,9 +86,21 @@ def _ended(case: Case) -> Iterator[Reason]:
     text = f"It ended {run['state']} at {case.clock(run['finished_at'])}, {when}: nothing of it is outstanding."
     yield Reason("ended", text)
     if run["error"]:
-        yield Reason("error", _sentence(f"What ended it: {words.error(run['error'])}"))
+        yield Reason("error", _sentence(f"What ended it: {_unawaited(case.fold)}{_error(run['error'])}"))
     for item in run["left_effects"]:
         yield Reason("left", f"{item['key']} was not undone (its outcome: {item['outcome']}).", item["key"])
+
+
+def _unawaited(fold: Fold) -> str:
+    """Name the step whose failure is the run's because nobody awaited it: its own error says nothing of it."""
+    if fold.raised is None or fold.returned is None:
+        return ""
+    keys = (key for key, step in fold.steps.items() if step.error is fold.raised)
+    return next((f"{key}, which the saga asked for and never awaited, failed: " for key in keys), "")
+
+
+def _error(described: dict[str, Any] | None) -> str:
+    return words.error(described, words.ERROR_ROOM)
 
 
 def _parked(case: Case) -> Iterator[Reason]:
@@ -96,10 +108,10 @@ def _parked(case: Case) -> Iterator[Reason]:
     if case.fold.parked is not None:
         forward = case.fold.parked.role == "pivot" or case.run["past_pivot"]
         text = _parked_run(case.fold.parked, forward)
-        yield Reason("parked", text, "", _run_hints(run_id, forward))
+        yield Reason("parked", text, "", _run_hints(run_id, forward, case.fold.parked.role == "drift"))
     for key, entry in case.fold.parked_keys.items():
         what = {"undo": f"the undo of {key}", "probe": f"the probe of {key}"}.get(entry.role, f"step {key}")
-        said = f" (last error: {words.error(entry.error)})" if entry.error else ""
+        said = f" (last error: {_error(entry.error)})" if entry.error else ""
         text = f"Parked at {what}, because {entry.why}{said}. It waits for a person to decide."
         yield Reason("parked", text, key, _key_hints(entry, run_id))
 
@@ -158,21 +170,22 @@ def _waiting(case: Case) -> Iterator[Reason]:
 
 
 def _parked_run(entry: Parked, forward: bool) -> str:
-    said = words.error(entry.error) if entry.error else ""
-    detail = f" ({said})" if said and said not in entry.why else ""
+    detail = f" ({_error(entry.error)})" if entry.error and not words.says(entry.why, entry.error) else ""
     only_forward = "It is past its point of no return and cannot be undone: mend the code and retry, or resolve it."
     then = {
         "drift": "Its saga code no longer asks for what its journal recorded: mend the code, deploy, and retry.",
         "code": "Mend the code, deploy, and retry; or cancel the run, which undoes what it did.",
     }.get(entry.role, "It waits for a person to decide.")
     then = only_forward if forward else then
-    return f"{_sentence(f'Parked as a whole: {entry.why}{detail}')} {then}"
+    why = words.cut(entry.why, 0 if entry.role == "drift" else words.ERROR_ROOM)  # a drift's end says what to do
+    return f"{_sentence(f'Parked as a whole: {why}{detail}')} {then}"
 
 
-def _run_hints(run_id: str, forward: bool) -> tuple[str, ...]:
+def _run_hints(run_id: str, forward: bool, drifted: bool) -> tuple[str, ...]:
     run_id = as_typed(run_id)
     last = f"saga resolve {run_id} --result JSON" if forward else f"saga cancel {run_id}"
-    return (f"saga retry {run_id}", last, f"saga history {run_id} --traceback")
+    look = f"saga replay {run_id}    # the difference" if drifted else f"saga history {run_id} --traceback"
+    return (f"saga retry {run_id}", last, look)
 
 
 def _key_hints(entry: Parked, run_id: str) -> tuple[str, ...]:
@@ -291,7 +304,7 @@ def _later(case: Case, item: Outstanding, step: Step | None) -> Reason:
             )
             return Reason("quiet", text, item.key)
     nth = _attempt(item, step, item.attempt + 1)
-    said = f" The last attempt failed: {words.error(last)}." if last else ""
+    said = f" The last attempt failed: {_error(last)}." if last else ""
     left = words.duration(item.due_at - case.now)
     problem = _taker_problem(case, item, _name(item))
     more = f" Then: {problem.text[0].lower()}{problem.text[1:]}" if problem else ""

@@ -73,12 +73,16 @@ class _Tale:
     asked: dict[str, Asked] = field(default_factory=dict)
     told: str = ""  # the last error, which the entries that follow from it repeat
 
+    @property
+    def error_room(self) -> int:
+        return words.ERROR_ROOM if self.room else 0
+
     def value(self, value: Any) -> str:
         return words.value(value, self.room)
 
     def error(self, error: dict[str, Any] | None) -> str:
         """Return an error in words, once."""
-        said = words.error(error) if error else ""
+        said = words.error(error, self.error_room) if error else ""
         new, self.told = said != self.told, said or self.told
         return said if new else ""
 
@@ -213,7 +217,7 @@ def _returned(tale: _Tale, entry: Returned, at: datetime) -> tuple[str, ...]:
 
 
 def _raised(tale: _Tale, entry: Raised, at: datetime) -> tuple[str, ...]:
-    return "✗", "red", f"the saga raised {words.error(entry.error)}"
+    return "✗", "red", f"the saga raised {words.error(entry.error, tale.error_room)}"
 
 
 def _cancel(tale: _Tale, entry: CancelAsked, at: datetime) -> tuple[str, ...]:
@@ -239,8 +243,9 @@ def _rollback(tale: _Tale, entry: RollbackBegan, at: datetime) -> tuple[str, ...
 
 def _parked(tale: _Tale, entry: Parked, at: datetime) -> tuple[str, ...]:
     what = f"{'undo of ' if entry.role == 'undo' else ''}{entry.key}" if entry.key else "the run"
-    said = tale.error(entry.error)
-    return "‖", "bold red", f"{what} parked: {entry.why}", said if said not in entry.why else ""
+    said = "" if words.says(entry.why, entry.error) else tale.error(entry.error)
+    room = 0 if entry.role == "drift" else tale.error_room  # whose end says what to do
+    return "‖", "bold red", f"{what} parked: {words.cut(entry.why, room)}", said
 
 
 def _operated(tale: _Tale, entry: Operated, at: datetime) -> tuple[str, ...]:

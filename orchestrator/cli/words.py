@@ -12,6 +12,8 @@ from typing import Any
 from orchestrator.codec import without_envelopes
 from orchestrator.errors import message_of
 
+ERROR_ROOM = 500  # of an error's text where it is one thing among others: 8 KiB of it are recorded
+
 _UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"))
 
 
@@ -50,7 +52,11 @@ def ago(at: datetime, now: datetime) -> str:
 
 def value(json_value: Any, room: int = 0) -> str:
     """Return a JSON value as compact text without Celery's envelopes, cut to `room` characters (0: whole)."""
-    text = json.dumps(without_envelopes(json_value), ensure_ascii=False, separators=(", ", ": "))
+    return cut(json.dumps(without_envelopes(json_value), ensure_ascii=False, separators=(", ", ": ")), room)
+
+
+def cut(text: str, room: int) -> str:
+    """Return a text cut to `room` characters (0: whole)."""
     return text if not room or len(text) <= room else text[: max(1, room - 1)] + "…"
 
 
@@ -66,17 +72,21 @@ def arguments(call: Any, room: int = 0) -> str:
             parts += [value(inner) for inner in item]
         else:
             parts.append(f"{name}={value(item)}")
-    text = ", ".join(parts)
-    return text if not room or len(text) <= room else text[: max(1, room - 1)] + "…"
+    return cut(", ".join(parts), room)
 
 
-def error(described: dict[str, Any] | None) -> str:
-    """Return the first line of a described exception: ``ValueError: no such address``."""
+def error(described: dict[str, Any] | None, room: int = 0) -> str:
+    """Return the first line of a described exception: ``ValueError: no such address``; cut to `room` (0: whole)."""
     if not described:
         return "no error was recorded"
     lines = message_of(described).strip().splitlines()
     kind = str(described.get("type") or "Error")
-    return f"{kind}: {lines[0]}" if lines else kind
+    return cut(f"{kind}: {lines[0]}" if lines else kind, room)
+
+
+def says(text: str, described: dict[str, Any] | None) -> bool:
+    """Tell whether a text says all that there is to say of an exception."""
+    return bool(described) and (error(described) in text or text in error(described))
 
 
 def short(name: str) -> str:

@@ -21,6 +21,8 @@ from orchestrator.machine.journal import (
     DeadlinePassed,
     Operated,
     Parked,
+    Returned,
+    Settled,
     Undo,
     encode,
 )
@@ -245,6 +247,41 @@ def test_what_ends_with_a_full_stop_gets_no_second_one() -> None:
     case = _case(_work(**RUNNING))
     case.fold.apply_row(NOW, [Parked("", "drift", "it has drifted. Deploy, and retry.")])
     assert reasons(case)[0].text.startswith("Parked as a whole: it has drifted. Deploy, and retry. Its saga code")
+
+
+def test_a_step_that_nobody_awaited_is_named_if_its_failure_ended_the_run() -> None:
+    """Its own error was all that was told."""
+    error = {"type": "ValueError", "message": "no such card"}
+    ended = {"state": "failed", "finished_at": NOW, "error": error, "left_effects": []}
+    case = _case(_work())
+    case.run.update(ended)
+    case.fold.apply_row(NOW, [Returned(1), Settled(KEY, "rejected", error=error)])
+    assert reasons(case)[1].text == (
+        f"What ended it: {KEY}, which the saga asked for and never awaited, failed: ValueError: no such card."
+    )
+
+
+def test_saga_code_that_blocked_is_told_once() -> None:
+    why = "the saga function ran for 30 s"
+    case = _case(_work(**RUNNING))
+    case.fold.apply_row(NOW, [Parked("", "code", why, {"type": "BlockedError", "message": why})])
+    text = reasons(case)[0].text
+    assert text.count(why) == 1 and "BlockedError" not in text
+
+
+@pytest.mark.parametrize("role", ["code", "pivot"])
+def test_a_page_of_an_error_is_cut(role: str) -> None:
+    error = {"type": "HTTPError", "message": "<" * 8000}
+    case = _case(_work(**RUNNING))
+    case.fold.apply_row(NOW, [Parked("", role, f"the saga function raised HTTPError: {'<' * 8000}", error)])
+    assert len(reasons(case)[0].text) < 1500
+
+
+def test_what_to_do_about_a_drift_is_not_cut_off() -> None:
+    case = _case(_work(**RUNNING))
+    case.fold.apply_row(NOW, [Parked("", "drift", f"it has drifted {'-' * 800}. Deploy, and retry.")])
+    reason = reasons(case)[0]
+    assert "Deploy, and retry." in reason.text and "saga replay r    # the difference" in reason.hints
 
 
 def test_work_that_is_due_right_now() -> None:

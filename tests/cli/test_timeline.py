@@ -5,7 +5,17 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from orchestrator.cli.timeline import events
-from orchestrator.machine.journal import Asked, CancelRefused, Carried, CodeBegan, Operated, Parked, Unasked, encode
+from orchestrator.machine.journal import (
+    Asked,
+    Attempted,
+    CancelRefused,
+    Carried,
+    CodeBegan,
+    Operated,
+    Parked,
+    Unasked,
+    encode,
+)
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -45,3 +55,13 @@ def test_history_says_what_a_link_took_over_and_when_its_code_began() -> None:
         "took over from the link before: lock account 7, the ids of signals, a deadline that has passed",
         "the saga function begins",
     ]
+
+
+def test_history_cuts_a_page_of_an_error_and_tells_once_what_parked_a_run() -> None:
+    page = {"type": "HTTPError", "message": "<" * 8000}
+    blocked = {"type": "BlockedError", "message": "it ran for 30 s"}
+    entries = [Asked("do#0", "do", {}), Attempted("do#0", 1, page), Parked("", "code", "it ran for 30 s", blocked)]
+    rows = [(0, START, [encode(entry) for entry in entries])]
+    _, attempt, parked = events(rows, 160)
+    assert len(attempt.details[-1]) == 500 and parked.details == ()
+    assert len(events(rows)[1].details[-1]) > 8000
