@@ -32,6 +32,10 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 
+# To whoever has imported what declares a step or saga, and not the module that makes the app of it.
+UNBOUND = "import the module that makes `Orchestrator(app)` first, or make it here"
+
+
 class BoundTask(Protocol):
     """The Celery task that a step was registered as."""
 
@@ -109,7 +113,7 @@ class Step(Generic[P, R]):
     def task(self) -> BoundTask:
         """The registered Celery task.  Raises: UsageError if no Orchestrator was bound to an app."""
         if self.bound is None:
-            raise UsageError(f"step {self.name} belongs to no Celery app yet; create `Orchestrator(app)` first")
+            raise UsageError(f"step {self.name} belongs to no Celery app yet; {UNBOUND}")
         return self.bound
 
     def delay(self, *args: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ from orchestrator.errors import DefinitionError, PayloadError, UnknownSagaError,
 from orchestrator.machine.loop import inside_saga
 from orchestrator.machine.policy import is_priority, must_be_timedelta
 from orchestrator.machine.turn import Script
-from orchestrator.step import Step, name_of, refuse_twin
+from orchestrator.step import UNBOUND, Step, name_of, refuse_twin
 
 if TYPE_CHECKING:
     from orchestrator.options import StartManyOptions, StartOptions
@@ -111,7 +111,7 @@ class Saga(Generic[P, R]):
                 "in a step if it is to go on by itself"
             )
         if self.starter is None:
-            raise UsageError(f"saga {self.name} belongs to no Celery app yet; create `Orchestrator(app)` first")
+            raise UsageError(f"saga {self.name} belongs to no Celery app yet; {UNBOUND}")
         return self.starter
 
     def delay(self, *args: P.args, **kwargs: P.kwargs) -> SagaResult:
