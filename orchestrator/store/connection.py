@@ -5,14 +5,20 @@ Owns how a connection is opened.  One that was opened before a fork must never b
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from functools import cached_property
 from time import monotonic
 from typing import Any
 
 import psycopg
+from psycopg import postgres
 from psycopg.abc import RV, PQGen
+from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.types import TypesRegistry
+from psycopg.types.array import register_all_arrays
+from psycopg.types.json import set_json_loads
 
 from orchestrator.errors import ConfigurationError, StoreUnavailableError, UsageError
 
@@ -74,6 +80,18 @@ ATTENTIVE: dict[str, Any] = {
     "client_encoding": "UTF8",  # whatever the database's settings are: any text may be said
 }
 """How every connection notices that the other side is gone, and what it speaks."""
+
+
+def _adapters() -> AdaptersMap:
+    own = AdaptersMap(types=TypesRegistry(postgres.types))
+    postgres.register_default_adapters(own)
+    register_all_arrays(own)
+    set_json_loads(json.loads, own)
+    return own
+
+
+ADAPTERS = _adapters()
+"""How values are read and written, whatever an application has told the driver for all of its connections."""
 
 
 class Patient(psycopg.Connection[Any]):
@@ -147,6 +165,7 @@ def open_connection(dsn: str, *, name: str, prepare: bool = True, patience_s: fl
         connection = Patient.connect(
             dsn,
             autocommit=True,
+            context=ADAPTERS,
             application_name=f"orchestrator {name}"[:63],
             prepare_threshold=1 if prepare else None,
             **ATTENTIVE,

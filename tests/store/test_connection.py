@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import select
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import pytest
+from psycopg.types.json import set_json_loads
 from sqlalchemy import text
 
 from orchestrator import ConfigurationError
@@ -70,6 +75,34 @@ def test_what_is_recorded_within_a_transaction_is_read_whatever_the_settings_of_
     )
     transactions.dispose()
     assert (shown, settled) == ("German, DMY", [("\N{SNOWMAN}", datetime(2026, 12, 1, 2, 3, tzinfo=UTC))] * 2)
+
+
+@pytest.fixture
+def exact() -> Iterator[None]:
+    """An application that reads the JSON of all of its connections with Decimal: 1.5 would be written as "1.5" then."""
+    set_json_loads(partial(json.loads, parse_float=Decimal))
+    yield
+    set_json_loads(json.loads)
+
+
+def test_how_an_app_reads_on_all_of_its_connections_is_not_how_the_engine_does(exact: None, database_url: str) -> None:
+    query = "SELECT json '1.5', jsonb '1.5'"
+    lists = [["a", "b"], [1, 2], [True], [1.5], [datetime(2026, 12, 1, tzinfo=UTC)], [None]]
+    with open_connection(database_url, name="test") as connection:
+        read = [connection.execute(query).fetchone()]
+        typed = "SELECT %s::text[], %s::int[], %s::bool[], %s::float8[], %s::timestamptz[], %s::text[]"
+        assert connection.execute(typed, lists).fetchone() == tuple(lists)
+    transactions = Transactions(database_url.replace("postgresql:", "postgresql+psycopg:"))
+
+    def settle(connection: Connection, value: Any) -> bool:
+        read.append(connection.execute(query).fetchone())
+        return True
+
+    for _ in range(2):
+        given = transactions.run(False, timedelta(seconds=9), lambda step: step.execute(text(query)).one(), settle)
+        assert [*given] == [Decimal("1.5"), Decimal("1.5")]
+    transactions.dispose()
+    assert [type(number) for row in read for number in row or ()] == [float] * 6
 
 
 def test_a_url_that_the_driver_cannot_read_is_wrong_configuration_and_not_shown() -> None:
