@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator
+from datetime import UTC, datetime
 from functools import cached_property
 from time import monotonic
 from typing import Any
 
 import psycopg
 from psycopg import postgres
-from psycopg.abc import RV, PQGen
+from psycopg.abc import RV, Buffer, PQGen
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types import TypesRegistry
 from psycopg.types.array import register_all_arrays
+from psycopg.types.datetime import TimestamptzLoader
 from psycopg.types.json import set_json_loads
 
 from orchestrator.errors import ConfigurationError, StoreUnavailableError, UsageError
@@ -92,6 +94,18 @@ def _adapters() -> AdaptersMap:
 
 ADAPTERS = _adapters()
 """How values are read and written, whatever an application has told the driver for all of its connections."""
+
+
+class _UtcLoader(TimestamptzLoader):
+    """Reads an instant in UTC, whatever the time zone of its session is: a clock of a zone jumps."""
+
+    def load(self, data: Buffer) -> datetime:
+        return super().load(data).astimezone(UTC)
+
+
+IN_UTC = AdaptersMap(ADAPTERS)
+"""The same for a session that may be of another time zone, which is always UTC in our own."""
+IN_UTC.register_loader("timestamptz", _UtcLoader)
 
 
 class Patient(psycopg.Connection[Any]):

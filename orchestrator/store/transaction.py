@@ -22,8 +22,8 @@ from sqlalchemy.pool import NullPool
 from orchestrator.errors import UsageError
 from orchestrator.failpoints import failpoint
 from orchestrator.store.connection import (
-    ADAPTERS,
     ATTENTIVE,
+    IN_UTC,
     REFUSED,
     CommitUnknown,
     TransactionEnded,
@@ -110,7 +110,7 @@ class Transactions:
                 _write_out(handed, savepoints)
             for nested in _innermost_first(connection, inner):
                 nested.commit()
-            driver._adapters = AdaptersMap(ADAPTERS)
+            driver._adapters = AdaptersMap(IN_UTC)
             for name, wanted in _SPOKEN.items():
                 if not str(driver.info.parameter_status(name)).startswith(wanted):
                     driver.execute(f"SET LOCAL {name} TO {wanted}".encode())

@@ -8,7 +8,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -648,6 +648,17 @@ def test_neither_a_session_is_reset_nor_its_connection_committed(
     (message,) = connection.execute("SELECT error ->> 'message' FROM orchestrator.runs").fetchone()  # type: ignore[misc]
     assert f"UsageError: {name}() on the connection of a transactional step" in message
     assert connection.execute("SELECT name FROM written").fetchall() == []
+
+
+def test_instants_are_in_utc_after_a_transactional_step_whatever_the_zone_of_the_database_is(
+    child: Child, connection: Connection, table: None
+) -> None:
+    """A deadline, or the pause before the next attempt, was an hour off in the night in which a clock is set back."""
+    connection.execute(f"ALTER DATABASE {connection.info.dbname} SET timezone TO 'Europe/Berlin'".encode())
+    start(connection, written, ["a", "b", "c"])
+    drain_all(connection, child)
+    assert state(connection) == "completed"
+    assert [context.deadline.tzinfo for context in child.runner.contexts] == [UTC] * 3
 
 
 @pytest.fixture(params=["repeatable read", "serializable"])
