@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -247,7 +247,11 @@ class _Deciding:
     def decide(self, slot: datetime, origin: str) -> None:
         """Decide a slot, unless that was done before."""
         state, because = self._verdict(origin)
-        if self._write(slot, origin, state, because) and state in ("started", "running"):
+        if not self._write(slot, origin, state, because):
+            return
+        if state == "waiting" and origin != "backfill" and self._schedule.overlap is Overlap.CANCEL:
+            self._make_room(slot)
+        if state in ("started", "running"):
             is_new = self._start(slot, self.decisions[-1].run_id)
             if origin == "backfill" and not is_new:
                 self.decisions.pop()  # it has fired, so long ago that its row is gone, and is known by its run
@@ -281,14 +285,14 @@ class _Deciding:
         because = f"run {open_slots[0].run_id} has not ended"
         if overlap is Overlap.SKIP and origin != "backfill":
             return "skipped", because
-        if overlap is Overlap.CANCEL and origin != "backfill":
-            self._make_room(open_slots)
         return "waiting", because
 
-    def _make_room(self, open_slots: Sequence[store.Open]) -> None:
+    def _make_room(self, slot: datetime) -> None:
         """Tell what runs to stop and undo, if it can; what waits is left out for the slot that comes now."""
         name = self._schedule.name
-        for each in open_slots:
+        for each in store.open_slots(self._connection, self._app, name):
+            if each.slot == slot:
+                continue
             if each.state == "waiting":
                 because = "a later slot came before it began"
                 store.change(self._connection, self._app, name, each.slot, "skipped", because)

@@ -185,6 +185,19 @@ def test_a_schedule_whose_timetable_changes_while_it_is_bad_goes_on_from_where_t
     assert began(fire(connection, halves, BEGIN + 4 * HOUR, holder="b"))[0] == BEGIN + 2 * HOUR + HOUR / 2
 
 
+def test_a_slot_that_a_person_has_fired_before_beat_comes_to_it_cancels_nothing(connection: Connection) -> None:
+    """Beat was away: its latest slot was backfilled, and runs."""
+    hourly = schedule(overlap=Overlap.CANCEL)
+    lead(connection, BEGIN, hourly)
+    told = App.backfill(connection, hourly, BEGIN + HOUR, BEGIN + 2 * HOUR, BEGIN + 2 * HOUR)
+    assert [each.state for each in told] == ["started", "waiting"]
+    assert fire(connection, hourly, BEGIN + 2 * HOUR + MINUTE) == []
+    cancels = "SELECT count(*) FROM orchestrator.arrivals WHERE arrival ->> 'e' = 'cancel'"
+    assert connection.execute(cancels).fetchone() == (0,)
+    end(connection, told[0].run_id)
+    assert began(fire(connection, hourly, BEGIN + 2 * HOUR + MINUTE)) == [BEGIN + 2 * HOUR], "its turn has come"
+
+
 def test_a_schedule_that_is_gone_fires_no_more_and_keeps_its_place(connection: Connection) -> None:
     hourly, other = schedule(), schedule("other")
     lead(connection, BEGIN, hourly, other)
