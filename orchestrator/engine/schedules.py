@@ -7,6 +7,7 @@ the broker itself, and never keep state that matters: a beat that starts now goe
 from __future__ import annotations
 
 import hashlib
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -235,11 +236,11 @@ class _Deciding:
 
     def start_waiting(self) -> None:
         """Start the slot that has waited longest, if the run before it has ended."""
-        open_slots = store.open_slots(self._connection, self._app, self._schedule.name)
-        if open_slots and open_slots[0].state == "waiting" and all(each.state != "running" for each in open_slots):
-            first = open_slots[0]
+        if self._open and self._open[0].state == "waiting" and all(each.state != "running" for each in self._open):
+            first = self._open[0]
             state = "running" if self._schedule.start else "sending"
             store.change(self._connection, self._app, self._schedule.name, first.slot, state)
+            self._look_again()
             if self._schedule.start:
                 self._start(first.slot, first.run_id, first.at)
             self.decisions.append(Decision(first.slot, "started", first.run_id))
@@ -253,6 +254,8 @@ class _Deciding:
             self._make_room(slot)
         if state in ("started", "running"):
             is_new = self._start(slot, self.decisions[-1].run_id)
+            if not is_new:
+                self._look_again()  # it may have ended
             if origin == "backfill" and not is_new:
                 self.decisions.pop()  # it has fired, so long ago that its row is gone, and is known by its run
 
@@ -265,6 +268,8 @@ class _Deciding:
         if new:
             told = "started" if state == "running" else state
             self.decisions.append(Decision(slot, told, own_id, because))
+            if state in ("running", "waiting"):
+                insort(self._open, store.Open(slot, state, own_id, slot, True), key=lambda each: each.slot)
         return new
 
     def leave_out(self, newest: datetime | None, since: datetime) -> None:
@@ -279,23 +284,31 @@ class _Deciding:
             return "sending", None
         if overlap is Overlap.ALLOW:
             return "started", None
-        open_slots = store.open_slots(self._connection, self._app, self._schedule.name)
-        if not open_slots:
+        if not self._open:
             return "running", None
-        because = f"run {open_slots[0].run_id} has not ended"
+        because = f"run {self._open[0].run_id} has not ended"
         if overlap is Overlap.SKIP and origin != "backfill":
             return "skipped", because
         return "waiting", because
 
+    @cached_property
+    def _open(self) -> list[store.Open]:
+        """The open slots, read once: there may be thousands, and who holds the schedule alone changes them."""
+        return store.open_slots(self._connection, self._app, self._schedule.name)
+
+    def _look_again(self) -> None:
+        self.__dict__.pop("_open", None)
+
     def _make_room(self, slot: datetime) -> None:
         """Tell what runs to stop and undo, if it can; what waits is left out for the slot that comes now."""
         name = self._schedule.name
-        for each in store.open_slots(self._connection, self._app, name):
+        for each in list(self._open):
             if each.slot == slot:
                 continue
             if each.state == "waiting":
                 because = "a later slot came before it began"
                 store.change(self._connection, self._app, name, each.slot, "skipped", because)
+                self._open.remove(each)
             elif each.goes_forward:
                 order = encode(Cancel("beat", f"the next slot of schedule {name} has come"))
                 queue = arrivals.leave(self._connection, each.run_id, order, self._now, anyone=True)

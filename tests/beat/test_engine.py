@@ -421,6 +421,25 @@ def test_a_backfill_of_a_schedule_that_must_not_overlap_runs_in_order(connection
     assert began(fire(connection, hourly, BEGIN)) == [told[1].slot]
 
 
+def test_a_long_backfill_of_slots_that_wait_looks_at_them_once_a_page(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked at all of them for each: thousands took minutes, and beat could not come to that schedule."""
+    looks: list[int] = []
+    look_at = store.open_slots
+
+    def counted(*given: Any) -> list[store.Open]:
+        looks.append(1)
+        return look_at(*given)
+
+    monkeypatch.setattr(store, "open_slots", counted)
+    often = schedule(overlap=Overlap.QUEUE, timetable=Interval(MINUTE))
+    lead(connection, BEGIN, often)
+    told = App.backfill(connection, often, BEGIN - 299 * MINUTE, BEGIN, BEGIN)
+    assert [each.state for each in told] == ["started"] + ["waiting"] * 299
+    assert len(looks) == 3
+
+
 def test_too_long_a_backfill_is_refused_and_fires_nothing(connection: Connection) -> None:
     often = schedule(timetable=Interval(timedelta(seconds=1)))
     with pytest.raises(UsageError, match="more than 10000 slots"):
