@@ -13,7 +13,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from decimal import Decimal
+from decimal import Context, Decimal
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,7 @@ FILE_S = 3600.0  # all of a statement, with its file
 EXAMPLES = 1000  # breaks of a check that are kept, and start runs; all are counted
 _TIMEOUT = "SET LOCAL statement_timeout = '60s'"
 _LONGEST = 500
+_EXACTLY = Context(prec=1000)  # of decimal numbers, which are rounded to 28 digits by default
 
 
 @dataclass(slots=True)
@@ -175,7 +176,7 @@ class _Page:
         at.looked_at += 1
         if looked.amount is not None:
             currency = _text(looked.currency or "")
-            at.sums[currency] = str(Decimal(at.sums.get(currency, "0")) + looked.amount)
+            at.sums[currency] = str(_EXACTLY.add(Decimal(at.sums.get(currency, "0")), looked.amount))
         if looked.problem is None:
             return
         at.breaks += 1

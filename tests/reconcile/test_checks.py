@@ -51,6 +51,15 @@ def test_a_check_is_paged_and_its_breaks_are_told_once_with_sums(connection: Con
     assert told["breaks"] == 10 and told["checks"][0]["examples"][0]["problem"] == "is bad"
 
 
+def test_sums_are_exact(connection: Connection) -> None:
+    """Beyond 28 digits, at which decimals are rounded by default: an amount of tokens has 18 of them after the point."""
+    connection.execute("DELETE FROM things WHERE id > 't0002'")
+    connection.execute("UPDATE things SET currency = 'ETH', amount = 12345678901.000000000000000001")
+    reconcile.check("things", sql=NUMBERS)
+    (check,) = run(connection, ["things"]).checks
+    assert check.sums == {"ETH": "24691357802.000000000000000002"}
+
+
 def test_the_page_stands_alone_shows_the_trend_and_escapes_what_it_shows(
     connection: Connection, tmp_path: Path
 ) -> None:
