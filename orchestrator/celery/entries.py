@@ -34,7 +34,9 @@ _DECIDE = (
     "remaining_delta",
     "_delta_to_next",
 )  # methods that say when a crontab is due
-_QUESTIONS = 10_000  # that a schedule of the application's own is asked before it is due once
+_SECOND = timedelta(seconds=1)
+_QUESTIONS = 20_000  # that a schedule of the application's own is asked before it is due once; for more than a year
+_LEAST = ((1_000, timedelta(minutes=1)), (10_000, timedelta(hours=1)))  # between two of them, after so many
 _COMPUTING_S = 3.0  # Postgres ends a transaction of beat's that stands still for 5 s
 _NEVER = "it has no slot within the next fifty years; correct its crontab"
 Prepare = Callable[[Any, Any, dict[str, Any]], tuple[runs.Start, Any]]
@@ -252,14 +254,30 @@ class Asked:
         return _whole_second(after.astimezone(UTC))
 
     def _when_due(self, slot: datetime) -> datetime:
-        """Ask as Celery's beat does: now, and again whenever the schedule says that it is to be asked again."""
-        now = slot
-        for _ in range(_QUESTIONS):
-            due, pause = _with(self.schedule, now=lambda at=now: at).is_due(slot)
+        """Ask as Celery's beat does: now, and again whenever the schedule says that it is to be asked again.
+
+        One that wants to be asked very often is asked less so in the end, and the moment is then found between two
+        questions.
+        """
+        before, now, own = slot, slot, _SECOND
+        for questions in range(_QUESTIONS):
+            due, pause = self._asked(slot, now)
             if due and now > slot:
-                return now
-            now = _whole_second(now + max(timedelta(seconds=pause), timedelta(seconds=1)))
+                return now if now - before <= own + _SECOND else self._between(slot, before, now)
+            before, own = now, max(timedelta(seconds=pause), _SECOND)
+            now = _whole_second(now + max([own, *(least for many, least in _LEAST if questions >= many)]))
         raise UsageError(f"{self.schedule!r} says up to {now.isoformat()} that it is not due")
+
+    def _between(self, slot: datetime, before: datetime, after: datetime) -> datetime:
+        """Return the first second at which it is due, after one when it is not, up to one when it is."""
+        while after - before > _SECOND:
+            middle = before + (after - before) // (2 * _SECOND) * _SECOND
+            before, after = (before, middle) if self._asked(slot, middle)[0] else (middle, after)
+        return after
+
+    def _asked(self, slot: datetime, now: datetime) -> tuple[bool, float]:
+        due, pause = _with(self.schedule, now=lambda: now).is_due(slot)
+        return due, pause
 
 
 def _whole_second(instant: datetime) -> datetime:

@@ -73,6 +73,15 @@ class Workdays(crontab):
         return (False, 3600) if self.now().isoweekday() in self.free else tuple(super().is_due(last_run_at))
 
 
+class Wednesdays(BaseSchedule):
+    """Due on Wednesdays at five past nine; it does not say when that is, and wants to be asked every ten seconds."""
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        now = self.now()
+        at = now.replace(hour=9, minute=5, second=0, microsecond=0) - timedelta(days=(now.isoweekday() - 3) % 7)
+        return now >= at > last_run_at, 10
+
+
 class Never(BaseSchedule):
     def is_due(self, last_run_at: datetime) -> Any:
         return False, 60
@@ -117,6 +126,12 @@ def test_a_schedule_of_the_applications_own_reads_the_same_in_every_process(app:
     """Where it lies in memory says nothing: each beat that started took its timetable for a changed one."""
     first, second = (read(app, client, schedule=made)[0].reads for made in (Doubling(), Doubling()))
     assert first == second and "Doubling" in first
+
+
+def test_a_schedule_that_wants_to_be_asked_often_may_be_due_in_a_week(app: Celery, client: Client) -> None:
+    found, _ = read(app, client, schedule=Wednesdays())
+    slots = list(islice(found.timetable.slots(NOW, NOW), 3))
+    assert slots == [datetime(2026, 6, day, 9, 5, tzinfo=UTC) for day in (3, 10, 17)]
 
 
 def test_the_sun_sets_once_a_day_wherever_one_begins() -> None:
@@ -189,7 +204,7 @@ def test_a_saga_is_started_with_its_slot_and_lazy_arguments_are_computed_then(ap
         ({"schedule": None}, "schedule must be"), ({"schedule": True}, "schedule must be"),
         ({"schedule": 0}, "longer than nothing"), ({"schedule": -5}, "longer than nothing"),
         ({"schedule": crontab(day_of_month={29, 30}, month_of_year=2, minute=set())}, "no slot within"),
-        ({"schedule": Stuck()}, "is followed by"), ({"schedule": Never()}, "says up to 2026-06-08.* it is not due"),
+        ({"schedule": Stuck()}, "is followed by"), ({"schedule": Never()}, "says up to 2027.* it is not due"),
         ({"task": None}, "task must be the name"), ({"task": ""}, "task must be the name"),
         ({"when": 5}, "an entry has no when; it has"),
         ({"options": {"timezone": "Mars/Olympus"}}, "there is no time zone 'Mars/Olympus'"),

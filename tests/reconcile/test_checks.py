@@ -52,7 +52,7 @@ def test_a_check_is_paged_and_its_breaks_are_told_once_with_sums(connection: Con
 
 
 def test_sums_are_exact(connection: Connection) -> None:
-    """Beyond 28 digits, at which decimals are rounded by default: an amount of tokens has 18 of them after the point."""
+    """Decimals are rounded to 28 digits by default; an amount of tokens has 18 of them after the point."""
     connection.execute("DELETE FROM things WHERE id > 't0002'")
     connection.execute("UPDATE things SET currency = 'ETH', amount = 12345678901.000000000000000001")
     reconcile.check("things", sql=NUMBERS)
