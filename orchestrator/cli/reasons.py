@@ -184,8 +184,8 @@ def _parked_run(entry: Parked, forward: bool) -> str:
 def _run_hints(run_id: str, forward: bool, drifted: bool) -> tuple[str, ...]:
     run_id = as_typed(run_id)
     last = f"saga resolve {run_id} --result JSON" if forward else f"saga cancel {run_id}"
-    look = f"saga replay {run_id}    # the difference" if drifted else f"saga history {run_id} --traceback"
-    return (f"saga retry {run_id}", last, look)
+    difference = (f"saga replay {run_id}    # the difference",) if drifted else ()
+    return (f"saga retry {run_id}", last, *difference, f"saga history {run_id} --traceback")
 
 
 def _key_hints(entry: Parked, run_id: str) -> tuple[str, ...]:
@@ -304,7 +304,7 @@ def _later(case: Case, item: Outstanding, step: Step | None) -> Reason:
             )
             return Reason("quiet", text, item.key)
     nth = _attempt(item, step, item.attempt + 1)
-    said = f" The last attempt failed: {_error(last)}." if last else ""
+    said = f" {_sentence(f'The last attempt failed: {_error(last)}')}" if last else ""
     left = words.duration(item.due_at - case.now)
     problem = _taker_problem(case, item, _name(item))
     more = f" Then: {problem.text[0].lower()}{problem.text[1:]}" if problem else ""

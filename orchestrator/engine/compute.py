@@ -85,7 +85,8 @@ class Computer:
     ) -> tuple[Execution | None, Turn]:
         """A turn that cannot be computed parks the run: what arrived is recorded, saga code is left alone."""
         if isinstance(error, DriftError):
-            park = Parked("", "drift", str(error))
+            cause = error.__cause__  # what the saga function raised before it came to what is recorded
+            park = Parked("", "drift", str(error), describe_exception(cause) if cause is not None else None)
         elif isinstance(error, CodeError):
             why = f"the saga function raised {error.error.get('type')}: {message_of(error.error)}"
             park = Parked("", "code", why, error.error)

@@ -15,12 +15,14 @@ from datetime import datetime, timedelta
 from types import NoneType
 from typing import Any, NoReturn, Protocol
 
-from orchestrator.errors import DriftError, UsageError
+from orchestrator.errors import DriftError, UsageError, describe_exception
 from orchestrator.machine.fold import Fold
 from orchestrator.machine.journal import Asked, Entry, Json, Settled, Versioned
 from orchestrator.machine.keys import Branch
 from orchestrator.machine.loop import SagaLoop, SagaTask
 from orchestrator.machine.record import Step
+
+_SAID = 500  # characters of an error's message in a sentence about a drift
 
 
 class Discarded(BaseException):
@@ -166,7 +168,18 @@ class SagaCode:
         if self.drift is not None:
             raise self.drift
         if self.ended and self._outstanding_records:
-            raise DriftError(self._drift_text("the saga ended", None))
+            how, cause = self._ending()
+            raise DriftError(self._drift_text(how, None)) from cause
+
+    def _ending(self) -> tuple[str, BaseException | None]:
+        """Tell how the saga function ended too early: an error that it raised says more than what was not asked for."""
+        error = (
+            self._task.exception() if self._task is not None and self.raised and not self._task.cancelled() else None
+        )
+        if error is None:
+            return "the saga ended", None
+        described = describe_exception(error)
+        return f"the saga function raised {described['type']}: {described['message'][:_SAID]}", error
 
     def _deliver(self) -> None:
         while True:

@@ -269,6 +269,12 @@ def test_saga_code_that_blocked_is_told_once() -> None:
     assert text.count(why) == 1 and "BlockedError" not in text
 
 
+def test_a_retry_whose_error_ends_with_a_full_stop_gets_no_second_one() -> None:
+    case = _case(_work(due_at=NOW + timedelta(seconds=9), attempt=1))
+    case = replace(case, errors={(KEY, "do"): {"type": "PayloadError", "message": "Pass another one."}})
+    assert _only(case).text.endswith("Pass another one.")
+
+
 @pytest.mark.parametrize("role", ["code", "pivot"])
 def test_a_page_of_an_error_is_cut(role: str) -> None:
     error = {"type": "HTTPError", "message": "<" * 8000}

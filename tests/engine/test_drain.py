@@ -19,11 +19,11 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from orchestrator import Effect, Rejected, RetryPolicy, StepFailed, StoreUnavailableError, saga, step
+from orchestrator import Effect, PayloadError, Rejected, RetryPolicy, StepFailed, StoreUnavailableError, saga, step
 from orchestrator.client import Client
 from orchestrator.engine import advance, session
 from orchestrator.engine.attempts import Attempts
-from orchestrator.machine.journal import Cancel, Operate, encode
+from orchestrator.machine.journal import Cancel, Operate, Parked, decode_entry, encode
 from orchestrator.machine.turn import Script
 from orchestrator.retention import Chosen, prune
 from orchestrator.settings import Settings
@@ -379,6 +379,24 @@ def test_drift_parks_with_a_diff_and_goes_on_once_the_code_is_back(child: Child,
         arrivals.leave(connection, "run", encode(Operate("retry", "", "ann", "rolled back")))
     child.drain()
     assert (state(connection), DONE) == ("completed", ["do a", "do b"])
+
+
+def test_code_that_raises_before_it_comes_to_what_is_recorded_parks_with_its_error(
+    child: Child, connection: Connection
+) -> None:
+    """That it drifted, and "the saga ended", was all that was told, and no traceback."""
+
+    async def broken(encoded: Any) -> Any:
+        raise PayloadError("the saga requires currency today, which was not recorded")
+
+    child.runner.after = lambda taken: versions_of(child, broken) if DONE == ["do a"] else None
+    start(connection, in_a_row, ["a", "b"])
+    child.drain()
+    forms: list[Any] = [form for _, _, row in runs.history(connection, "run") for form in row]
+    (parked,) = [entry for entry in map(decode_entry, forms) if isinstance(entry, Parked)]
+    assert parked.role == "drift" and parked.error is not None
+    assert "the saga function raised PayloadError: the saga requires currency" in parked.why
+    assert "in broken" in parked.error["traceback"]
 
 
 def test_a_code_error_parks_and_a_cancel_undoes_without_the_code(child: Child, connection: Connection) -> None:

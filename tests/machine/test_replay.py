@@ -184,6 +184,18 @@ def test_a_function_that_ends_early_is_drift() -> None:
         _goes_on(_at_the_look(), shorter)
 
 
+def test_a_function_that_raises_early_is_drift_and_its_error_is_told() -> None:
+    """A result that the annotation of today does not accept, say: that the saga ended was all that was told."""
+
+    async def fails(n: int) -> None:
+        await asyncio.gather(saga.step(reserve, n), saga.step(charge, n))
+        raise KeyError("currency")
+
+    with pytest.raises(DriftError, match=r"the saga function raised KeyError: 'currency'\.\n.*: .*look#0") as drift:
+        _goes_on(_at_the_look(), fails)
+    assert isinstance(drift.value.__cause__, KeyError)
+
+
 def test_drift_is_reported_even_if_saga_code_catches_everything() -> None:
     async def catches_all(n: int) -> None:
         with contextlib.suppress(BaseException):
