@@ -54,6 +54,7 @@ T = TypeVar("T")
 Ring = Callable[[str, int], None]
 
 _PAGE = 500  # runs that start_many starts with one commit
+_OPERATED = {"retry": "retried", "skip": "skipped", "resolve": "resolved", "pause": "paused", "resume": "resumed"}
 
 
 class Client:
@@ -263,7 +264,7 @@ class Client:
         Raises: UnknownRunError; UsageError if that key is not parked, naming the keys that are, or if the step (the
         saga) is known here and returns nothing like `value`.
         """
-        outcome = self._open(run_id, "operated on")
+        outcome = self._open(run_id, _OPERATED[action])
         if action in ("pause", "resume"):
             self._check_pause(outcome, action, key)
         else:

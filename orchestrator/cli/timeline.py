@@ -167,7 +167,8 @@ _ENDINGS = {
 
 
 def _settled(tale: _Tale, entry: Settled, at: datetime) -> tuple[str, ...]:
-    by = {"": "", "probe": "(its probe found out)", "undo": "(and is undone)"}.get(entry.by, f"(decided by {entry.by})")
+    decided = "signal" if entry.key in tale.asked and tale.asked[entry.key].kind == "signal" else "decided by"
+    by = {"": "", "probe": "(its probe found out)", "undo": "(and is undone)"}.get(entry.by, f"({decided} {entry.by})")
     where = _circumstances(entry, at)
     if entry.outcome == "succeeded":
         result = f"result {tale.value(entry.result)}" if entry.result is not None else ""
@@ -197,7 +198,7 @@ def _undone(tale: _Tale, entry: Undone, at: datetime) -> tuple[str, ...]:
 
 
 def _late(tale: _Tale, entry: Late, at: datetime) -> tuple[str, ...]:
-    return "!", "yellow", f"{entry.key} attempt {entry.attempt} took effect late, after it had lost its lease"
+    return "!", "yellow", f"{entry.key} attempt {entry.attempt} took effect late, after it had been given up"
 
 
 def _abandoned(tale: _Tale, entry: Abandoned, at: datetime) -> tuple[str, ...]:

@@ -11,8 +11,10 @@ from orchestrator.machine.journal import (
     CancelRefused,
     Carried,
     CodeBegan,
+    Late,
     Operated,
     Parked,
+    Settled,
     Unasked,
     encode,
 )
@@ -65,3 +67,15 @@ def test_history_cuts_a_page_of_an_error_and_tells_once_what_parked_a_run() -> N
     _, attempt, parked = events(rows, 160)
     assert len(attempt.details[-1]) == 500 and parked.details == ()
     assert len(events(rows)[1].details[-1]) > 8000
+
+
+def test_history_does_not_say_that_a_signal_decides_nor_that_a_lease_was_lost_where_none_was() -> None:
+    entries = [
+        Asked("signal:go#0", "go", {}, kind="signal"),
+        Settled("signal:go#0", "succeeded", by="click-1"),
+        Asked("do#0", "do", {}),
+        Late("do#0", 1),
+    ]
+    told = [event.text for event in events([(0, START, [encode(entry) for entry in entries])])]
+    assert told[1] == "signal:go#0 succeeded (signal click-1)"
+    assert told[3] == "do#0 attempt 1 took effect late, after it had been given up"
