@@ -325,7 +325,9 @@ def _attempt(item: Outstanding, step: Step | None, attempt: int) -> str:
 
 
 def _name(item: Outstanding) -> str:
-    return {"undo": f"the undo of {item.key}", "probe": f"the probe of {item.key}"}.get(item.role, f"step {item.key}")
+    of = "" if item.task in item.key else f" ({item.task})"  # an item of a map, or a call with a key of its own
+    names = {"undo": f"the undo of {item.key}", "probe": f"the probe of {item.key}"}
+    return names.get(item.role, f"step {item.key}{of}")
 
 
 def _capital(text: str) -> str:

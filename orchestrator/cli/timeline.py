@@ -47,6 +47,7 @@ from orchestrator.machine.journal import (
     with_begin,
 )
 from orchestrator.machine.policy import Effect
+from orchestrator.saga.mapping import run_page
 
 History = Iterable[tuple[int, datetime, list[Any]]]
 
@@ -146,7 +147,16 @@ def _asked(tale: _Tale, entry: Asked, at: datetime) -> tuple[str, ...]:
         said = tale.error(entry.args.get("error")) if entry.kind == "scope" else ""
         return "→", "", _ASKED_FOR[entry.kind].format(key=entry.key, task=entry.task), said
     pivot = "the point of no return" if entry.effect == "pivot" else ""
-    return "→", "", f"{entry.key} asked with ({words.arguments(entry.args, tale.room)})", undo, pivot
+    if entry.task == run_page.name and tale.room:
+        return "→", "", f"{entry.key} asked for {_page(entry.args.get('spec'))}", undo
+    of = "" if entry.task in entry.key else f" ({entry.task})"  # an item of a map, or a call with a key of its own
+    return "→", "", f"{entry.key}{of} asked with ({words.arguments(entry.args, tale.room)})", undo, pivot
+
+
+def _page(spec: Any) -> str:
+    """Say which items of a map are in a page: what is recorded of it is the engine's own."""
+    do, first = (spec.get("do") or {}, spec.get("first")) if isinstance(spec, dict) else ({}, None)
+    return f"{do.get('task')} with the items of a page, from number {first}"
 
 
 def _attempted(tale: _Tale, entry: Attempted, at: datetime) -> tuple[str, ...]:

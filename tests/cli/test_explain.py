@@ -176,6 +176,10 @@ def test_a_step_that_runs() -> None:
     assert "(3 s ago), times out at " in text and text.endswith("(in 27 s).")
 
 
+def test_an_item_of_a_map_is_told_with_the_name_of_its_step() -> None:
+    assert reasons(_case(_work(**{**RUNNING, "key": "[3]"})))[0].text.startswith("Running step [3] (shop.charge) (")
+
+
 def test_a_step_that_was_told_to_stop() -> None:
     assert "told to stop" in _only(_case(_work(**RUNNING, stop=True))).text
 

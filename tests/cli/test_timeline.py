@@ -79,3 +79,21 @@ def test_history_does_not_say_that_a_signal_decides_nor_that_a_lease_was_lost_wh
     told = [event.text for event in events([(0, START, [encode(entry) for entry in entries])])]
     assert told[1] == "signal:go#0 succeeded (signal click-1)"
     assert told[3] == "do#0 attempt 1 took effect late, after it had been given up"
+
+
+def test_history_says_which_step_an_item_and_a_call_with_a_key_of_its_own_are_of_and_what_a_page_maps() -> None:
+    spec = {"do": {"e": "asked", "key": "", "task": "bank.store"}, "first": 500, "cursor": "x"}
+    entries = [
+        Asked("[3]", "bank.store", {"tx": 3}),
+        Asked("charge-eu", "shop.charge", {}),
+        Asked("0/shop.charge#0", "shop.charge", {}),
+        Asked("orchestrator.map#1", "orchestrator.map", {"spec": spec}, kind="child"),
+    ]
+    rows = [(0, START, [encode(entry) for entry in entries])]
+    assert [event.text for event in events(rows, 160)] == [
+        "[3] (bank.store) asked with (tx=3)",
+        "charge-eu (shop.charge) asked with ()",
+        "0/shop.charge#0 asked with ()",
+        "orchestrator.map#1 asked for bank.store with the items of a page, from number 500",
+    ]
+    assert '"cursor": "x"' in events(rows)[3].text
