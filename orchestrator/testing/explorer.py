@@ -118,7 +118,7 @@ class _Stage:
         run = environment.start(self.saga, *self.args, kwargs=self.kwargs, task_id=RUN_ID)
         environment.finish(self._in_time(run))
         for _ in range(_ROUNDS):
-            if self._send(run) or self._mend():
+            if self._mend() or self._send(run):
                 environment.finish(self._in_time(run))
             else:
                 break
@@ -145,13 +145,13 @@ class _Stage:
         return True
 
     def _mend(self) -> bool:
-        """Be the operator, once whatever was out of order works again."""
-        parked = [(run, item["key"]) for run in self.environment.runs_in("parked") for item in run.parked]
-        self.environment.heal()
+        """Be the operator, once whatever was out of order works again: for a child that its parent awaits as well."""
+        parked = [(run, item["key"]) for run in self.environment.runs_in("parked") for item in run.parked if item["key"]]
+        if parked:
+            self.environment.heal()
         for run, key in parked:
-            if key:
-                run.retry(key, reason="what was out of order works again")
-        return any(key for _, key in parked)
+            run.retry(key, reason="what was out of order works again")
+        return bool(parked)
 
 
 @dataclass(slots=True)

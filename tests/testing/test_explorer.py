@@ -93,6 +93,14 @@ def test_an_undo_that_remembers_itself_refuses_what_comes_late(saga_environment:
     assert found.kinds[Kind.LATE] == 1
 
 
+def test_a_child_that_parks_is_mended_though_its_parent_only_waits(saga_environment: Environment) -> None:
+    """With waiting= the parent was sent what it did not wait for, again and again, and the child was never retried."""
+    found = explore(
+        saga_environment, family, "c1", pairs=0, invariant=nothing_or_both, waiting=lambda run: None, max_schedules=120
+    )
+    assert found.ok, str(found)
+
+
 def test_children_are_explored_with_their_parent(saga_environment: Environment) -> None:
     found = explore(saga_environment, family, invariant=nothing_or_both, pairs=0, max_schedules=30)
     assert found.ok, str(found)
