@@ -146,7 +146,9 @@ class _Stage:
 
     def _mend(self) -> bool:
         """Be the operator, once whatever was out of order works again: for a child that its parent awaits as well."""
-        parked = [(run, item["key"]) for run in self.environment.runs_in("parked") for item in run.parked if item["key"]]
+        parked = [
+            (run, item["key"]) for run in self.environment.runs_in("parked") for item in run.parked if item["key"]
+        ]
         if parked:
             self.environment.heal()
         for run, key in parked:
