@@ -101,13 +101,13 @@ class Transactions:
         try:
             with _without_endings(connection, handed), _rows_as_made(driver):
                 value = work(handed)
+            failpoint("transaction.worked", connection)
+            if wants_session:
+                _write_out(handed, savepoints)
         except Exception as error:
             _refuse_ended(connection, outer, inner, error)
             raise
         try:
-            failpoint("transaction.worked", connection)
-            if wants_session:
-                _write_out(handed, savepoints)
             for nested in _innermost_first(connection, inner):
                 nested.commit()
             driver._adapters = AdaptersMap(IN_UTC)

@@ -125,6 +125,16 @@ def commit_by_itself(connection: SqlConnection, name: str, then: str) -> str:
     return name
 
 
+@step(transactional=True, compensate=take_back, retry=RetryPolicy(maximum_attempts=1))
+def commit_below_session(session: Session, name: str, then: str) -> str:
+    session.add(Written(name=name))
+    session.flush()
+    ENDINGS[name](session.connection())
+    if then == "cannot be written":
+        session.add(Written(name="refused"))
+    return name
+
+
 @step(transactional=True, retry=AT_ONCE)
 def end_session(session: Session, name: str) -> None:
     session.add(Written(name=name))
@@ -198,6 +208,11 @@ async def written_side_by_side(names: list[str]) -> None:
 @saga.define
 async def committed_by_itself(name: str, then: str) -> str:
     return await saga.step(commit_by_itself, name, then)
+
+
+@saga.define
+async def committed_below_session(name: str, then: str) -> str:
+    return await saga.step(commit_below_session, name, then)
 
 
 @saga.define
@@ -650,6 +665,19 @@ def test_a_step_that_commits_its_transaction_by_itself_is_in_doubt_and_undone(
     child: Child, connection: Connection, table: None, name: str, then: str
 ) -> None:
     start(connection, committed_by_itself, name, then)
+    drain_all(connection, child)
+    assert connection.execute("SELECT name FROM written").fetchall() == [(name,)]
+    (attempted,) = [entry for entry in entries(connection) if entry["e"] == "attempted"]
+    assert "TransactionEnded" in str(attempted["error"])
+    assert (state(connection), DONE) == ("compensated", [f"undo {name} None"])
+
+
+@pytest.mark.parametrize("then", ["returns", "cannot be written"])
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_step_that_commits_below_its_session_is_in_doubt_and_undone(
+    child: Child, connection: Connection, table: None, name: str, then: str
+) -> None:
+    start(connection, committed_below_session, name, then)
     drain_all(connection, child)
     assert connection.execute("SELECT name FROM written").fetchall() == [(name,)]
     (attempted,) = [entry for entry in entries(connection) if entry["e"] == "attempted"]
