@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from psycopg import sql
 from psycopg.adapt import AdaptersMap
 from psycopg.pq import TransactionStatus
 from sqlalchemy import Connection, NestedTransaction, RootTransaction, create_engine, event, text
@@ -28,6 +29,7 @@ from orchestrator.store.connection import (
     CommitUnknown,
     TransactionEnded,
     TransactionFailed,
+    is_at_rest,
     refuse_ended,
     refuse_lost_rows,
 )
@@ -51,6 +53,8 @@ class Transactions:
         else:
             options["poolclass"] = NullPool
         self._engine: Engine = create_engine(sqlalchemy_url, **options)
+        if permits is None and prepare:  # behind a pooler a session is everybody's, and to be left alone
+            event.listen(self._engine, "connect", _look_at_session)
         event.listen(self._engine, "close", _stop)  # by SQLAlchemy, where the interruption meets it in its own code
 
     def run(
@@ -131,6 +135,7 @@ class Transactions:
         except Exception as error:  # of the database, or of what an app has told SQLAlchemy to do with each connection
             raise TransactionFailed(error) from error
         driver, _ = _driver(connection)
+        as_opened = connection.info.get(_AS_OPENED)
         try:
             yield connection
         finally:
@@ -139,6 +144,8 @@ class Transactions:
                     connection.invalidate()  # the pool would try to roll it back, which it does not take
                     _stop(driver)  # one that is detached is nobody's
                     driver.close()
+                elif as_opened and not driver.closed:
+                    _end_session(connection, driver, as_opened)
                 connection.close()
             except DBAPIError:  # not always an OperationalError; nothing is left to roll back
                 if not connection.closed:
@@ -274,6 +281,45 @@ def _stop(driver: Psycopg, *_: Any) -> None:
 
 
 _CANCEL_S = 5.0
+
+
+def _look_at_session(driver: Psycopg, record: Any) -> None:
+    """Keep what makes a session as it was when it was opened, and a listener of the app had set it up."""
+    with _at_once(driver) if is_at_rest(driver) else contextlib.nullcontext():
+        given = driver.execute(_GIVEN).fetchall()
+    again = [sql.SQL("SELECT set_config({}, {}, false)").format(*map(sql.Literal, each)) for each in given]
+    record.info[_AS_OPENED] = sql.SQL("; ").join([sql.SQL(_END_SESSION), *again]).as_bytes(driver)
+
+
+def _end_session(connection: Connection, driver: Psycopg, as_opened: bytes) -> None:
+    """Take back what a step has set for more than its transaction: the next one in this process may be of anybody."""
+    try:
+        driver.rollback()
+        with _at_once(driver):
+            driver.execute(as_opened, prepare=False)
+    except REFUSED:
+        connection.invalidate()
+
+
+@contextlib.contextmanager
+def _at_once(driver: Psycopg) -> Iterator[None]:
+    driver.autocommit = True
+    try:
+        yield
+    finally:
+        driver.autocommit = False
+
+
+_AS_OPENED = "orchestrator_session"
+# What DISCARD ALL does, but for the plans of the driver's own statements.
+_END_SESSION = (
+    "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ROLE; RESET ALL; UNLISTEN *; DISCARD TEMP; "
+    "SELECT pg_advisory_unlock_all()"
+)
+_GIVEN = """
+SELECT name, setting FROM pg_settings WHERE source = 'session'
+UNION ALL SELECT 'role', current_setting('role') WHERE current_setting('role') <> 'none'
+"""
 _NO_SAVEPOINT = ("3B001", "25P01")  # there is no such savepoint, or no transaction at all
 
 

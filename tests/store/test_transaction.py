@@ -151,6 +151,64 @@ def test_how_a_step_reads_its_rows_is_not_how_the_outcome_is_written(transaction
     assert (schema, number, type(number)) == ("public", 1.5, float)
 
 
+LEFT = {
+    "search_path": ("SET search_path TO nowhere", "SELECT current_schema()", "public"),
+    "setting": ("SET statement_timeout TO '7s'", "SELECT current_setting('statement_timeout')", "0"),
+    "read only": ("SET default_transaction_read_only TO on", "SHOW transaction_read_only", "off"),
+    "table": ("CREATE TEMP TABLE mine (n int)", "SELECT count(*) FROM pg_class WHERE relname = 'mine'", 0),
+    "lock": (
+        "SELECT pg_advisory_lock(7)",
+        "SELECT count(*) FROM pg_locks WHERE (locktype, objid) = ('advisory', 7)",
+        0,
+    ),
+    "cursor": ("DECLARE mine CURSOR WITH HOLD FOR SELECT 1", "SELECT count(*) FROM pg_cursors WHERE is_holdable", 0),
+    "listening": ("LISTEN mine", "SELECT count(*) FROM pg_listening_channels()", 0),
+}
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_what_a_step_has_set_for_its_session_is_not_there_for_the_next_one(
+    transactions: Transactions, left: str
+) -> None:
+    """With the search path of one tenant another one's rows would go to the wrong schema."""
+    given, asked, wanted = LEFT[left]
+
+    def work(connection: Connection) -> int:
+        connection.execute(text(given))
+        return backend_of(connection)
+
+    def look(connection: Connection) -> tuple[int, Any]:
+        return backend_of(connection), connection.execute(text(asked)).scalar()
+
+    backend = transactions.run(False, MINUTE, work, lambda connection, value: True)
+    assert transactions.run(False, MINUTE, look, lambda connection, value: True) == (backend, wanted)
+
+
+def test_what_a_listener_of_the_app_has_set_for_the_session_stays(transactions: Transactions) -> None:
+    def set_up(connection: psycopg.Connection[Any], record: object) -> None:
+        connection.execute("SET TIME ZONE 'Europe/Berlin'")
+        connection.execute("SET search_path TO shop, public")
+        connection.commit()
+
+    def look(connection: Connection) -> tuple[Any, ...]:
+        return connection.execute(
+            text("SELECT current_setting('timezone'), current_setting('search_path'), current_setting('work_mem')")
+        ).one()
+
+    def work(connection: Connection) -> tuple[Any, ...]:
+        found = look(connection)
+        connection.execute(text("SET TIME ZONE 'UTC'"))
+        connection.execute(text("SET work_mem TO '7MB'"))
+        return found
+
+    event.listen(Engine, "connect", set_up)
+    try:
+        seen = {tuple(transactions.run(False, MINUTE, work, lambda connection, value: True)) for _ in range(3)}
+    finally:
+        event.remove(Engine, "connect", set_up)
+    assert seen == {("Europe/Berlin", "shop, public", "4MB")}
+
+
 def test_what_a_session_wrote_is_committed_without_a_warning(transactions: Transactions, database_url: str) -> None:
     """Its own savepoint, and one that the step has left open, lie within that of the engine."""
 
