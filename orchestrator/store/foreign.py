@@ -44,7 +44,7 @@ def execute(transaction: Any, statement: str, values: dict[str, Any]) -> tuple[A
             transaction = transaction.connection()
         if isinstance(transaction, Connection):
             _refuse_unjoinable(transaction.connection)
-            row = transaction.execute(_sqlalchemy(statement), values).fetchone()
+            row = transaction.execute(_sqlalchemy(statement), values).first()
             return tuple(row) if row else None
         if isinstance(transaction, psycopg.Connection):
             _refuse_inherited(transaction)
@@ -70,7 +70,7 @@ async def aexecute(transaction: Any, statement: str, values: dict[str, Any]) -> 
             transaction = await transaction.connection()
         if _is_async(transaction, "AsyncConnection"):
             _refuse_unjoinable(await transaction.get_raw_connection())
-            row = (await transaction.execute(_sqlalchemy(statement), values)).fetchone()
+            row = (await transaction.execute(_sqlalchemy(statement), values)).first()
             return tuple(row) if row else None
         if isinstance(transaction, psycopg.AsyncConnection):
             _refuse_inherited(transaction)

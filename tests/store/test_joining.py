@@ -17,7 +17,7 @@ import pytest
 from psycopg.rows import dict_row, namedtuple_row
 from psycopg.types.json import set_json_loads
 from psycopg.types.string import TextLoader
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
@@ -122,6 +122,15 @@ def test_an_engine_that_commits_each_statement_has_no_transaction_to_join(client
     engine.dispose()
     with pytest.raises(UnknownRunError):
         client.handle(joined, "same").status  # noqa: B018
+
+
+def test_a_connection_that_reads_as_a_stream_keeps_no_cursor_of_a_start(client: Client, database_url: str) -> None:
+    engine = create_engine(_with_driver(database_url, "psycopg"), execution_options={"stream_results": True})
+    with engine.begin() as connection:
+        _starts_once(client, connection)
+        assert connection.execute(text("SELECT count(*) FROM pg_cursors WHERE name <> ''")).scalar() == 1, "its own"
+    engine.dispose()
+    assert client.handle(joined, "same").status == "pending"
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
