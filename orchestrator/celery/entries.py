@@ -28,12 +28,8 @@ from orchestrator.store import runs
 
 _KNOWN = frozenset({"task", "schedule", "args", "kwargs", "options", "relative"})
 _OF_CELERY = frozenset({"name", "app", "last_run_at", "total_run_count"})  # attributes of a ScheduleEntry as a dict
-_DECIDE = (
-    "is_due",
-    "remaining_estimate",
-    "remaining_delta",
-    "_delta_to_next",
-)  # methods that say when a crontab is due
+# The methods that say when a crontab is due.
+_DECIDE = ("is_due", "remaining_estimate", "remaining_delta", "_delta_to_next")
 _SECOND = timedelta(seconds=1)
 _QUESTIONS = 20_000  # that a schedule of the application's own is asked before it is due once; for more than a year
 _LEAST = ((1_000, timedelta(minutes=1)), (10_000, timedelta(hours=1)))  # between two of them, after so many

@@ -22,6 +22,7 @@ from orchestrator.cli.command import Command, as_json, console, orchestrator_of,
 from orchestrator.cli.orders import by_option
 from orchestrator.codec import first_line
 from orchestrator.engine.doctor import EXIT_CODE, Facts, Finding, Level, judge, lost_doorbells
+from orchestrator.engine.schedules import LATE
 from orchestrator.errors import OrchestratorError
 from orchestrator.saga import registry as sagas
 from orchestrator.step import registry as steps
@@ -79,7 +80,8 @@ def _facts(orchestrator: Any, connection: Connection) -> Facts:
     waiting, living = store.waiting(connection), store.living(connection)
     named = _named_queues(app)
     name = app.main or "celery"
-    schedules = _schedules(app, schedules_store.listing(connection, name))
+    declared = schedules_store.listing(connection, name)
+    schedules = _schedules(app, declared)
     leader = schedules_store.leader(connection, name)
     return Facts(
         server=server, host_clock=host_clock, waiting=waiting, living=living, stuck=store.stuck(connection),
@@ -87,6 +89,10 @@ def _facts(orchestrator: Any, connection: Connection) -> Facts:
         broker=ask_broker(app, sorted(named | {each.queue for each in waiting})), named_queues=frozenset(named),
         pauses=pauses.listed(connection), schedules=schedules,
         lineage=None if server.in_recovery else restores.lineage(connection),
+        ahead=[
+            (row["name"], row["settled_until"].astimezone(UTC)) for row in declared
+            if row["gone_at"] is None and row["settled_until"] > row["now"] + LATE
+        ],
         restoring=restores.open_sweep(connection) is not None,
         leader_unseen=max(schedules_store.clock(connection) - leader[1], timedelta(0)) if leader else None,
     )  # fmt: skip

@@ -87,6 +87,7 @@ class Facts:
     pauses: Sequence[Pause] = ()
     schedules: Sequence[tuple[str, str | None]] = ()
     leader_unseen: timedelta | None = None
+    ahead: Sequence[tuple[str, datetime]] = ()  # schedules that are settled up to an instant that is yet to come
     lineage: Lineage | None = None  # a standby is not asked
     restoring: bool = False
 
@@ -96,7 +97,7 @@ def judge(facts: Facts) -> list[Finding]:
     found = list(chain(
         _of_server(facts.server), _of_lineage(facts), _of_clocks(facts), _of_transactions(facts),
         _of_sizes(facts), _of_workers(facts), _of_work(facts), _of_runs(facts.stuck), _of_pauses(facts),
-        _of_broker(facts.broker), _of_schedules(facts),
+        _of_broker(facts.broker), _of_schedules(facts), _of_clock_set_back(facts),
     ))  # fmt: skip
     return sorted(found, key=lambda finding: -EXIT_CODE[finding.level])
 
@@ -428,6 +429,18 @@ def _of_schedules(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "schedule", Level.WARNING, f"schedule {name!r}: {problem}", "it may not fire", "correct its entry"
             )
+
+
+def _of_clock_set_back(facts: Facts) -> Iterator[Finding]:
+    for name, until in facts.ahead:
+        yield Finding(
+            "schedule-ahead",
+            Level.WARNING,
+            f"schedule {name!r} is decided up to {until:%Y-%m-%d %H:%M:%S} UTC, which is yet to come",
+            "the database's clock was ahead, and was set back: nothing of it fires until then",
+            f"saga schedules pause {as_typed(name)}, then saga schedules resume {as_typed(name)}: it goes on from now, "
+            "and what has fired does not fire again",
+        )
 
 
 def _many(number: int, one: str, more: str = "") -> str:

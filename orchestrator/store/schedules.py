@@ -182,8 +182,7 @@ WHERE app = %(app)s AND name = %(name)s AND paused_at IS NULL RETURNING name
 """
 _RESUME = f"""
 UPDATE orchestrator.schedules SET paused_at = NULL, paused_by = NULL, paused_because = NULL,
-    settled_until = CASE WHEN %(catch_up)s THEN settled_until
-                         ELSE greatest(settled_until, date_trunc('second', {CLOCK})) END
+    settled_until = CASE WHEN %(catch_up)s THEN settled_until ELSE date_trunc('second', {CLOCK}) END
 WHERE app = %(app)s AND name = %(name)s AND paused_at IS NOT NULL RETURNING name
 """
 
@@ -198,7 +197,10 @@ def pause(connection: Connection, app: str, name: str, by: str, because: str, no
 
 
 def resume(connection: Connection, app: str, name: str, *, catch_up: bool, now: datetime | None = None) -> bool:
-    """End a pause; without `catch_up` the slots that passed meanwhile are left out.  False if it was not paused."""
+    """End a pause; without `catch_up` the slots that passed meanwhile are left out.  False if it was not paused.
+
+    It goes on from now, also if the clock was ahead and more is settled; what has fired then is on record.
+    """
     values = {"app": app, "name": name, "catch_up": catch_up, "now": now}
     failpoint("schedule.resume.before", connection)
     resumed = connection.execute(_RESUME, values).fetchone() is not None

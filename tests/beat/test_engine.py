@@ -377,6 +377,23 @@ def test_a_paused_schedule_fires_nothing_and_goes_on_after_the_pause_or_catches_
     assert began(fire(connection, hourly, BEGIN + 5 * HOUR)) == [BEGIN + 4 * HOUR + MINUTE]
 
 
+def test_after_a_clock_that_was_ahead_a_pause_lets_a_schedule_go_on_from_now_and_fires_nothing_twice(
+    connection: Connection,
+) -> None:
+    hourly = schedule()
+    lead(connection, BEGIN, hourly)
+    assert began(fire(connection, hourly, BEGIN + HOUR)) == [BEGIN + HOUR]
+    assert began(fire(connection, hourly, BEGIN + 365 * DAY)) == [BEGIN + 365 * DAY]
+    back = BEGIN + 2 * HOUR + MINUTE
+    assert fire(connection, hourly, back) == []
+    assert store.pause(connection, "app", "it", "ann", "the clock was set back", back)
+    assert store.resume(connection, "app", "it", catch_up=False, now=back)
+    assert began(fire(connection, hourly, back + HOUR)) == [back + HOUR]
+    store.pause(connection, "app", "it", "ann", "", BEGIN + 365 * DAY - HOUR)
+    assert store.resume(connection, "app", "it", catch_up=False, now=BEGIN + 365 * DAY - HOUR)
+    assert fire(connection, hourly, BEGIN + 365 * DAY) == [], "it has fired"
+
+
 def test_a_trigger_fires_at_once_and_minds_the_overlap_policy(connection: Connection) -> None:
     hourly = schedule(overlap=Overlap.SKIP)
     first = App.trigger(connection, hourly, BEGIN)

@@ -69,6 +69,7 @@ def test_nothing_is_found_where_all_is_well() -> None:
         ("old-transaction", Level.WARNING, but(oldest=Old(HOUR, 7, "", "idle in transaction"))),
         ("bloat-work", Level.WARNING, but(sizes=[Size("work", 10, 60_000, 1 << 30)])),
         ("no-worker", Level.WARNING, but(living=[])),
+        ("schedule-ahead", Level.WARNING, but(ahead=[("nightly", NOW + HOUR)])),
         ("expired-lease", Level.WARNING, but(living=[WORKER, Living("dead@here", ["q"], 4, HOUR)])),
         ("idle-queue", Level.ADVICE, but(named_queues=frozenset({"q", "other"}))),
         ("unserved-queue", Level.WARNING, but(waiting=due(queue=False, target=False))),
