@@ -18,6 +18,7 @@ from celery import Celery
 from kombu.connection import Connection as BrokerConnection
 from kombu.exceptions import OperationalError as BrokerError
 
+from orchestrator import saga as sagas
 from orchestrator.celery import entries, nightly
 from orchestrator.celery.doorbell import abandon
 from orchestrator.celery.entries import Entry
@@ -141,7 +142,11 @@ class Post:
         except Exception as error:  # an argument that is computed may fail as the broker does, with an OSError
             raise Undeliverable(name, error) from error
         try:
-            self._send(entry, args, kwargs, slot, message_id)
+            if entry.task in sagas.registry.names:  # it was none when this was decided
+                options = {**entry.options, "task_id": message_id}
+                self._app.orchestrator.client.start(sagas.registry.latest(entry.task), tuple(args), kwargs, options)
+            else:
+                self._send(entry, args, kwargs, slot, message_id)
         except BROKER_AWAY:
             raise
         except Exception as error:

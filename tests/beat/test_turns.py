@@ -72,6 +72,20 @@ def test_what_is_to_be_sent_of_an_entry_that_is_gone_or_bad_waits_for_it_without
     assert stands() == ("sent", True, "")
 
 
+def test_what_was_to_be_sent_of_a_task_that_has_become_a_saga_is_started(
+    app: Celery, scheduler: Scheduler, connection: Connection
+) -> None:
+    """The broker was away when it was decided, and the next release made a saga of the task."""
+    app.conf.beat_schedule = {"it": {"task": "turns.plain", "schedule": 3600, "args": (1,)}}
+    scheduler.tick()
+    store.decide(connection, "turns", "it", SLOT, origin="trigger", state="sending", run_id="m-1")
+    app.conf.beat_schedule = {"it": {"task": hourly.name, "schedule": 3600, "args": (1,), "options": {"priority": 5}}}
+    scheduler.tick()
+    assert connection.execute("SELECT state FROM orchestrator.slots").fetchall() == [("sent",)]
+    assert connection.execute("SELECT problem FROM orchestrator.schedules WHERE name = 'it'").fetchall() == [(None,)]
+    assert connection.execute("SELECT id, priority FROM orchestrator.runs").fetchall() == [("m-1", 5)]
+
+
 def test_what_is_to_be_sent_or_waits_is_forgotten_once_its_entry_is_gone_for_long(connection: Connection) -> None:
     it, other = store.Declared("it", "plain", "hourly"), store.Declared("other", "plain", "hourly")
     store.declare(connection, "turns", [it, other], SLOT, SLOT)
