@@ -11,6 +11,7 @@ from typing import Any
 import click
 from rich.text import Text
 
+from orchestrator.cli import words
 from orchestrator.cli.command import (
     STATE_STYLES,
     Command,
@@ -74,8 +75,12 @@ def _print(ctx: click.Context, told: Pruned, dry_run: bool) -> None:
         for (saga, state), many in sorted(told.gone.items()):
             table.add_row(saga, Text(state, style=STATE_STYLES.get(state, "")), str(many))
         console(ctx).print(table)
-    click.echo(f"{told.total} runs {'would go' if dry_run else 'are gone'}.")
+    if dry_run:
+        click.echo(f"{words.many(told.total, 'run', 'runs')} would go.")
+    else:
+        click.echo(f"{words.many(told.total, 'run is', 'runs are')} gone.")
     if told.kept:
-        click.echo(f"{told.kept} were kept: they belong to a run that has not ended, or something of them is not done.")
+        kept = words.many(told.kept, "was kept: it belongs", "were kept: they belong")
+        click.echo(f"{kept} to a run that has not ended, or not all that was asked for is done.")
     if told.archive:
         click.echo(f"Written to {told.archive}")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import click
 from rich.text import Text
 
+from orchestrator.cli import words
 from orchestrator.cli.command import console, grid, print_json, reading
 from orchestrator.cli.orders import who
 from orchestrator.engine import restore as engine
@@ -101,8 +102,9 @@ def _print(ctx: click.Context, aftermath: Aftermath, dry_run: bool) -> None:
         )
         if not dry_run:
             return
-    found, would = aftermath.found, "would be" if dry_run else "were"
-    click.echo(f"{found['runs']} runs had not ended at that moment; they {would} told.")
+    found = aftermath.found
+    runs = words.many(found["runs"], "run", "runs")
+    click.echo(f"{runs} had not ended at that moment; each {'would be' if dry_run else 'was'} told.")
     if found["steps"]:
         table = grid("STEP", "WHAT", "HOW MANY", "")
         for task, counts in sorted(found["steps"].items()):

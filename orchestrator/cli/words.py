@@ -89,6 +89,11 @@ def says(text: str, described: dict[str, Any] | None) -> bool:
     return bool(described) and (error(described) in text or text in error(described))
 
 
+def many(number: int, one: str, more: str) -> str:
+    """Return a number with the words that go with it: ``1 run is``, ``2 runs are``."""
+    return f"{number} {one if number == 1 else more}"
+
+
 def short(name: str) -> str:
     """Return the last part of a dotted name."""
     return name.rpartition(".")[2]

@@ -190,7 +190,7 @@ def test_a_restore_is_noticed_until_somebody_looks_after_it(terminal: Terminal, 
     code, told, found = examine(terminal)
     assert (code, found["restored"]) == (2, "broken")
     assert any("timeline 0 -> 1" in each["what"] for each in told["findings"])
-    assert "1 runs had not ended at that moment; they would be told" in terminal.ok(
+    assert "1 run had not ended at that moment; each would be told" in terminal.ok(
         "doctor", "--after-restore", "--dry-run"
     )
     assert "restored" in examine(terminal)[2], "a dry run changes nothing"
@@ -258,7 +258,7 @@ def test_who_put_back_a_copy_on_the_same_server_hears_what_to_say(
     terminal.ok("start", "checkout", ORDER)
     said = " ".join(terminal.ok("doctor", "--after-restore").split())
     assert "or it was made anew from an older copy on the same server (a template), say --snapshot too." in said
-    assert "1 runs had not ended" in terminal.ok("doctor", "--after-restore", "--snapshot")
+    assert "1 run had not ended at that moment;" in terminal.ok("doctor", "--after-restore", "--snapshot")
     assert sql.execute("SELECT count(*) FROM orchestrator.arrivals").fetchone() == (1,)
 
 

@@ -19,7 +19,7 @@ def test_prune_says_what_goes_and_beat_has_it_as_a_task(worked: Terminal, tmp_pa
     assert (would["total"], would["dry_run"]) == (1, True)
     told = worked.json("prune", "--older-than", "0s", "--limit", "1", "--archive", str(tmp_path))
     assert told["total"] >= 1 and Path(told["archive"]).read_text().count("\n") == told["total"]
-    assert "runs are gone." in worked.ok("prune", "--older-than", "0s", "--limit", "1")
+    assert " gone." in worked.ok("prune", "--older-than", "0s", "--limit", "1")
     assert "0 runs would go." in worked.ok("prune", "--older-than", "900d", "--dry-run")
     assert worked.shop.app.tasks["orchestrator.prune"]("0s")["total"] >= 1
     again = worked.run("start", "checkout", json.dumps([{"id": "x"}]), "--id", "prune-1")
