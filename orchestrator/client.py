@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from orchestrator import starting
-from orchestrator.codec import Json, ValueCodec, canonical_text, check, encode_any, is_name, read_stored
+from orchestrator.codec import Json, canonical_text, check, is_name, read_stored
 from orchestrator.codec.values import explain
 from orchestrator.engine.reconcile import Report, reconcile
 from orchestrator.errors import (
@@ -39,6 +39,7 @@ from orchestrator.result import SagaResult, saga_of
 from orchestrator.retention import Chosen, Pruned, prune
 from orchestrator.saga import Saga
 from orchestrator.saga.declare import positional
+from orchestrator.saga.signals import payload_of
 from orchestrator.settings import Settings
 from orchestrator.step import registry as step_registry
 from orchestrator.store import arrivals, pauses, runs
@@ -244,7 +245,7 @@ class Client:
             raise UsageError("the name and id of a signal must be text of 1 to 500 printable bytes")
         outcome = self._open(run_id, "signalled")
         signal_id = signal_id or str(uuid.uuid4())
-        self._order(run_id, Signal(name, signal_id, _payload(run_id, saga_of(outcome), name, payload)))
+        self._order(run_id, Signal(name, signal_id, payload_of(run_id, saga_of(outcome), name, payload)))
         return signal_id
 
     def operate(
@@ -486,24 +487,6 @@ class Client:
             return call()
         except StoreUnavailableError:
             return call()
-
-
-def _payload(run_id: str, saga: Saga[Any, Any] | None, name: str, payload: Any) -> Json:
-    """Encode what a signal carries, as the saga declares it if it does."""
-    encoded = encode_any(payload, f"signal {name!r}")
-    declared = saga.options.signals if saga else None
-    if declared is None:
-        return encoded
-    if name not in declared:
-        raise UsageError(
-            f"run {run_id}: its saga has no signal {name!r}; it has {', '.join(sorted(declared)) or 'none'}"
-        )
-    try:
-        ValueCodec(declared[name], what=f"signal {name!r}").decode(encoded)
-    except ValueError as error:
-        wanted = getattr(declared[name], "__name__", declared[name])
-        raise PayloadError(f"run {run_id}: signal {name!r} is to carry {wanted}: {explain(error)}") from error
-    return encoded
 
 
 class _schema_named:  # noqa: N801 - a context manager reads like a function

@@ -1,6 +1,6 @@
 """Waiting for signals: what somebody outside tells a run.
 
-Owns the awaiting side; `SagaResult.signal` is the telling one.
+Owns the awaiting side, and what a signal may carry; `SagaResult.signal` is the telling one.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import functools
 from datetime import timedelta
 from typing import Any, TypeVar, overload
 
-from orchestrator.codec import Json, ValueCodec, is_name
-from orchestrator.errors import UsageError
+from orchestrator.codec import Json, ValueCodec, encode_any, is_name
+from orchestrator.codec.values import explain
+from orchestrator.errors import PayloadError, UsageError
 from orchestrator.machine.code import Request, SagaCode
 from orchestrator.machine.journal import Asked
 from orchestrator.machine.policy import Effect
-from orchestrator.saga.declare import registry
+from orchestrator.saga.declare import Saga, registry
 from orchestrator.saga.inside import code_of
 from orchestrator.saga.steps import failure_of
 
@@ -68,3 +69,24 @@ def _request(name: str, code: SagaCode) -> Request:
 
 def _as_it_is(payload: Json) -> Json:
     return payload
+
+
+def payload_of(run_id: str, saga: Saga[Any, Any] | None, name: str, payload: Any) -> Json:
+    """Encode what a signal carries, as the saga declares it if it does.
+
+    Raises: PayloadError; UsageError if the saga declares its signals and this is none of them.
+    """
+    encoded = encode_any(payload, f"signal {name!r}")
+    declared = saga.options.signals if saga else None
+    if declared is None:
+        return encoded
+    if name not in declared:
+        raise UsageError(
+            f"run {run_id}: its saga has no signal {name!r}; it has {', '.join(sorted(declared)) or 'none'}"
+        )
+    try:
+        ValueCodec(declared[name], what=f"signal {name!r}").decode(encoded)
+    except ValueError as error:
+        wanted = getattr(declared[name], "__name__", declared[name])
+        raise PayloadError(f"run {run_id}: signal {name!r} is to carry {wanted}: {explain(error)}") from error
+    return encoded

@@ -13,12 +13,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from orchestrator.canvas.starting import Durable, run_canvas
-from orchestrator.codec import Json, check, encode_any
+from orchestrator.codec import Json, check
 from orchestrator.errors import SagaCancelled, SagaFailed, UsageError, message_of
 from orchestrator.machine.fold import RunInfo
 from orchestrator.machine.journal import Cancel, Entry, Operate, Parked, Signal, Terminate
 from orchestrator.machine.states import TERMINAL, RunState
 from orchestrator.saga import Saga
+from orchestrator.saga.signals import payload_of
 from orchestrator.step import Step
 from orchestrator.testing.rehearsal import Rehearsal
 from orchestrator.testing.stubs import Call, Cast
@@ -137,7 +138,8 @@ class TestRun:
 
     def signal(self, name: str, payload: Any = None) -> TestRun:
         """Tell the run something that it waits for."""
-        return self._send(Signal(name, str(uuid.uuid4()), encode_any(payload, f"signal {name!r}")))
+        rehearsal = self._rehearsal
+        return self._send(Signal(name, str(uuid.uuid4()), payload_of(rehearsal.info.id, rehearsal.saga, name, payload)))
 
     def retry(self, key: str = "", *, by: str = _TESTER, reason: str = "") -> TestRun:
         """Try a parked step, probe or undo again; without `key` a run that is parked as a whole."""
@@ -215,7 +217,8 @@ def run(
     names and payloads that it is told at its start. Children are played as well, and locks are free. With
     `replay` saga code starts anew from the recorded journal at every turn, as it may in production; what is
     not deterministic then parks the run as drift.
-    Raises: PayloadError for input that cannot be stored; UsageError for a step that cannot be called here.
+    Raises: PayloadError for input, or a signal, that cannot be stored; UsageError for a step that cannot be called
+    here, or a signal that the saga does not have.
     """
     saga, args, kwargs = as_saga(saga, args, kwargs or {})
     encoded = saga.codec.encode_call(args, kwargs)
@@ -233,7 +236,7 @@ def run(
     )
     rehearsal = Rehearsal(saga, info, Cast(stubs or {}, connection), replays=replay)
     for number, (name, payload) in enumerate(signals):
-        rehearsal.send(Signal(name, f"signal {number}", encode_any(payload, f"signal {name!r}")), started)
+        rehearsal.send(Signal(name, f"signal {number}", payload_of(task_id, saga, name, payload)), started)
     if cancel_at is not None:
         rehearsal.send(Cancel(_TESTER, "cancel_at"), started + cancel_at)
     rehearsal.play()

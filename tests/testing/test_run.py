@@ -700,3 +700,17 @@ async def _no_saga(n: int) -> int:
 def test_what_is_no_saga_is_refused(played: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         testing.run(played, 1)
+
+
+@saga.define(name="run.approval", signals={"approved": int})
+async def approval() -> int:
+    return await saga.wait_signal("approved", int, timeout=timedelta(days=1))
+
+
+def test_a_signal_that_the_saga_does_not_have_is_refused_as_in_production() -> None:
+    """A name that is misspelt in a test went unheard, and the test saw a timeout go by."""
+    assert testing.run(approval, signals=[("approved", 7)]).output == 7
+    with pytest.raises(UsageError, match="its saga has no signal 'aproved'; it has approved"):
+        testing.run(approval, signals=[("aproved", 7)])
+    with pytest.raises(PayloadError, match="signal 'approved' is to carry int"):
+        testing.run(approval, signals=[("approved", "seven")])
