@@ -36,13 +36,14 @@ def _sqlalchemy(statement: str) -> Any:
 def execute(transaction: Any, statement: str, values: dict[str, Any]) -> tuple[Any, ...] | None:
     """Run a statement in the caller's transaction and return its first row.
 
-    Raises: UsageError for something that is no connection, or one that was opened before a fork; SchemaError if its
-    database has no orchestrator schema.
+    Raises: UsageError for something that is no connection to Postgres, or one that was opened before a fork;
+    SchemaError if its database has no orchestrator schema.
     """
     try:
         if isinstance(transaction, (Session, scoped_session)):
             transaction = transaction.connection()
         if isinstance(transaction, Connection):
+            _refuse_others(transaction.dialect.name)
             _refuse_unjoinable(transaction.connection)
             row = transaction.execute(_sqlalchemy(statement), values).first()
             return tuple(row) if row else None
@@ -69,6 +70,7 @@ async def aexecute(transaction: Any, statement: str, values: dict[str, Any]) -> 
         if _is_async(transaction, "AsyncSession"):
             transaction = await transaction.connection()
         if _is_async(transaction, "AsyncConnection"):
+            _refuse_others(transaction.dialect.name)
             _refuse_unjoinable(await transaction.get_raw_connection())
             row = (await transaction.execute(_sqlalchemy(statement), values)).first()
             return tuple(row) if row else None
@@ -131,6 +133,7 @@ def _django(alias: str, statement: str, values: dict[str, Any]) -> tuple[Any, ..
     except ImportError:
         raise UsageError(f"transaction={alias!r} names a Django database, but Django is not installed") from None
     connection = connections[alias]
+    _refuse_others(connection.vendor)
     if not connection.in_atomic_block:
         raise UsageError(f"transaction={alias!r}: open `transaction.atomic(using={alias!r})` around the start")
     _refuse_inherited(connection.connection)
@@ -138,6 +141,15 @@ def _django(alias: str, statement: str, values: dict[str, Any]) -> tuple[Any, ..
         cursor.execute(statement, values)
         row = cursor.fetchone()
     return tuple(row) if row else None
+
+
+def _refuse_others(database: str) -> None:
+    """By the name that SQLAlchemy and Django have for it: what it would say itself shows the input of the run."""
+    if database != "postgresql":
+        raise UsageError(
+            f"transaction= got a connection of {database}: a run can only join a transaction of the Postgres that "
+            "holds the runs; start the run after your commit"
+        )
 
 
 def _refuse_inherited(driver: Any) -> None:

@@ -89,6 +89,7 @@ class Database:
     """A database of Django's, as far as a start needs one: JSON comes as text."""
 
     in_atomic_block = True
+    vendor = "postgresql"
 
     def __init__(self, connection: psycopg.Connection[Any]) -> None:
         _as_text(connection)
@@ -107,6 +108,30 @@ def test_the_same_start_is_known_again_in_a_transaction_of_django(
         monkeypatch.setitem(sys.modules, "django", types.ModuleType("django"))
         monkeypatch.setitem(sys.modules, "django.db", module)
         _starts_once(client, "default")
+
+
+class OtherDatabase:
+    """One of Django's that is no Postgres."""
+
+    in_atomic_block = True
+    vendor = "mysql"
+
+
+def test_a_transaction_of_another_kind_of_database_is_refused_and_shows_no_input(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was an error of that database's driver, with the statement and the input of the run in it."""
+    module: Any = types.ModuleType("django.db")
+    module.connections = {"default": OtherDatabase()}
+    monkeypatch.setitem(sys.modules, "django", types.ModuleType("django"))
+    monkeypatch.setitem(sys.modules, "django.db", module)
+    engine = create_engine("sqlite://")
+    with engine.begin() as connection, Session(engine) as session:
+        for transaction, kind in ((connection, "sqlite"), (session, "sqlite"), ("default", "mysql")):
+            with pytest.raises(UsageError, match=f"got a connection of {kind}: a run can only join") as refused:
+                _start(client, transaction, 1.5)
+            assert "1.5" not in str(refused.value)
+    engine.dispose()
 
 
 def _with_driver(database_url: str, driver: str) -> str:
