@@ -149,7 +149,7 @@ class Scheduler(celery.beat.Scheduler):
         kind = "schema" if isinstance(error, SchemaError) else "away"
         if kind not in self._said:
             told = error if isinstance(error, OrchestratorError) else unavailable(error)
-            logger.error("beat: %s Nothing fires until then; beat waits.", told)
+            logger.error("beat: %s. Nothing fires until then; beat waits.", str(told).removesuffix("."))
             self._said.add(kind)
         connection, self._connection = self._connection, None
         self._leads = False

@@ -25,6 +25,7 @@ from time import monotonic
 from typing import Any
 
 from orchestrator.celery.doorbell import Bell
+from orchestrator.codec import first_line
 from orchestrator.engine.lease import begin_life, is_alive
 from orchestrator.engine.pump import Pump
 from orchestrator.engine.watchdog import Watchdog
@@ -32,7 +33,14 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.failpoints import failpoint
 from orchestrator.settings import Settings
 from orchestrator.store import check, liveness
-from orchestrator.store.connection import UNAVAILABLE, WORKER_PATIENCE_S, Connection, open_connection, unavailable
+from orchestrator.store.connection import (
+    REFUSED,
+    UNAVAILABLE,
+    WORKER_PATIENCE_S,
+    Connection,
+    open_connection,
+    unavailable,
+)
 
 logger = logging.getLogger(__name__)
 EX_STUCK = 75  # sysexits.h: EX_TEMPFAIL
@@ -333,6 +341,9 @@ def main() -> int:
         companion.run()
     except (*UNAVAILABLE, OrchestratorError) as error:
         _say(f"error {error if isinstance(error, OrchestratorError) else unavailable(error)}")
+        return 1
+    except REFUSED as error:
+        _say(f"error Postgres refuses: {first_line(error)}; give the role of the database URL the rights of a worker")
         return 1
     return 0
 

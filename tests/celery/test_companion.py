@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import psycopg
+import pytest
 import redis
 from celery import Celery
 from celery.concurrency.prefork import TaskPool
@@ -16,12 +20,47 @@ from orchestrator.celery.companion import Config
 from orchestrator.celery.doorbell import connection_options
 from orchestrator.celery.worker import CompanionStep
 from orchestrator.client import Client
+from orchestrator.errors import StoreUnavailableError
 from orchestrator.settings import Settings
 from tests.acceptance.running import until
 
 
 @saga.define(name="companion.waiting")
 async def waiting() -> None: ...
+
+
+def _config(settings: Settings, broker: dict[str, Any], folder: Path) -> Config:
+    (folder / "run").mkdir()
+    return Config.of(
+        settings, broker=broker, socket=str(folder / "run" / "companion"), node="companion@here", pid=os.getpid(),
+        queues=["kept"], targets=[waiting.target], slots=1,
+    )  # fmt: skip
+
+
+def test_a_role_that_may_not_write_ends_a_worker_at_its_start_with_a_sentence(
+    database_url: str, broker_url: str, tmp_path: Path
+) -> None:
+    """It was a traceback, and that "the companion did not start within 20 s"."""
+    role = f"reader_{uuid.uuid4().hex}"
+    with psycopg.connect(database_url, autocommit=True) as sql:
+        sql.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'r'")
+        sql.execute(f"GRANT USAGE ON SCHEMA orchestrator TO {role}")
+        sql.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA orchestrator TO {role}")
+        try:
+            url = database_url.replace(database_url.partition("//")[2].partition("@")[0], f"{role}:r")
+            with Celery("companion", broker=broker_url, set_as_current=False) as app:
+                broker = connection_options(app)
+            step = CompanionStep(SimpleNamespace(app=app, pool_cls=TaskPool, time_limit=None, soft_time_limit=None))
+            step._config = _config(Settings.from_environment({}, database_url=url), broker, tmp_path)
+            with pytest.raises(StoreUnavailableError, match="Postgres refuses: permission denied"):
+                step._spawn()
+            assert step._process is not None and step._process.stdin is not None and step._process.stdout is not None
+            assert step._process.wait(20.0)
+            step._process.stdin.close()
+            step._process.stdout.close()
+        finally:
+            sql.execute(f"DROP OWNED BY {role}")
+            sql.execute(f"DROP ROLE {role}")
 
 
 def test_it_reaches_the_broker_by_the_options_that_the_worker_has(
@@ -34,11 +73,7 @@ def test_it_reaches_the_broker_by_the_options_that_the_worker_has(
         app.conf.broker_transport_options = {"socket_keepalive": True, "socket_keepalive_options": keepalive}
         broker = connection_options(app)
     step = CompanionStep(SimpleNamespace(app=app, pool_cls=TaskPool, time_limit=None, soft_time_limit=None))
-    (tmp_path / "run").mkdir()
-    step._config = Config.of(
-        settings, broker=broker, socket=str(tmp_path / "run" / "companion"), node="companion@here", pid=os.getpid(),
-        queues=["kept"], targets=[waiting.target], slots=1,
-    )  # fmt: skip
+    step._config = _config(settings, broker, tmp_path)
     step._spawn()
     assert step._process is not None and step._process.stdin is not None and step._process.stdout is not None
     client = Client(settings, lambda *_: None, lambda: "celery")
