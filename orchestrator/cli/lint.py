@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 import sys
@@ -14,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import click
+from celery.utils.imports import cwd_in_path, import_from_cwd
 from rich.text import Text
 
 from orchestrator.cli import rules
@@ -73,7 +73,7 @@ def _import_includes(app: Any) -> list[Finding]:
     found: list[Finding] = []
     app.finalize(auto=True)
     for name in dict.fromkeys([*app.loader.builtin_modules, *app.conf.include, *app.conf.imports]):
-        _guarded(functools.partial(importlib.import_module, name), found)
+        _guarded(functools.partial(import_from_cwd, name), found)
     if not found:
         app.loader.import_default_modules()
     return found
@@ -91,13 +91,14 @@ def _load(name: str, found: list[Finding]) -> ModuleType | None:
     elif name not in sys.modules and not _exists(name):
         raise click.BadParameter(f"there is no module {name!r}")
     loaded: list[ModuleType] = []
-    _guarded(lambda: loaded.append(importlib.import_module(name)), found)
+    _guarded(lambda: loaded.append(import_from_cwd(name)), found)
     return loaded[0] if loaded else None
 
 
 def _exists(name: str) -> bool:
     try:
-        return importlib.util.find_spec(name) is not None
+        with cwd_in_path():
+            return importlib.util.find_spec(name) is not None
     except ImportError:
         return False
 

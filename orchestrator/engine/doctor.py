@@ -18,6 +18,7 @@ from orchestrator.errors import as_typed
 from orchestrator.store.doctor import Living, Old, Server, Size, Stuck, Waiting
 from orchestrator.store.pauses import Pause
 from orchestrator.store.restores import Lineage
+from orchestrator.store.turns import ANYONE
 
 _OLDEST_TESTED, _NEWEST_TESTED = 14, 18
 _WAITS = timedelta(seconds=10)  # a pump rings every second
@@ -269,10 +270,9 @@ def _of_workers(facts: Facts) -> Iterator[Finding]:
 
 def _of_work(facts: Facts) -> Iterator[Finding]:
     for each in facts.waiting:
-        due = (
-            f"{_many(each.rows, 'piece')} of work on queue {each.queue} for {each.target}, the oldest for "
-            f"{_words(each.oldest)}"
-        )
+        whom = "a worker with whatever code" if each.target == ANYONE else each.target
+        pieces = _many(each.rows, "piece of work", "pieces of work")
+        due = f"{pieces} on queue {each.queue} for {whom}, the oldest for {_words(each.oldest)}"
         if not each.queue_served:
             yield Finding(
                 "unserved-queue",
@@ -339,11 +339,11 @@ def _of_runs(stuck: Stuck) -> Iterator[Finding]:
             "saga list --state paused",
         )
     if stuck.unsent:
+        messages = _many(stuck.unsent, "message of a schedule is", "messages of schedules are")
         yield Finding(
             "unsent",
             Level.WARNING,
-            f"{_many(stuck.unsent, 'message of a schedule is', 'messages of schedules are')} not sent for more than a "
-            "minute",
+            f"{messages} not sent for more than a minute",
             "no beat leads, the broker is away from it, or its code has these entries no more",
             "start a beat, see its log, or `saga schedules`",
         )

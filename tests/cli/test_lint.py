@@ -118,6 +118,25 @@ def test_annotations_that_cannot_be_read_are_found_before_a_run_parks_by_them(tm
     assert "pay: its annotations cannot be resolved (name 'Decimal' is not defined)" in found[1]["message"]
 
 
+INCLUDES = """
+from celery import Celery
+from orchestrator import Orchestrator
+app = Celery("includes", include=["refused"])
+orchestrator = Orchestrator(app)
+"""
+
+
+@pytest.mark.parametrize("named", [(), ("refused",), ("refused.py",)])
+def test_modules_beside_the_app_are_found_as_celery_finds_them(named: tuple[str, ...], tmp_path: Path) -> None:
+    """The script `celery` does not have the current directory on its path: lint ended with a traceback."""
+    (tmp_path / "includes.py").write_text(INCLUDES if not named else GOOD)
+    (tmp_path / "refused.py").write_text(REFUSED)
+    command = [sys.executable, "-P", "-c", _MAIN, "-A", "includes", "saga", "lint", *named]
+    linted = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "COLUMNS": "80"}, capture_output=True,
+                            text=True, check=False)  # fmt: skip
+    assert linted.stdout.startswith("refused.py:5:1: SG001 ") and "Traceback" not in linted.stderr
+
+
 def test_a_module_that_is_not_there_is_wrong_usage(tmp_path: Path) -> None:
     (tmp_path / "good.py").write_text(GOOD)
     assert _lint("good", "nowhere.at.all", cwd=tmp_path).returncode == 2

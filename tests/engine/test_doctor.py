@@ -112,6 +112,12 @@ def test_only_work_that_a_living_worker_could_take_is_rung_for() -> None:
     assert lost_doorbells(but(waiting=due(target=False))) == []
 
 
+def test_one_piece_of_work_that_any_worker_may_take_is_told_as_that() -> None:
+    """It was "1 pieces of work on queue q for *"."""
+    (found,) = judge(but(waiting=[dataclasses.replace(each, target="*", rows=1) for each in due()]))
+    assert found.what.startswith("due: 1 piece of work on queue q for a worker with whatever code, ")
+
+
 def test_what_a_queue_holds_is_told_with_the_work_that_lies() -> None:
     (found,) = judge(but(waiting=due(), broker=dataclasses.replace(BROKER, queues={"q": Queue(17)})))
     assert "holds 17 messages" in found.means
