@@ -33,7 +33,7 @@ def kept(seed: int, focus: str = "") -> Callable[[PutBack], PutBack]:
     return register
 
 
-@kept(18, "set_config")
+@kept(16, "set_config")
 def a_connection_that_breaks_in_a_transaction_ends_the_drain(patch: pytest.MonkeyPatch) -> None:
     """And puts all that was begun with it in doubt."""
     begun = Transactions._begun
