@@ -16,7 +16,9 @@ from orchestrator.cli.source import Source, dotted, helpers, resolve, source_of
 from orchestrator.errors import DefinitionError, PayloadError
 from orchestrator.machine.policy import Effect
 from orchestrator.saga import Saga
+from orchestrator.saga import child as saga_child
 from orchestrator.saga import map as saga_map
+from orchestrator.saga import once as saga_once
 from orchestrator.saga import step as saga_step
 from orchestrator.step import Step
 from orchestrator.step import registry as steps
@@ -41,6 +43,7 @@ RULES = {
     "SG203": Rule("input or output in saga code"),
     "SG204": Rule("a call of asyncio that is not durable"),
     "SG205": Rule("a step or saga called or sent directly in saga code"),
+    "SG206": Rule("a request that is not awaited where its result is meant, or that does nothing without"),
 }
 
 
@@ -130,6 +133,7 @@ def check_saga(saga: Saga[Any, Any], registered: Collection[str]) -> Iterator[Fi
         seen.add(function)
         if source is not None:
             yield from _check_calls(source, registered)
+            yield from _check_awaits(source)
             yield from _Flow(source).check()
             waiting += helpers(source)
 
@@ -151,15 +155,17 @@ def _check_calls(source: Source, registered: Collection[str]) -> Iterator[Findin
 
 
 def _calls(source: Source, nodes: list[ast.stmt]) -> Iterator[ast.Call]:
-    """Yield the calls that run in saga code, in the order of the text; what ``saga.once`` runs may do anything."""
+    return (node for node in _nodes(source, nodes) if isinstance(node, ast.Call))
+
+
+def _nodes(source: Source, nodes: list[ast.stmt]) -> Iterator[ast.AST]:
+    """Yield what is run in saga code, in the order of the text; what ``saga.once`` runs may do anything."""
     waiting: list[ast.AST] = list(reversed(nodes))
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.Call):
-            yield node
-            if dotted(source, node.func) == "orchestrator.saga.once":
-                continue
-        waiting.extend(reversed(list(ast.iter_child_nodes(node))))
+        yield node
+        if not (isinstance(node, ast.Call) and dotted(source, node.func) == "orchestrator.saga.once"):
+            waiting.extend(reversed(list(ast.iter_child_nodes(node))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +320,49 @@ def _direct(source: Source, call: ast.Call) -> tuple[str, str] | None:
     if isinstance(found, Step) or (celery_task and sent):
         return "SG205", f"step {written} is {verb} directly in saga code; write `await saga.step({written}, ...)`"
     return None
+
+
+# -- what is not awaited -----------------------------------------------------------------------------------------------
+_FUTURES = (saga_step, saga_child, saga_once)  # under way as soon as they are asked for: they may be awaited later
+
+
+def _check_awaits(source: Source) -> Iterator[Finding]:
+    """Yield what is no result yet where only a result makes sense: a future is true, whatever comes of it."""
+    for node in _nodes(source, source.node.body):
+        for operand in _operands(node):
+            if isinstance(operand, ast.Call) and _is_awaitable(source, operand):
+                written = ast.unparse(operand.func)
+                text = f"{written}(...) is not awaited: this is a future, not its result; write `await {written}(...)`"
+                yield from _at(source, operand, "SG206", text)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _is_coroutine(source, node.value):
+            written = ast.unparse(node.value.func)
+            text = f"{written}(...) is not awaited, and does nothing without; write `await {written}(...)`"
+            yield from _at(source, node.value, "SG206", text)
+
+
+def _operands(node: ast.AST) -> list[ast.expr]:
+    """Return the expressions in a node whose value it looks at."""
+    match node:
+        case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test) | ast.Assert(test=test):
+            return [test]
+        case ast.BoolOp(values=values):
+            return values[:-1]  # the last one is handed on
+        case ast.UnaryOp(operand=value) | ast.FormattedValue(value=value) | ast.Subscript(value=value):
+            return [value]
+        case ast.Compare(left=left, comparators=others):
+            return [left, *others]
+        case ast.BinOp(left=left, right=right):
+            return [left, right]
+    return []
+
+
+def _is_awaitable(source: Source, call: ast.Call) -> bool:
+    found = resolve(source, call.func)
+    return any(found is each for each in _FUTURES) or inspect.iscoroutinefunction(found)
+
+
+def _is_coroutine(source: Source, call: ast.Call) -> bool:
+    return inspect.iscoroutinefunction(resolve(source, call.func))
 
 
 # -- after the pivot ---------------------------------------------------------------------------------------------------

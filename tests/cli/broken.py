@@ -8,7 +8,7 @@ import random
 import time
 import urllib.request as web
 import uuid
-from datetime import datetime
+from datetime import datetime, timedelta
 from random import randint
 
 from celery import Celery
@@ -149,6 +149,34 @@ async def undeclared() -> None:
     await saga.map(bare, [1, 2])  # SG102
     await saga.map(look, bare)  # SG102
     await saga.map(look, [1, 2])
+
+
+async def part(n: int) -> int:
+    return n + await saga.step(look, n)
+
+
+@saga.define
+async def unawaited(n: int) -> int:
+    if saga.step(look, n):  # SG206
+        return 1
+    while not saga.child(other):  # SG206
+        pass
+    if n and saga.step(look, n) == 3:  # SG206
+        return saga.step(look, n) + 1  # SG206
+    saga.sleep(timedelta(hours=1))  # SG206
+    saga.wait_signal("approved")  # SG206
+    part(n)  # SG206
+    asyncio.sleep(1)  # SG206
+    print(f"{saga.step(look, n)}")  # SG206
+    later = saga.step(look, n)
+    perhaps = saga.step(look, n) if n else None
+    either = n and saga.step(look, n)
+    saga.step(look, n)
+    both = [part(1), saga.step(look, n)]
+    if perhaps:
+        await perhaps
+    await asyncio.gather(*both)
+    return await later if await saga.step(look, n) else either
 
 
 @saga.define
