@@ -101,15 +101,16 @@ class Transactions:
         except DBAPIError as error:
             raise TransactionFailed(error) from error
         savepoints: list[NestedTransaction] = []
+        ends: list[bool] = []
         handed: Any = _session_on(connection, savepoints) if wants_session else connection
         try:
-            with _without_endings(connection, handed), _rows_as_made(driver):
+            with _without_endings(connection, handed), _rows_as_made(driver), _watched(driver, ends):
                 value = work(handed)
             failpoint("transaction.worked", connection)
             if wants_session:
                 _write_out(handed, savepoints)
         except Exception as error:
-            _refuse_ended(connection, outer, inner, error)
+            _refuse_ended(connection, outer, inner, error, ends)
             raise
         try:
             for nested in _innermost_first(connection, inner):
@@ -122,7 +123,7 @@ class Transactions:
                 outer.rollback()
             failpoint("transaction.settled", connection)
         except (SQLAlchemyError, REFUSED) as error:
-            if _was_ended(connection, outer, error):
+            if ends or _was_ended(connection, outer, error):
                 raise _ended() from error
             raise TransactionFailed(error) from error
         return value
@@ -235,7 +236,11 @@ def _innermost_first(connection: Connection, inner: NestedTransaction) -> Iterat
 
 
 def _refuse_ended(
-    connection: Connection, outer: RootTransaction, inner: NestedTransaction, error: BaseException
+    connection: Connection,
+    outer: RootTransaction,
+    inner: NestedTransaction,
+    error: BaseException,
+    ends: Sequence[bool],
 ) -> None:
     """Go back to the savepoint, which the server knows of only while the transaction lasts.  Raises: TransactionEnded.
 
@@ -248,8 +253,27 @@ def _refuse_ended(
         ended = _was_ended(connection, outer, None)
     except (SQLAlchemyError, REFUSED) as refused:
         ended = _was_ended(connection, outer, refused)
-    if ended:
+    if ends or ended:
         raise _ended() from error
+
+
+@contextlib.contextmanager
+def _watched(driver: Psycopg, ends: list[bool]) -> Iterator[None]:
+    """Note whether the transaction ends before its time: where the connection is lost after that, nobody could tell."""
+    wait = driver.wait
+
+    def watch(*args: Any, **options: Any) -> Any:
+        try:
+            return wait(*args, **options)
+        finally:
+            if driver.pgconn.transaction_status == TransactionStatus.IDLE:
+                ends.append(True)
+
+    driver.wait = watch  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del driver.wait
 
 
 def _was_ended(connection: Connection, outer: RootTransaction, error: BaseException | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from decimal import Decimal
@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from orchestrator.celery.runner import time_limit
 from orchestrator.step import StepTimeout
-from orchestrator.store.connection import CommitUnknown, TransactionFailed
+from orchestrator.store.connection import CommitUnknown, TransactionEnded, TransactionFailed
 from orchestrator.store.transaction import Transactions
 from tests.acceptance.running import until
 
@@ -283,6 +283,35 @@ def test_what_a_step_was_interrupted_in_does_not_go_on_at_the_server(
     with psycopg.connect(database_url, autocommit=True) as other:
         until(lambda: other.execute(gone, [backends]).fetchone() == (True,), "its backend is gone", 10.0)
     assert not caplog.records
+
+
+ENDINGS: dict[str, Callable[[Connection], object]] = {
+    "a statement": lambda connection: connection.execute(text("COMMIT")),
+    "the driver": lambda connection: connection.connection.commit(),
+    "what it began": lambda connection: connection.get_transaction().commit(),  # type: ignore[union-attr]
+}
+
+
+@pytest.mark.parametrize("then", ["overruns", "loses its connection", "closes it"])
+@pytest.mark.parametrize("by", ENDINGS)
+def test_a_transaction_that_its_step_has_committed_is_no_failed_one_if_its_connection_is_gone(
+    transactions: Transactions, database_url: str, by: str, then: str
+) -> None:
+    """Its rows may be there, and nobody can be asked any more."""
+
+    def work(connection: Connection) -> None:
+        backend, driver = backend_of(connection), connection.connection.driver_connection
+        assert driver is not None
+        ENDINGS[by](connection)
+        if then == "loses its connection":
+            end_backend(database_url, backend)
+        elif then == "closes it":
+            driver.close()
+        with time_limit(0.2):
+            driver.execute("SELECT pg_sleep(60)")
+
+    with pytest.raises(TransactionEnded):
+        transactions.run(False, MINUTE, work, lambda connection, value: True)
 
 
 def test_a_database_that_is_away_fails_the_transaction() -> None:
