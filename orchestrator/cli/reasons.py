@@ -24,6 +24,7 @@ from orchestrator.store.turns import ANYONE
 
 SILENT = timedelta(seconds=15)  # a worker renews its lease twice a second; this long means that its machine is gone
 _MOMENT = timedelta(seconds=2)  # what has been due for less is simply about to happen
+_BEGINNING = timedelta(seconds=5)  # the slots of a worker that was just killed, or starts, are drained by nobody yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +257,7 @@ def _due(case: Case, item: Outstanding, what: str, soon: Reason) -> Iterator[Rea
     elif any(pause.kind == "queue" and pause.name == item.queue for pause in case.pauses):
         return  # that has been told
     else:
-        yield soon if case.now - item.due_at <= _MOMENT else _waiting_its_turn(case, item, _capital(what))
+        yield soon if case.now - item.due_at <= _MOMENT else _waiting_its_turn(case, item, _capital(what), soon)
 
 
 def _running(case: Case, item: Outstanding, step: Step | None) -> Reason:
@@ -385,7 +386,7 @@ def _number(version: str) -> tuple[int, str]:
     return (int(version) if version.isdigit() else 0, version)
 
 
-def _waiting_its_turn(case: Case, item: Outstanding, what: str) -> Reason:
+def _waiting_its_turn(case: Case, item: Outstanding, what: str, soon: Reason) -> Reason:
     fit = [worker for worker in case.alive if _takes(worker, item)]
     slots, busy = sum(worker.slots for worker in fit), sum(min(worker.draining, worker.slots) for worker in fit)
     waited = words.duration(case.now - item.due_at)
@@ -393,6 +394,8 @@ def _waiting_its_turn(case: Case, item: Outstanding, what: str) -> Reason:
     if busy >= slots:
         text = f"{what} has been due for {waited}: all {slots} slots of {nodes} are busy. It is taken in its turn."
         return Reason("busy", text, item.key)
+    if case.now - item.due_at <= _BEGINNING:
+        return soon
     text = (
         f"{what} has been due for {waited} though {slots - busy} of {slots} slots of {nodes} are free: is the "
         "broker up? The pump rings again every second."

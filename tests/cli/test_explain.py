@@ -239,6 +239,12 @@ def test_workers_that_are_free_and_take_nothing() -> None:
     assert _only(_case(_work(due_at=_ago(30)))).code == "not taken"
 
 
+def test_the_broker_is_not_suspected_while_a_worker_has_just_been_killed_or_is_just_starting() -> None:
+    """As in the quickstart, where `explain` asked "is the broker up?" a second after `kill -9`."""
+    assert _only(_case(_work(due_at=_ago(4)))).code == "due"
+    assert _only(_case(_work(due_at=_ago(4)), workers=[replace(SERVING, draining=2)])).code == "busy"
+
+
 def test_of_a_queue_that_is_paused_nothing_else_is_said() -> None:
     paused = [Pause("queue", "celery", "ann", "", NOW, False)]
     assert _only(_case(_work(due_at=_ago(30)), pauses=paused)).code == "paused"
