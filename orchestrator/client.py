@@ -228,12 +228,12 @@ class Client:
             raise UsageError(
                 f"run {run_id} is past its point of no return (its pivot succeeded) and can only go forward"
             )
-        self._order(run_id, Cancel(by or whoami(), reason))
+        self._order(run_id, Cancel(by or whoami(), reason), "cancelled")
 
     def terminate(self, run_id: str, reason: str = "", by: str = "") -> None:
         """Stop a run and undo nothing; what is left is listed in its result.  Raises: UnknownRunError, UsageError."""
         self._open(run_id, "terminated")
-        self._order(run_id, Terminate(by or whoami(), reason))
+        self._order(run_id, Terminate(by or whoami(), reason), "terminated")
 
     def signal(self, run_id: str, name: str, payload: Any = None, signal_id: str | None = None) -> str:
         """Tell a run something; returns the signal's id, by which the run drops a second one.
@@ -245,7 +245,8 @@ class Client:
             raise UsageError("the name and id of a signal must be text of 1 to 500 printable bytes")
         outcome = self._open(run_id, "signalled")
         signal_id = signal_id or str(uuid.uuid4())
-        self._order(run_id, Signal(name, signal_id, payload_of(run_id, saga_of(outcome), name, payload)))
+        told = Signal(name, signal_id, payload_of(run_id, saga_of(outcome), name, payload))
+        self._order(run_id, told, "signalled")
         return signal_id
 
     def operate(
@@ -272,7 +273,7 @@ class Client:
             self._check_parked(outcome, action, key)
         if action == "resolve":
             self._check_result(outcome, key, value, no_effect)
-        self._order(run_id, Operate(action, key, by or whoami(), reason, value, no_effect))
+        self._order(run_id, Operate(action, key, by or whoami(), reason, value, no_effect), _OPERATED[action])
 
     def _check_pause(self, outcome: runs.Outcome, action: str, key: str) -> None:
         if key:
@@ -439,16 +440,17 @@ class Client:
 
     def _open(self, run_id: str, what: str) -> runs.Outcome:
         outcome = self.outcome(run_id)
-        if outcome.state in TERMINAL:
-            raise UsageError(f"run {run_id} is {outcome.state} already and cannot be {what}")
+        _refuse_ended(run_id, outcome.state, what)
         return outcome
 
-    def _order(self, run_id: str, arrival: Arrival) -> None:
+    def _order(self, run_id: str, arrival: Arrival, what: str) -> None:
+        """Leave an order for a run that has not ended: it cannot end before the order is there for its last turn."""
         check(encode(arrival), what=f"the order for run {run_id}")
         with self.pool.connection() as connection:
             failpoint("order.before", connection)
             with connection.transaction():
                 failpoint("order.begun", connection)
+                _refuse_ended(run_id, runs.hold(connection, run_id), what)
                 queue = arrivals.leave(connection, run_id, encode(arrival), anyone=not _wants_code(arrival))
                 failpoint("order.left", connection)
             failpoint("order.after", connection)
@@ -487,6 +489,11 @@ class Client:
             return call()
         except StoreUnavailableError:
             return call()
+
+
+def _refuse_ended(run_id: str, state: str | None, what: str) -> None:
+    if state in TERMINAL:
+        raise UsageError(f"run {run_id} is {state} already and cannot be {what}")
 
 
 class _schema_named:  # noqa: N801 - a context manager reads like a function

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
+import psycopg
+
 from orchestrator.codec import Json, dumps
 from orchestrator.machine.journal import Asked, decode_entry
 from orchestrator.store.connection import CLOCK, Connection, execute_often
@@ -142,6 +144,26 @@ def outcomes(connection: Connection, run_ids: Sequence[str]) -> dict[str, Outcom
     """Return how runs stand, by id (primary key)."""
     rows = execute_often(connection, _OUTCOME, {"ids": list(run_ids)}).fetchall()
     return {row[0]: Outcome(*row) for row in rows}
+
+
+_PATIENCE_MS = 5000
+_HOLD = "SELECT state FROM orchestrator.runs WHERE id = %(run_id)s FOR SHARE"
+
+
+def hold(connection: Connection, run_id: str) -> str | None:
+    """Return the state of a run that no turn moves before the caller's transaction has ended (primary key).
+
+    First in the order of locks, as a turn has it.  None without such a run, or if a turn of it stands still with the
+    row in hand, as one may in the transaction of a step whose process was stopped: nobody is kept waiting for that.
+    """
+    try:
+        with connection.transaction():
+            connection.execute(f"SET LOCAL lock_timeout = {_PATIENCE_MS}")
+            row = connection.execute(_HOLD, {"run_id": run_id}).fetchone()
+            connection.execute("SET LOCAL lock_timeout TO DEFAULT")
+    except psycopg.errors.LockNotAvailable:
+        return None
+    return row[0] if row else None
 
 
 _RINGS = "SELECT orchestrator.rings_1(%s, %s)"  # the function rings_1 of migration 0005

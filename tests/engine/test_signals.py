@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from orchestrator import Effect, PayloadError, UsageError, saga, step
 from orchestrator.client import Client
+from orchestrator.store import arrivals
 from orchestrator.store.connection import Connection
 from tests.engine.stage import Child, kinds
 
@@ -26,6 +31,19 @@ def nothing() -> None: ...
 async def declared(n: int) -> str:
     approval: Approval = await saga.wait_signal("approved")
     return approval.by
+
+
+DOES: dict[str, Callable[[], None]] = {"last": lambda: None}
+
+
+@step(effect=Effect.NONE)
+def last() -> None:
+    DOES["last"]()
+
+
+@saga.define
+async def quick() -> None:
+    await saga.step(last)
 
 
 @saga.define
@@ -71,6 +89,65 @@ def test_a_signal_to_a_run_that_has_ended_is_refused(child: Child, client: Clien
     child.drain()
     with pytest.raises(UsageError, match="completed already and cannot be signalled"):
         result.signal("approved", Approval(by="ann"))
+
+
+def _at(point: str, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Do something once, when the client comes to this point."""
+    todo = [act]
+
+    def reached(name: str, connection: Any = None) -> None:
+        if name == point and todo:
+            todo.pop()()
+
+    monkeypatch.setattr("orchestrator.client.failpoint", reached)
+
+
+def test_an_order_that_comes_as_the_run_ends_is_refused(
+    child: Child, client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken, and lost without a word: `cancel` returned, and the run had completed."""
+    result = client.start(quick, (), {}, {"task_id": "run"})
+    _at("order.begun", monkeypatch, lambda: child.drain() and None)
+    with pytest.raises(UsageError, match="completed already and cannot be cancelled"):
+        result.cancel()
+    assert not arrivals.waiting(connection, "run")
+
+
+def test_a_run_does_not_end_past_an_order_that_is_being_left(
+    child: Child, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last turn waits for the order's commit, or is refused and computed again with it."""
+    result = client.start(quick, (), {}, {"task_id": "run"})
+    left = threading.Event()
+
+    def stand_still() -> None:
+        left.set()
+        time.sleep(0.5)
+
+    orders = threading.Thread(target=result.cancel)
+
+    def order() -> None:
+        orders.start()
+        assert left.wait(20.0)
+
+    _at("order.left", monkeypatch, stand_still)
+    monkeypatch.setitem(DOES, "last", order)
+    child.drain()
+    orders.join(20.0)
+    child.drain()
+    assert result.status == "cancelled"
+
+
+def test_an_order_is_left_though_somebody_stands_still_with_the_row_of_the_run(
+    child: Child, client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.store.runs._PATIENCE_MS", 200)
+    result = client.start(quick, (), {}, {"task_id": "run"})
+    with connection.transaction():
+        connection.execute("SELECT FROM orchestrator.runs WHERE id = 'run' FOR UPDATE")
+        result.cancel()
+    child.drain()
+    assert result.status == "cancelled"
 
 
 def test_a_run_that_is_terminated_as_its_signal_comes_has_nothing_on_record_after_its_end(
