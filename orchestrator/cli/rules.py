@@ -43,7 +43,7 @@ RULES = {
     "SG203": Rule("input or output in saga code"),
     "SG204": Rule("a call of asyncio that is not durable"),
     "SG205": Rule("a step or saga called or sent directly in saga code"),
-    "SG206": Rule("a request that is not awaited where its result is meant, or that does nothing without"),
+    "SG206": Rule("a request that is not awaited where it has to be"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
 
 import pytest
 from celery import Celery
@@ -30,7 +31,10 @@ def connection(database_url: str) -> Iterator[Connection]:
 
 
 @pytest.fixture
-def app(database_url: str) -> Iterator[Celery]:
+def app(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Celery]:
+    routing = import_module("orchestrator.step")
+    monkeypatch.setattr(routing, "_router", routing._router)  # those of this app are no other test's
+    monkeypatch.setattr(routing, "_routes", {})
     with Celery("turns", broker="memory://", set_as_current=False) as made:
         Orchestrator(made, database_url=database_url, nightly=False)
         made.conf.result_expires = None  # else Celery adds an entry of its own

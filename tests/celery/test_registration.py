@@ -49,7 +49,7 @@ def test_sagas_that_go_to_another_database_than_before_are_warned_of(caplog: pyt
         caplog.clear()
         app = Celery(name, broker="memory://", set_as_current=False)
         Orchestrator(app, database_url=f"postgresql://ann:secret@host/{database}")
-        return app, [message for message in caplog.messages if message.count("several_") > 1]
+        return app, [message for message in caplog.messages if "than app 'several_" in message]
 
     first, none = bind("several_first", "db")
     same, neither = bind("several_same", "db")
