@@ -345,8 +345,6 @@ class _Wave:
             "run": run, "position": commit.position, "at": commit.at.isoformat(), "state": commit.state,
             "entries": commit.entries,
         }  # fmt: skip
-        if commit.shared:
-            turn["shared"] = True
         if commit.summary is not None:
             turn["summed"] = True
             about: dict[str, Any] = {"run": run, "position": commit.position, "state": commit.state}

@@ -422,16 +422,15 @@ BEGIN
     IF p_next IS NOT NULL THEN
         PERFORM pg_advisory_xact_lock_shared(hashint8extended(p_incarnation, p_child)); -- see take_3
     END IF;
-    -- 1. The runs' rows, by their position, in the order of their ids, and the journal.  Where others may be committing
-    -- (`shared`) the row is locked first, so that nobody is waited for; so is one that the next statement changes.
+    -- 1. The runs' rows, by their position, in the order of their ids, and the journal.  One that somebody has locked, or
+    -- is changing (xmax), is locked first, so that nobody is waited for; so is one that the next statement changes.
     -- Elsewhere a lock would only make the log longer.
     WITH turn AS MATERIALIZED (
         SELECT * FROM json_to_recordset(p_turns) AS t (
-            run text, position integer, at timestamptz, state text, entries json, shared boolean, summed boolean,
-            ended boolean)
+            run text, position integer, at timestamptz, state text, entries json, summed boolean, ended boolean)
     ), held AS MATERIALIZED (
         SELECT t.run, t.summed FROM turn t JOIN orchestrator.runs r ON r.id = t.run AND r.position = t.position
-        WHERE (t.shared OR t.summed)
+        WHERE (t.summed OR r.xmax <> '0')
           -- Whatever was left for a run is read before it ends: a cancel that came in time is not passed over.
           AND (t.ended IS NULL OR NOT EXISTS (
               SELECT FROM orchestrator.arrivals a WHERE a.run_id = t.run AND NOT a.id = ANY (coalesce(p_consumed, '{}'))))
@@ -439,7 +438,7 @@ BEGIN
     ), moved AS (
         UPDATE orchestrator.runs r SET position = t.position + 1, state = t.state
         FROM turn t WHERE r.id = t.run AND r.position = t.position AND t.summed IS NULL
-          AND (t.shared IS NULL OR EXISTS (SELECT FROM held h WHERE h.run = t.run))
+          AND (r.xmax = '0' OR EXISTS (SELECT FROM held h WHERE h.run = t.run))
         RETURNING r.id AS run
     ), written AS MATERIALIZED (
         SELECT run FROM moved UNION ALL SELECT run FROM held WHERE summed
