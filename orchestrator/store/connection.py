@@ -118,6 +118,11 @@ class Patient(psycopg.Connection[Any]):
         """The cursor of `execute_often`, which knows already how values are sent and read."""
         return self.cursor()
 
+    def close(self) -> None:
+        """Close the connection, and let go of what refers to it in turn."""
+        self.__dict__.pop("kept", None)
+        super().close()
+
     def wait(self, gen: PQGen[RV], *args: Any, **options: Any) -> RV:
         """Wait for one answer; raises OperationalError, and is closed, after `patience_s`."""
         try:

@@ -54,6 +54,8 @@ class ClientPool:
             self._current().dispose()  # whatever ended this connection has most likely ended the idle ones too
             raise unavailable(error, in_doubt=lost) from error
         finally:
+            if self._pool is None:  # closed meanwhile: what comes back to it nobody would close
+                fairy.invalidate()
             fairy.close()
 
     def _lent(self) -> Any:
@@ -74,7 +76,7 @@ class ClientPool:
         return fairy
 
     def close(self) -> None:
-        """Close what is idle."""
+        """Close what is idle now, and what is lent when it comes back."""
         if self._pool is not None and self._owner == os.getpid():
             self._pool.dispose()
             self._pool = None

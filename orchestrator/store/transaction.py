@@ -106,13 +106,13 @@ class Transactions:
         try:
             with _without_endings(connection, handed), _rows_as_made(driver), _watched(driver, ends):
                 value = work(handed)
-            failpoint("transaction.worked", connection)
             if wants_session:
                 _write_out(handed, savepoints)
         except Exception as error:
             _refuse_ended(connection, outer, inner, error, ends)
             raise
         try:
+            failpoint("transaction.worked", connection)
             for nested in _innermost_first(connection, inner):
                 nested.commit()
             driver._adapters = AdaptersMap(IN_UTC)

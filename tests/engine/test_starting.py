@@ -154,7 +154,7 @@ def test_a_handle_is_pickled_by_its_id_and_bound_to_the_app_of_who_unpickles_it(
     (found,) = pickle.loads(sent)
     assert (found.id, found.status, found._client, found._saga) == ("one", "pending", other, begun)
     monkeypatch.setattr(begun, "starter", None)
-    with pytest.raises(UsageError, match=r"create `Orchestrator\(app\)` first"):
+    with pytest.raises(UsageError, match=r"import the module that makes `Orchestrator\(app\)` first"):
         pickle.loads(sent)
     other.pool.close()
 

@@ -62,7 +62,7 @@ def arrivals_are_read_before_the_position(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(turns, "load", the_other_way_round)
 
 
-@kept(12)
+@kept(62)
 def a_run_that_is_cancelled_before_its_first_turn_needs_its_code(patch: pytest.MonkeyPatch) -> None:
     """A worker without it puts the turn off for 30 s."""
 

@@ -127,3 +127,11 @@ def test_a_pool_lends_no_connection_that_the_server_has_ended(
         assert lent.info.backend_pid not in pids
         assert lent.execute("SELECT 1").fetchone() == (1,)
     pool.close()
+
+
+def test_a_connection_that_is_lent_while_its_pool_is_closed_is_closed_when_it_comes_back(database_url: str) -> None:
+    pool = ClientPool(database_url, 1)
+    with pool.connection() as lent:
+        pool.close()
+        assert lent.execute("SELECT 1").fetchone() == (1,)
+    assert lent.closed
